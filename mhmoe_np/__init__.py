@@ -1,0 +1,1 @@
+"""Framework-free reference implementation of Multi-Head Mixture-of-Experts (arXiv 2411.16205)."""

@@ -1,0 +1,44 @@
+"""The dimension key and the array types: what every shape suffix in this package means.
+
+An array's name ends in its axes, in memory order: `x_ND` is [tokens, model width]. The gradient of
+`x_ND` is `dx_ND`. One name has one shape; a reshape gets a new name. tests/house checks that every
+suffix uses letters of this key alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+DIMENSIONS = {
+    "B": "sequences in the batch",
+    "T": "positions being computed",
+    "S": "positions attended to (= T in training)",
+    "N": "tokens, B*T",
+    "D": "model width",
+    "V": "vocabulary",
+    "L": "layers",
+    "A": "attention heads",
+    "G": "key/value heads",
+    "C": "width of one attention head",
+    "F": "inner width of a feed-forward network or expert",
+    "H": "MoE heads (the papers' h)",
+    "M": "sub-tokens, N*H",
+    "U": "sub-token width, D/H",
+    "E": "experts",
+    "K": "experts chosen per sub-token",
+    "R": "routed rows, sorted by expert (M*K less the dropped)",
+    "Z": "the E+1 boundaries of the experts' segments in R",
+    "I": "input width of a linear map",
+    "O": "output width of a linear map",
+    "Q": "width of the joint query/key/value projection, (A + 2G)*C",
+    "P": "all parameters of a model in one flat buffer",
+    "W": "tokens of a stored stream",
+    "2": "a doubled axis: gate then up (2F)",
+}
+
+FloatArray: TypeAlias = NDArray[np.floating[Any]]
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+BoolArray: TypeAlias = NDArray[np.bool_]
