@@ -35,6 +35,7 @@ DIMENSIONS = {
     "O": "output width of a linear map",
     "Q": "width of the joint query/key/value projection, (A + 2G)*C",
     "P": "all parameters of a model in one flat buffer",
+    "J": "rotated pairs of an attention head, C/2",
     "W": "tokens of a stored stream",
     "2": "a doubled axis: gate then up (2F)",
 }

@@ -1,0 +1,119 @@
+"""The attention layer: joint projection, rotary positions, attention, output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mhmoe_np.config import ModelConfig
+from mhmoe_np.layers.rotary import Rotary
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.types import FloatArray
+
+QKV = "self_attn.qkv_proj.weight"
+OUT = "self_attn.o_proj.weight"
+SUB_NORM = "self_attn.attn_sub_norm.weight"
+
+
+class AttentionCache(NamedTuple):
+    """What the backward needs of the forward."""
+
+    x_ND: FloatArray
+    qkv_BTQ: FloatArray  # after the rotation
+    out_BTAC: FloatArray
+    log_sum_exp_BAT: FloatArray
+    normed_NI: FloatArray  # what the output projection saw
+    rstd_N: FloatArray | None
+
+
+def split_heads(
+    qkv_BTQ: FloatArray, config: ModelConfig
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Views q_BTAC, k_BTGC and v_BTGC of the joint projection."""
+    B, T, _ = qkv_BTQ.shape
+    A, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads = qkv_BTQ.reshape(B, T, A + 2 * G, C)
+    return heads[:, :, :A], heads[:, :, A : A + G], heads[:, :, A + G :]
+
+
+def project_heads(
+    x_ND: FloatArray,
+    w: Mapping[str, FloatArray],
+    rotary: Rotary,
+    *,
+    sequences: int,
+    config: ModelConfig,
+    ops: Operations,
+) -> FloatArray:
+    """q, k and v of every position, q and k turned by their positions: qkv_BTQ."""
+    qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, len(rotary.cos_TJ), -1)
+    q_BTAC, k_BTGC, _ = split_heads(qkv_BTQ, config)
+    ops.rotate_in_place(q_BTAC, *rotary)
+    ops.rotate_in_place(k_BTGC, *rotary)
+    return qkv_BTQ
+
+
+def project_out(
+    out_BTAC: FloatArray,
+    w: Mapping[str, FloatArray],
+    *,
+    config: ModelConfig,
+    ops: Operations,
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """y_ND = W_o (sub-norm of) out; with what the projection saw and the sub-norm's rstd."""
+    B, T, A, C = out_BTAC.shape
+    normed_NI, rstd_N = out_BTAC.reshape(B * T, A * C), None
+    if config.use_sub_norm:
+        normed_NI, rstd_N = ops.rms_norm(normed_NI, w[SUB_NORM], eps=config.rms_norm_eps)
+    return ops.linear(normed_NI, w[OUT], None), normed_NI, rstd_N
+
+
+def attention_forward(
+    x_ND: FloatArray,
+    w: Mapping[str, FloatArray],
+    rotary: Rotary,
+    *,
+    sequences: int,
+    config: ModelConfig,
+    ops: Operations,
+) -> tuple[FloatArray, AttentionCache]:
+    """y = W_o attention(rotate(W_q x), rotate(W_k x), W_v x), sequence by sequence.
+
+    Source   [spec 2].
+    Shapes   x_ND with N = sequences * T, T being the rotary window's length -> y_ND.
+    """
+    qkv_BTQ = project_heads(x_ND, w, rotary, sequences=sequences, config=config, ops=ops)
+    out_BTAC, log_sum_exp_BAT = ops.attention(*split_heads(qkv_BTQ, config))
+    y_ND, normed_NI, rstd_N = project_out(out_BTAC, w, config=config, ops=ops)
+    return y_ND, AttentionCache(x_ND, qkv_BTQ, out_BTAC, log_sum_exp_BAT, normed_NI, rstd_N)
+
+
+def attention_backward(
+    dy_ND: FloatArray,
+    cache: AttentionCache,
+    w: Mapping[str, FloatArray],
+    dw: Mapping[str, FloatArray],
+    rotary: Rotary,
+    *,
+    config: ModelConfig,
+    ops: Operations,
+) -> FloatArray:
+    """Return dx_ND; add to dw. The backward of a rotation is the opposite rotation."""
+    dout_NI = ops.linear_backward(dy_ND, cache.normed_NI, w[OUT], dw[OUT], None)
+    if cache.rstd_N is not None:
+        out_NI = cache.out_BTAC.reshape(dout_NI.shape)
+        dout_NI = ops.rms_norm_backward(dout_NI, out_NI, w[SUB_NORM], cache.rstd_N, dw[SUB_NORM])
+    dqkv_BTQ = ops.empty(cache.qkv_BTQ.shape, dy_ND.dtype)
+    dq_BTAC, dk_BTGC, dv_BTGC = split_heads(dqkv_BTQ, config)
+    ops.attention_backward(
+        dout_NI.reshape(cache.out_BTAC.shape),
+        *split_heads(cache.qkv_BTQ, config),
+        cache.out_BTAC,
+        cache.log_sum_exp_BAT,
+        dq_BTAC,
+        dk_BTGC,
+        dv_BTGC,
+    )
+    ops.rotate_in_place(dq_BTAC, rotary.cos_TJ, -rotary.sin_TJ)
+    ops.rotate_in_place(dk_BTGC, rotary.cos_TJ, -rotary.sin_TJ)
+    return ops.linear_backward(dqkv_BTQ.reshape(len(dy_ND), -1), cache.x_ND, w[QKV], dw[QKV], None)

@@ -1,0 +1,1 @@
+"""The language model: its parameters, its forward and backward, and decoding with a cache."""

@@ -1,0 +1,227 @@
+"""THE parameter table: every tensor's name, place, shape and initial distribution.
+
+All parameters of a model lie in one flat buffer, so the optimiser, the gradient norm and the zeroing
+are one pass each. In memory, projections of one input are joined (q, k, v; gate and up) and experts
+are stacked, because one large product beats several small ones; on disk each has a tensor of its own
+under the names of spec section 1, and is a view of the joined array. Nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mhmoe_np.config import ModelConfig
+from mhmoe_np.types import FloatArray
+
+Distribution = Literal["ones", "zeros", "embedding", "linear", "head", "merge"]
+ALIGNMENT = 16  # elements between starts of arrays: 64 bytes of float32
+
+
+class Part(NamedTuple):
+    """One tensor on disk: where it lies in its array, and how it starts."""
+
+    tensor: str
+    where: tuple[int | slice, ...]
+    start: Distribution
+
+
+class Entry(NamedTuple):
+    """One array in memory, and the tensors on disk that fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def _whole(name: str, shape: tuple[int, ...], start: Distribution) -> Entry:
+    return Entry(name, shape, (Part(name, (), start),))
+
+
+def _feed_forward(prefix: str, width: int, inner: int, sub_norm: bool) -> list[Entry]:
+    F, D = inner, width
+    entries = [
+        Entry(
+            f"{prefix}.gate_up_proj.weight",
+            (2 * F, D),
+            (
+                Part(f"{prefix}.gate_proj.weight", (slice(0, F),), "linear"),
+                Part(f"{prefix}.up_proj.weight", (slice(F, 2 * F),), "linear"),
+            ),
+        ),
+        _whole(f"{prefix}.down_proj.weight", (D, F), "linear"),
+    ]
+    return entries + ([_whole(f"{prefix}.ffn_sub_norm.weight", (F,), "ones")] if sub_norm else [])
+
+
+def _attention(prefix: str, config: ModelConfig) -> list[Entry]:
+    D, A, G, C = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    ends = {"q": (0, A * C), "k": (A * C, (A + G) * C), "v": ((A + G) * C, (A + 2 * G) * C)}
+    entries = [
+        Entry(
+            f"{prefix}.qkv_proj.weight",
+            ((A + 2 * G) * C, D),
+            tuple(
+                Part(f"{prefix}.{letter}_proj.weight", (slice(*end),), "linear")
+                for letter, end in ends.items()
+            ),
+        )
+    ]
+    if config.use_sub_norm:
+        entries.append(_whole(f"{prefix}.attn_sub_norm.weight", (A * C,), "ones"))
+    return [*entries, _whole(f"{prefix}.o_proj.weight", (D, A * C), "linear")]
+
+
+def _experts(prefix: str, config: ModelConfig) -> list[Entry]:
+    E, F, U = config.num_experts, config.moe_intermediate_size, config.sub_token_width
+    gate_up = tuple(
+        Part(f"{prefix}.{e}.{which}_proj.weight", (e, slice(first, first + F)), "linear")
+        for e in range(E)
+        for which, first in (("gate", 0), ("up", F))
+    )
+    down = tuple(Part(f"{prefix}.{e}.down_proj.weight", (e,), "linear") for e in range(E))
+    norm = tuple(Part(f"{prefix}.{e}.ffn_sub_norm.weight", (e,), "ones") for e in range(E))
+    entries = [
+        Entry(f"{prefix}.gate_up_proj.weight", (E, 2 * F, U), gate_up),
+        Entry(f"{prefix}.down_proj.weight", (E, U, F), down),
+    ]
+    if config.use_sub_norm:
+        entries.append(Entry(f"{prefix}.ffn_sub_norm.weight", (E, F), norm))
+    return entries
+
+
+def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
+    D = config.hidden_size
+    entries = [
+        _whole(f"{prefix}.gate.weight", (config.num_experts, config.sub_token_width), "linear")
+    ]
+    projections: list[tuple[bool, str, Distribution, Distribution]] = [
+        (config.moe_head_layer, "head_proj", "head", "linear"),
+        (config.moe_merge_layer, "merge_proj", "merge", "zeros"),
+    ]
+    for present, name, start, bias_start in projections:
+        if present:
+            entries.append(_whole(f"{prefix}.{name}.weight", (D, D), start))
+        if present and config.moe_projection_bias:
+            entries.append(_whole(f"{prefix}.{name}.bias", (D,), bias_start))
+    entries += _experts(f"{prefix}.experts", config)
+    if config.shared_expert_intermediate_size:
+        entries += _feed_forward(
+            f"{prefix}.shared_expert",
+            D,
+            config.shared_expert_intermediate_size,
+            config.use_sub_norm,
+        )
+    return entries
+
+
+def parameter_table(config: ModelConfig) -> list[Entry]:
+    """Every array of the model, in the order of computation.
+
+    Source   [spec 1] tensor names; [spec 6] initial distributions.
+    """
+    V, D = config.vocab_size, config.hidden_size
+    entries = [_whole("model.embed_tokens.weight", (V, D), "embedding")]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        entries.append(_whole(f"{prefix}.input_layernorm.weight", (D,), "ones"))
+        entries += _attention(f"{prefix}.self_attn", config)
+        entries.append(_whole(f"{prefix}.post_attention_layernorm.weight", (D,), "ones"))
+        if config.is_moe_layer(layer):
+            entries += _moe(f"{prefix}.mlp", config)
+        else:
+            entries += _feed_forward(
+                f"{prefix}.mlp", D, config.intermediate_size, config.use_sub_norm
+            )
+    entries.append(_whole("model.norm.weight", (D,), "ones"))
+    if not config.tie_word_embeddings:
+        entries.append(_whole("lm_head.weight", (V, D), "linear"))
+    return entries
+
+
+class Parameters:
+    """One flat buffer and its views: weights, their gradients, or an optimiser's moments.
+
+    Attributes:
+        flat_P: the whole buffer, zeros at first; also the few elements between arrays stay 0.
+        arrays: the arrays of the table by name, views of flat_P.
+        blocks: for each layer its arrays, by name without `model.layers.{i}.`.
+        tensors: the tensors on disk by name, views of the arrays.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+        """Allocate zeros for every parameter of `config` in `dtype` (float32 or float64)."""
+        self.config = config
+        self.table = parameter_table(config)
+        places, length = {}, 0
+        for entry in self.table:
+            places[entry.name] = length
+            length += -(-math.prod(entry.shape) // ALIGNMENT) * ALIGNMENT
+        self.flat_P: FloatArray = np.zeros(length, dtype)
+        self.arrays: dict[str, FloatArray] = {
+            entry.name: self.flat_P[places[entry.name] :][: math.prod(entry.shape)].reshape(
+                entry.shape
+            )
+            for entry in self.table
+        }
+        self.tensors: dict[str, FloatArray] = {
+            part.tensor: self.arrays[entry.name][part.where]
+            for entry in self.table
+            for part in entry.parts
+        }
+        self.blocks: list[dict[str, FloatArray]] = [
+            _without_prefix(self.arrays, f"model.layers.{layer}.")
+            for layer in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def output_VD(self) -> FloatArray:
+        """The output head: the embedding itself where the two are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.arrays["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+
+def _without_prefix(arrays: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def initialise(parameters: Parameters, seed: int) -> None:
+    """Draw every tensor from its distribution: a pure function of (seed, tensor name).
+
+    Source   [spec 6], from [R1]: embedding N(0, D^-1/2); head layer Xavier uniform with gain
+    1/sqrt(2), merge layer with gain 1, its bias 0; norms 1; every other linear, and the head layer's
+    bias, U(+-1/sqrt(in)).
+    """
+    D = parameters.config.hidden_size
+    for entry in parameters.table:
+        for part in entry.parts:
+            tensor = parameters.tensors[part.tensor]
+            digest = hashlib.sha256(part.tensor.encode()).digest()
+            rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
+            if part.start in ("ones", "zeros"):
+                tensor[...] = part.start == "ones"
+            elif part.start == "embedding":
+                tensor[...] = rng.normal(0, D**-0.5, tensor.shape)
+            else:
+                width = tensor.shape[-1]
+                bound = {
+                    "linear": width**-0.5,
+                    # Xavier: gain * sqrt(6 / (in + out)), both D
+                    "head": math.sqrt(0.5) * math.sqrt(6 / (2 * D)),
+                    "merge": math.sqrt(6 / (2 * D)),
+                }[part.start]
+                tensor[...] = rng.uniform(-bound, bound, tensor.shape)

@@ -1,0 +1,1 @@
+"""The closed table of operations and the backends that implement it."""

@@ -1,0 +1,30 @@
+"""The default backend: the same operations as `numpy_ref`, parallel and fused where it pays."""
+
+from __future__ import annotations
+
+from mhmoe_np.operations.numba_cpu.attention import Attention
+from mhmoe_np.operations.numba_cpu.dispatch import DispatchOperations
+from mhmoe_np.operations.numba_cpu.experts import Experts
+from mhmoe_np.operations.numba_cpu.feed_forward import FeedForward
+from mhmoe_np.operations.numba_cpu.gemm import limit_blas
+from mhmoe_np.operations.numba_cpu.linear import Linear
+from mhmoe_np.operations.numba_cpu.loss import Loss
+from mhmoe_np.operations.numba_cpu.norm import Norm
+from mhmoe_np.operations.numba_cpu.optimiser import Optimiser
+from mhmoe_np.operations.numba_cpu.router import Router
+
+
+class NumbaOperations(
+    Linear, Norm, Attention, FeedForward, Router, DispatchOperations, Experts, Loss, Optimiser
+):
+    """The table of operations in Numba.
+
+    keep_buffers: hand results out of a workspace that is reused (see `Workspace`): for a training
+    loop that wraps each step in `scope()`.
+
+    Making one keeps every BLAS of the process on one thread; the parallelism is Numba's.
+    """
+
+    def __init__(self, *, keep_buffers: bool = False) -> None:
+        super().__init__(keep_buffers=keep_buffers)
+        limit_blas()

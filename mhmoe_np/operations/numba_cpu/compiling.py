@@ -1,0 +1,47 @@
+"""How this backend's kernels are compiled.
+
+A kernel is two functions: a task on a block of rows, compiled alone, and a `prange` loop over tasks.
+Blocks never depend on the number of threads and no two tasks write to one place, so the same input
+gives the same bits at any number of threads. Each task calls BLAS on one thread (`limit_blas`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Everything of fastmath but `reassoc`: that would fold away the rounding trick in `exp`.
+FAST = {"nnan", "ninf", "nsz", "contract", "arcp"}
+
+
+def task(function: Function) -> Function:
+    """A function of one task: branches, loops and calls to BLAS on its own rows."""
+    return _compiled(function, fastmath=FAST)
+
+
+def reduction(function: Function) -> Function:
+    """A sum or maximum of a row alone: it vectorises only if the compiler may reorder it."""
+    return _compiled(function, fastmath=True)
+
+
+def parallel(function: Function) -> Function:
+    """A loop over tasks. Keep its body small: it is compiled twice."""
+    return _compiled(function, parallel=True)
+
+
+def _compiled(function: Function, **options: Any) -> Function:
+    compiled: Function = njit(cache=True, error_model="numpy", **options)(function)
+    return compiled
+
+
+ROWS = 256  # rows of one task where a matrix product dominates
+ROWS_ELEMENTWISE = 64  # rows of one task where memory does
+
+
+def blocks(length: int, size: int) -> int:
+    """How many blocks of `size` cover `length`."""
+    return -(-length // size)

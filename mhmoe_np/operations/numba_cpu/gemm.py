@@ -1,0 +1,122 @@
+"""Single-threaded matrix products inside compiled code, on any row strides.
+
+Numba reaches BLAS through `numba_xxgemm`, the function behind its own `np.dot`; called directly it
+takes strided blocks and accumulates, where `np.dot` would copy and overwrite. `limit_blas` keeps BLAS
+itself on one thread: the tasks are the parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  where Numba finds BLAS
+from numba import types
+from numba.extending import overload
+from threadpoolctl import ThreadpoolController
+
+from mhmoe_np.operations.numba_cpu.compiling import task
+
+
+def limit_blas() -> None:
+    """Keep every BLAS of this process on one thread from now on."""
+    for library in ThreadpoolController().select(user_api="blas").lib_controllers:
+        library.set_num_threads(1)
+
+
+def _external(dtype: types.Type) -> types.ExternalFunction:
+    pointer = types.CPointer(dtype)
+    return types.ExternalFunction(
+        "numba_xxgemm",
+        types.intc(
+            types.char,  # kind: s or d
+            types.char,  # n or t, first matrix
+            types.char,  # n or t, second matrix
+            types.intp,  # m
+            types.intp,  # n
+            types.intp,  # k
+            pointer,  # alpha
+            pointer,  # a
+            types.intp,  # lda
+            pointer,  # b
+            types.intp,  # ldb
+            pointer,  # beta
+            pointer,  # c
+            types.intp,  # ldc
+        ),
+    )
+
+
+_GEMM = {types.float32: (ord("s"), _external(types.float32)),
+         types.float64: (ord("d"), _external(types.float64))}  # fmt: skip
+
+
+def _xxgemm(
+    trans_a: Any,
+    trans_b: Any,
+    m: Any,
+    n: Any,
+    k: Any,
+    alpha: Any,
+    a: Any,
+    b: Any,
+    beta: Any,
+    c: Any,
+) -> Any:
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_xxgemm)  # type: ignore[untyped-decorator]
+def _compiled_xxgemm(
+    trans_a: Any,
+    trans_b: Any,
+    m: Any,
+    n: Any,
+    k: Any,
+    alpha: Any,
+    a: Any,
+    b: Any,
+    beta: Any,
+    c: Any,
+) -> Any:
+    kind, external = _GEMM[a.dtype]
+
+    def call(
+        trans_a: Any, trans_b: Any, m: Any, n: Any, k: Any,
+        alpha: Any, a: Any, b: Any, beta: Any, c: Any,
+    ) -> Any:  # fmt: skip
+        scale = np.full(1, alpha, a.dtype)
+        keep = np.full(1, beta, a.dtype)
+        # A row-major product is a column-major one of the transposes, in the other order. The stride
+        # of a single row is arbitrary in NumPy; BLAS wants at least the row's length.
+        external(
+            kind, trans_b, trans_a, n, m, k,
+            scale.ctypes,
+            b.ctypes, max(b.strides[0] // b.itemsize, b.shape[1]),
+            a.ctypes, max(a.strides[0] // a.itemsize, a.shape[1]),
+            keep.ctypes,
+            c.ctypes, max(c.strides[0] // c.itemsize, c.shape[1]),
+        )  # fmt: skip
+
+    return call
+
+
+_N, _T = ord("n"), ord("t")
+
+
+@task
+def gemm_nt(alpha: Any, a_MK: Any, b_NK: Any, beta: Any, c_MN: Any) -> None:
+    """c = alpha a b^T + beta c; with beta = 0, c may hold anything."""
+    _xxgemm(_N, _T, a_MK.shape[0], b_NK.shape[0], a_MK.shape[1], alpha, a_MK, b_NK, beta, c_MN)
+
+
+@task
+def gemm_nn(alpha: Any, a_MK: Any, b_KN: Any, beta: Any, c_MN: Any) -> None:
+    """c = alpha a b + beta c."""
+    _xxgemm(_N, _N, a_MK.shape[0], b_KN.shape[1], a_MK.shape[1], alpha, a_MK, b_KN, beta, c_MN)
+
+
+@task
+def gemm_tn(alpha: Any, a_KM: Any, b_KN: Any, beta: Any, c_MN: Any) -> None:
+    """c = alpha a^T b + beta c."""
+    _xxgemm(_T, _N, a_KM.shape[1], b_KN.shape[1], a_KM.shape[0], alpha, a_KM, b_KN, beta, c_MN)

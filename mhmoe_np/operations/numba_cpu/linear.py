@@ -1,0 +1,115 @@
+"""Linear maps in tiles, and the embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from mhmoe_np.operations.numba_cpu.buffers import Buffers
+from mhmoe_np.operations.numba_cpu.compiling import ROWS, blocks, parallel, task
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.types import FloatArray, IntArray
+
+# Below this many multiply-adds one thread is done before a second one has woken up.
+SERIAL_MACS = 1 << 19
+COLUMNS = 512  # columns of one tile where there are too few rows to share out
+
+
+def tile_columns(rows: int, columns: int) -> int:
+    """How many output columns one tile takes: all of them, unless there are few row blocks."""
+    return columns if rows >= 4 * ROWS else min(columns, COLUMNS)
+
+
+@task
+def _bias(y_NO: Any, b_O: Any) -> None:
+    for n in range(y_NO.shape[0]):
+        for o in range(y_NO.shape[1]):
+            y_NO[n, o] += b_O[o]
+
+
+@parallel
+def _linear(x_NI: Any, w_OI: Any, y_NO: Any, rows: int, columns: int) -> None:
+    across = (y_NO.shape[1] + columns - 1) // columns
+    down = (y_NO.shape[0] + rows - 1) // rows
+    for tile in prange(down * across):
+        n, o = tile // across * rows, tile % across * columns
+        gemm_nt(
+            1.0, x_NI[n : n + rows], w_OI[o : o + columns], 0.0, y_NO[n : n + rows, o : o + columns]
+        )
+
+
+@parallel
+def _linear_dx(dy_NO: Any, w_OI: Any, dx_NI: Any, rows: int, columns: int) -> None:
+    across = (dx_NI.shape[1] + columns - 1) // columns
+    down = (dx_NI.shape[0] + rows - 1) // rows
+    for tile in prange(down * across):
+        n, i = tile // across * rows, tile % across * columns
+        gemm_nn(
+            1.0,
+            dy_NO[n : n + rows],
+            w_OI[:, i : i + columns],
+            0.0,
+            dx_NI[n : n + rows, i : i + columns],
+        )
+
+
+@parallel
+def _linear_dw(dy_NO: Any, x_NI: Any, dw_OI: Any, outputs: int) -> None:
+    for tile in prange((dw_OI.shape[0] + outputs - 1) // outputs):
+        o = tile * outputs
+        gemm_tn(1.0, dy_NO[:, o : o + outputs], x_NI, 1.0, dw_OI[o : o + outputs])
+
+
+@task
+def _add_rows(dx_ND: Any, id_N: Any, dw_VD: Any) -> None:
+    for n in range(len(id_N)):
+        for d in range(dx_ND.shape[1]):
+            dw_VD[id_N[n], d] += dx_ND[n, d]
+
+
+class Linear(Buffers):
+    """See `Operations`: linear maps and the embedding."""
+
+    def linear(self, x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
+        """See `Operations.linear`. Tiles of 256 rows; of 512 columns too where rows are few."""
+        N, O = len(x_NI), len(w_OI)
+        y_NO: FloatArray = self.empty((N, O), x_NI.dtype)
+        if x_NI.size * O <= SERIAL_MACS:
+            gemm_nt(1.0, x_NI, w_OI, 0.0, y_NO)
+        else:
+            _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(N, O))
+        if b_O is not None:
+            _bias(y_NO, b_O)
+        return y_NO
+
+    def linear_backward(
+        self,
+        dy_NO: FloatArray,
+        x_NI: FloatArray,
+        w_OI: FloatArray,
+        dw_OI: FloatArray,
+        db_O: FloatArray | None,
+    ) -> FloatArray:
+        """See `Operations.linear_backward`. dw in eight or more strips of outputs."""
+        dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
+        if x_NI.size * len(w_OI) <= SERIAL_MACS:
+            gemm_nn(1.0, dy_NO, w_OI, 0.0, dx_NI)
+            gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
+        else:
+            _linear_dx(dy_NO, w_OI, dx_NI, ROWS, tile_columns(*x_NI.shape))
+            _linear_dw(dy_NO, x_NI, dw_OI, max(64, blocks(len(w_OI), 8)))
+        if db_O is not None:
+            db_O += dy_NO.sum(axis=0)
+        return dx_NI
+
+    def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
+        """See `Operations.embedding`."""
+        x_ND: FloatArray = self.empty((len(id_N), w_VD.shape[1]), w_VD.dtype)
+        # With mode="raise", take() would go through a temporary copy; the model has checked the ids.
+        return np.take(w_VD, id_N, axis=0, out=x_ND, mode="clip")
+
+    def embedding_backward(self, dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:
+        """See `Operations.embedding_backward`. One thread: two rows may meet in one place."""
+        _add_rows(dx_ND, id_N, dw_VD)

@@ -1,0 +1,45 @@
+"""The definition of every operation, in plain NumPy, to be read beside the papers.
+
+Never optimised: speed belongs in the other backends, and tests hold them to this one.
+"""
+
+from mhmoe_np.operations.numpy_ref.attention import attention, attention_backward, rotate_in_place
+from mhmoe_np.operations.numpy_ref.buffers import empty, scope
+from mhmoe_np.operations.numpy_ref.dispatch import dispatch
+from mhmoe_np.operations.numpy_ref.experts import expert_ffn, expert_ffn_backward
+from mhmoe_np.operations.numpy_ref.feed_forward import gated_activation, gated_activation_backward
+from mhmoe_np.operations.numpy_ref.linear import (
+    embedding,
+    embedding_backward,
+    linear,
+    linear_backward,
+)
+from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
+from mhmoe_np.operations.numpy_ref.norm import rms_norm, rms_norm_backward
+from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, sum_of_squares
+from mhmoe_np.operations.numpy_ref.router import route, route_backward
+
+__all__ = [
+    "adamw_in_place",
+    "attention",
+    "attention_backward",
+    "dispatch",
+    "embedding",
+    "embedding_backward",
+    "empty",
+    "expert_ffn",
+    "expert_ffn_backward",
+    "gated_activation",
+    "gated_activation_backward",
+    "linear",
+    "linear_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate_in_place",
+    "route",
+    "route_backward",
+    "scope",
+    "sum_of_squares",
+    "token_nll",
+    "token_nll_and_gradient",
+]

@@ -1,0 +1,69 @@
+"""Rotary positions and causal attention with grouped key/value heads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mhmoe_np.types import FloatArray
+
+
+def rotate_in_place(x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
+    """See `Operations.rotate_in_place`."""
+    J = cos_TJ.shape[1]
+    first_BTAJ, second_BTAJ = x_BTAC[..., :J].copy(), x_BTAC[..., J:].copy()
+    cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]
+    x_BTAC[..., :J] = first_BTAJ * cos_T1J - second_BTAJ * sin_T1J
+    x_BTAC[..., J:] = second_BTAJ * cos_T1J + first_BTAJ * sin_T1J
+
+
+def _scores(q_BTAC: FloatArray, k_BSAC: FloatArray) -> FloatArray:
+    """q k^T / sqrt(C), -inf where a query would see a later key."""
+    T, S, C = q_BTAC.shape[1], k_BSAC.shape[1], q_BTAC.shape[3]
+    scores_BATS = np.einsum("btac,bsac->bats", q_BTAC, k_BSAC) * q_BTAC.dtype.type(C**-0.5)
+    later_TS = np.arange(S) > np.arange(S - T, S)[:, None]
+    return np.where(later_TS, q_BTAC.dtype.type(-np.inf), scores_BATS)
+
+
+def attention(
+    q_BTAC: FloatArray, k_BSGC: FloatArray, v_BSGC: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """See `Operations.attention`."""
+    group = q_BTAC.shape[2] // k_BSGC.shape[2]
+    k_BSAC, v_BSAC = np.repeat(k_BSGC, group, axis=2), np.repeat(v_BSGC, group, axis=2)
+    scores_BATS = _scores(q_BTAC, k_BSAC)
+    highest_BAT1 = scores_BATS.max(axis=3, keepdims=True)
+    e_BATS = np.exp(scores_BATS - highest_BAT1)
+    sum_BAT1 = e_BATS.sum(axis=3, keepdims=True)
+    out_BTAC = np.einsum("bats,bsac->btac", e_BATS / sum_BAT1, v_BSAC)
+    return np.ascontiguousarray(out_BTAC), (highest_BAT1 + np.log(sum_BAT1))[..., 0]
+
+
+def attention_backward(
+    dout_BTAC: FloatArray,
+    q_BTAC: FloatArray,
+    k_BTGC: FloatArray,
+    v_BTGC: FloatArray,
+    out_BTAC: FloatArray,
+    log_sum_exp_BAT: FloatArray,
+    dq_BTAC: FloatArray,
+    dk_BTGC: FloatArray,
+    dv_BTGC: FloatArray,
+) -> None:
+    """See `Operations.attention_backward`.
+
+    out = p v with p = softmax(s), s = q k^T c, c = C^(-1/2). Per head:
+    dv = p^T dout;  dp = dout v^T;  ds = p (dp - sum_s(dp p)), where sum_s(dp p) = dout . out;
+    dq = c ds k;  dk = c ds^T q. A key/value head sums over the attention heads that read it.
+    """
+    B, T, G, C = k_BTGC.shape
+    group = q_BTAC.shape[2] // G
+    k_BSAC, v_BSAC = np.repeat(k_BTGC, group, axis=2), np.repeat(v_BTGC, group, axis=2)
+    p_BATS = np.exp(_scores(q_BTAC, k_BSAC) - log_sum_exp_BAT[..., None])
+    dp_BATS = np.einsum("btac,bsac->bats", dout_BTAC, v_BSAC)
+    dot_BAT = np.einsum("btac,btac->bat", dout_BTAC, out_BTAC)
+    ds_BATS = p_BATS * (dp_BATS - dot_BAT[..., None]) * q_BTAC.dtype.type(C**-0.5)
+    dq_BTAC[...] = np.einsum("bats,bsac->btac", ds_BATS, k_BSAC)
+    dk_BSAC = np.einsum("bats,btac->bsac", ds_BATS, q_BTAC)
+    dv_BSAC = np.einsum("bats,btac->bsac", p_BATS, dout_BTAC)
+    dk_BTGC[...] = dk_BSAC.reshape(B, T, G, group, C).sum(axis=3)
+    dv_BTGC[...] = dv_BSAC.reshape(B, T, G, group, C).sum(axis=3)

@@ -1,0 +1,19 @@
+"""Storage: NumPy's own allocator, and no reuse."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """See `Operations.empty`."""
+    return np.empty(shape, dtype)
+
+
+def scope() -> AbstractContextManager[None]:
+    """See `Operations.scope`."""
+    return nullcontext()

@@ -1,0 +1,36 @@
+"""The gated activation of SwiGLU and of its squared-ReLU sibling."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import expit as sigmoid
+
+from mhmoe_np.operations.table import Activation
+from mhmoe_np.types import FloatArray
+
+
+def gated_activation(gate_up_N2F: FloatArray, *, activation: Activation) -> FloatArray:
+    """See `Operations.gated_activation`."""
+    gate_NF, up_NF = np.split(gate_up_N2F, 2, axis=1)
+    if activation == "silu":
+        return gate_NF * sigmoid(gate_NF) * up_NF
+    return np.maximum(gate_NF, 0) ** 2 * up_NF
+
+
+def gated_activation_backward(
+    dh_NF: FloatArray, gate_up_N2F: FloatArray, *, activation: Activation
+) -> FloatArray:
+    """See `Operations.gated_activation_backward`.
+
+    h = act(g) u, hence dg = dh u act'(g) and du = dh act(g).
+    silu'(g) = s + g s (1 - s) with s = sigmoid(g);  relu2'(g) = 2 max(g, 0).
+    """
+    gate_NF, up_NF = np.split(gate_up_N2F, 2, axis=1)
+    if activation == "silu":
+        s_NF = sigmoid(gate_NF)
+        act_NF = gate_NF * s_NF
+        slope_NF = s_NF + act_NF * (1 - s_NF)
+    else:
+        act_NF = np.maximum(gate_NF, 0) ** 2
+        slope_NF = 2 * np.maximum(gate_NF, 0)
+    return np.concatenate([dh_NF * up_NF * slope_NF, dh_NF * act_NF], axis=1)

@@ -1,0 +1,41 @@
+"""Linear maps and the embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mhmoe_np.types import FloatArray, IntArray
+
+
+def linear(x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
+    """See `Operations.linear`."""
+    y_NO = x_NI @ w_OI.T
+    return y_NO if b_O is None else y_NO + b_O
+
+
+def linear_backward(
+    dy_NO: FloatArray,
+    x_NI: FloatArray,
+    w_OI: FloatArray,
+    dw_OI: FloatArray,
+    db_O: FloatArray | None,
+) -> FloatArray:
+    """See `Operations.linear_backward`.
+
+    y[n,o] = sum_i x[n,i] w[o,i] + b[o], hence
+    dx[n,i] = sum_o dy[n,o] w[o,i];  dw[o,i] = sum_n dy[n,o] x[n,i];  db[o] = sum_n dy[n,o].
+    """
+    dw_OI += dy_NO.T @ x_NI
+    if db_O is not None:
+        db_O += dy_NO.sum(axis=0)
+    return dy_NO @ w_OI
+
+
+def embedding(id_N: IntArray, w_VD: FloatArray) -> FloatArray:
+    """See `Operations.embedding`."""
+    return w_VD[id_N]
+
+
+def embedding_backward(dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:
+    """See `Operations.embedding_backward`. An id that occurs twice receives both rows."""
+    np.add.at(dw_VD, id_N, dx_ND)

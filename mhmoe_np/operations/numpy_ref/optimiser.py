@@ -1,0 +1,34 @@
+"""AdamW on one flat buffer, and the norm that clipping needs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mhmoe_np.operations.table import AdamWSettings
+from mhmoe_np.types import FloatArray
+
+
+def sum_of_squares(x_P: FloatArray) -> float:
+    """See `Operations.sum_of_squares`."""
+    return float(np.sum(x_P.astype(np.float64) ** 2))
+
+
+def adamw_in_place(
+    parameter_P: FloatArray,
+    gradient_P: FloatArray,
+    first_moment_P: FloatArray,
+    second_moment_P: FloatArray,
+    *,
+    step: int,
+    gradient_scale: float,
+    settings: AdamWSettings,
+) -> None:
+    """See `Operations.adamw_in_place`."""
+    learning_rate, beta1, beta2, epsilon, weight_decay = settings
+    g_P = gradient_P * parameter_P.dtype.type(gradient_scale)
+    first_moment_P[...] = beta1 * first_moment_P + (1 - beta1) * g_P
+    second_moment_P[...] = beta2 * second_moment_P + (1 - beta2) * g_P**2
+    mean_P = first_moment_P / (1 - beta1**step)
+    root_P = np.sqrt(second_moment_P / (1 - beta2**step)) + epsilon
+    parameter_P -= learning_rate * (weight_decay * parameter_P + mean_P / root_P)
+    gradient_P[...] = 0

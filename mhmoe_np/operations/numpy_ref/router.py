@@ -1,0 +1,50 @@
+"""The router: softmax over all experts, top-k, gates."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mhmoe_np.operations.table import Routing
+from mhmoe_np.types import BoolArray, FloatArray
+
+
+def route(logits_ME: FloatArray, *, top_k: int, normalise: bool) -> Routing:
+    """See `Operations.route`."""
+    highest_M1 = logits_ME.max(axis=1, keepdims=True)
+    e_ME = np.exp(logits_ME - highest_M1)
+    sum_M1 = e_ME.sum(axis=1, keepdims=True)
+    p_ME = e_ME / sum_M1
+    # A stable sort keeps equal probabilities in index order: ties go to the lower expert.
+    expert_MK = np.argsort(-p_ME, axis=1, kind="stable")[:, :top_k].copy()
+    gate_MK = np.take_along_axis(p_ME, expert_MK, axis=1)
+    if normalise:
+        gate_MK /= gate_MK.sum(axis=1, keepdims=True)
+    return Routing(p_ME, (highest_M1 + np.log(sum_M1))[:, 0], expert_MK, gate_MK)
+
+
+def route_backward(
+    dgate_MK: FloatArray,
+    dp_E: FloatArray,
+    dlog_sum_exp_M: FloatArray,
+    routing: Routing,
+    counted_M: BoolArray,
+    *,
+    normalise: bool,
+) -> FloatArray:
+    """See `Operations.route_backward`.
+
+    Chosen probabilities c = p[I]:  gate = c, or gate = c / S with S = sum(c), whose backward is
+    dc = (dgate - sum(dgate gate)) / S.  Softmax:  dlogits = p (dp - sum(dp p)).
+    The log-sum-exp's derivative is p itself.
+    """
+    p_ME, _, expert_MK, gate_MK = routing
+    dchosen_MK = dgate_MK
+    if normalise:
+        sum_M1 = np.take_along_axis(p_ME, expert_MK, axis=1).sum(axis=1, keepdims=True)
+        dchosen_MK = (dgate_MK - (dgate_MK * gate_MK).sum(axis=1, keepdims=True)) / sum_M1
+    dp_ME = counted_M[:, None] * dp_E
+    np.put_along_axis(
+        dp_ME, expert_MK, np.take_along_axis(dp_ME, expert_MK, axis=1) + dchosen_MK, axis=1
+    )
+    dsoftmax_ME = p_ME * (dp_ME - (dp_ME * p_ME).sum(axis=1, keepdims=True))
+    return dsoftmax_ME + dlog_sum_exp_M[:, None] * p_ME
