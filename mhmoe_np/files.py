@@ -58,7 +58,7 @@ def write_directory_atomically(path: Path, fill: Callable[[Path], None]) -> None
     temporary.mkdir()
     try:
         fill(temporary)
-        for entry in temporary.iterdir():
+        for entry in temporary.rglob("*"):
             sync_path(entry)
         sync_path(temporary)
         temporary.rename(path)

@@ -26,11 +26,16 @@ class RouterStatistics(NamedTuple):
     squared_log_sum_exp: float
     dropped: int  # choices of counted sub-tokens beyond an expert's capacity
 
-    def __add__(self, other: object) -> RouterStatistics:
+    def merged(self, other: RouterStatistics) -> RouterStatistics:
         """The statistics of two micro-batches together."""
-        if not isinstance(other, RouterStatistics):
-            return NotImplemented
-        return RouterStatistics(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return RouterStatistics(
+            self.sub_tokens + other.sub_tokens,
+            self.first_choice_E + other.first_choice_E,
+            self.choice_E + other.choice_E,
+            self.p_sum_E + other.p_sum_E,
+            self.squared_log_sum_exp + other.squared_log_sum_exp,
+            self.dropped + other.dropped,
+        )
 
 
 def router_statistics(

@@ -155,6 +155,21 @@ def losses_of(
     return Losses(total, nll, aux, z)
 
 
+def losses_backward(
+    statistics: Sequence[RouterStatistics], config: ModelConfig
+) -> list[BalanceUpstream]:
+    """What the loss sends into each MoE layer's router beside the task's gradient."""
+    return [
+        BalanceUpstream(
+            share_E=expert_share(layer, config.router_aux_loss_type),
+            sub_tokens=layer.sub_tokens,
+            daux=config.router_aux_loss_coef,
+            dz=config.router_z_loss_coef,
+        )
+        for layer in statistics
+    ]
+
+
 def batch_statistics(
     model: Model, micro_batches: Sequence[Batch], *, ops: Operations
 ) -> list[RouterStatistics]:
@@ -164,7 +179,7 @@ def batch_statistics(
         with ops.scope():
             counted_N = batch.target_BT.reshape(-1) != IGNORED
             parts.append(forward(model, batch.input_BT, counted_N, drop=True, ops=ops)[1])
-    return [reduce(RouterStatistics.__add__, layer) for layer in zip(*parts, strict=True)]
+    return [reduce(RouterStatistics.merged, layer) for layer in zip(*parts, strict=True)]
 
 
 def loss_and_gradient(
@@ -195,15 +210,6 @@ def loss_and_gradient(
             )
             nll_sum += float(nll_N.sum(dtype=np.float64))
             whole = whole or own
-            balance = [
-                BalanceUpstream(
-                    share_E=expert_share(layer, config.router_aux_loss_type),
-                    sub_tokens=layer.sub_tokens,
-                    daux=config.router_aux_loss_coef,
-                    dz=config.router_z_loss_coef,
-                )
-                for layer in whole
-            ]
-            backward(dx_ND, cache, balance, model, gradient, ops=ops)
+            backward(dx_ND, cache, losses_backward(whole, config), model, gradient, ops=ops)
     statistics = whole or []
     return losses_of(nll_sum, targets, statistics, config), statistics

@@ -1,22 +1,39 @@
-"""Choosing a backend by name."""
+"""Choosing a backend by name, and its threads."""
 
 from __future__ import annotations
 
+import os
+
+from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
 
 
-def load_operations(name: BackendName, *, keep_buffers: bool = False) -> Operations:
-    """The operations of one backend.
+def load_operations(
+    name: BackendName, *, threads: int | None = None, keep_buffers: bool = False
+) -> Operations:
+    """The operations of one backend, on `threads` threads (None: one for each core).
 
-    keep_buffers: numba only; own a workspace whose buffers are reused (see `Workspace`). Leave it off
-    unless every returned array is used up before the workspace is reset.
+    keep_buffers: numba only; hand results out of a workspace that is reused (see `Workspace`). Leave
+    it off unless the caller wraps its work in `scope()` and uses up every result inside.
+
+    Threads are a property of the process: the last call holds for all.
 
     Numba is imported here and not before: the numpy backend and the help texts do without it.
+
+    Raises UserError: more threads than there are.
     """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if threads is not None and not 1 <= threads <= cores:
+        raise UserError(f"--threads {threads}: this machine offers 1 to {cores}")
     if name == "numpy":
+        from threadpoolctl import threadpool_limits
+
         from mhmoe_np.operations import numpy_ref
 
+        threadpool_limits(threads or cores, user_api="blas")
         return numpy_ref
     from mhmoe_np.operations.numba_cpu import NumbaOperations
 
-    return NumbaOperations(keep_buffers=keep_buffers)
+    return NumbaOperations(threads=threads, keep_buffers=keep_buffers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numba import config, set_num_threads
+
 from mhmoe_np.operations.numba_cpu.attention import Attention
 from mhmoe_np.operations.numba_cpu.dispatch import DispatchOperations
 from mhmoe_np.operations.numba_cpu.experts import Experts
@@ -25,6 +27,8 @@ class NumbaOperations(
     Making one keeps every BLAS of the process on one thread; the parallelism is Numba's.
     """
 
-    def __init__(self, *, keep_buffers: bool = False) -> None:
+    def __init__(self, *, threads: int | None = None, keep_buffers: bool = False) -> None:
+        """Make the table; `threads` None leaves Numba's own choice, one for each core."""
         super().__init__(keep_buffers=keep_buffers)
         limit_blas()
+        set_num_threads(min(threads or config.NUMBA_NUM_THREADS, config.NUMBA_NUM_THREADS))

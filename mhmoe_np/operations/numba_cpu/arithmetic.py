@@ -15,12 +15,17 @@ from mhmoe_np.operations.numba_cpu.compiling import FAST, reduction, task
 f32 = np.float32
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+def _intrinsic(definition: Any) -> Any:
+    """`intrinsic`, whose type hints describe the definition and not the call."""
+    return intrinsic(definition)
+
+
+@_intrinsic
 def _bits_of(typing_context: Any, x: Any) -> Any:
     return types.int32(types.float32), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(32))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _float_of(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
 
@@ -34,7 +39,7 @@ def exp(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(exp, jit_options={"fastmath": FAST, "error_model": "numpy"})  # type: ignore[untyped-decorator]
+@overload(exp, jit_options={"fastmath": FAST, "error_model": "numpy"})
 def _compiled_exp(x: Any) -> Any:
     if x == types.float64:
 

@@ -24,11 +24,12 @@ def limit_blas() -> None:
         library.set_num_threads(1)
 
 
-def _external(dtype: types.Type) -> types.ExternalFunction:
-    pointer = types.CPointer(dtype)
+def _external(dtype: Any) -> Any:
+    pointer = types.CPointer(dtype)  # type: ignore[no-untyped-call]
+    signature: Any = types.intc
     return types.ExternalFunction(
         "numba_xxgemm",
-        types.intc(
+        signature(
             types.char,  # kind: s or d
             types.char,  # n or t, first matrix
             types.char,  # n or t, second matrix
@@ -66,7 +67,7 @@ def _xxgemm(
     raise NotImplementedError("compiled code only")
 
 
-@overload(_xxgemm)  # type: ignore[untyped-decorator]
+@overload(_xxgemm)
 def _compiled_xxgemm(
     trans_a: Any,
     trans_b: Any,

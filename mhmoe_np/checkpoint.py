@@ -1,0 +1,141 @@
+"""Checkpoint directories: a model's configuration, weights and tokenizer, and the training state.
+
+Source   [spec 1]. Written to a temporary directory and renamed, so a checkpoint is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from numpy.typing import DTypeLike
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from mhmoe_np.config import Natural, StrictModel, first_fault, read_model_config
+from mhmoe_np.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer
+from mhmoe_np.errors import UserError
+from mhmoe_np.files import write_directory_atomically, write_json
+from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.tensors import read_into, save_tensors
+from mhmoe_np.types import FloatArray
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+GENERATION = "generation_config.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
+
+
+class TrainerState(StrictModel):
+    """Where a run stands; with the weights and the moments it is all that a resumed run needs.
+
+    Batches, weights and schedule are pure functions of (seed, step), so no generator's state is kept.
+    """
+
+    version: int = 1
+    step: Natural  # updates made
+    seed: Natural
+    sequences: Natural  # training sequences consumed: the data cursor
+    config_sha256: str  # of the run's configuration, less what may change between sittings
+
+
+class Moments(NamedTuple):
+    """AdamW's running means, laid out like the parameters."""
+
+    first: Parameters
+    second: Parameters
+
+    def tensors(self) -> dict[str, FloatArray]:
+        """Both means under the tensors' names with a prefix."""
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, moment in (("first_moment", self.first), ("second_moment", self.second))
+            for name, tensor in moment.tensors.items()
+        }
+
+
+def save_model(directory: Path, parameters: Parameters, tokenizer: Tokenizer | None) -> None:
+    """Write `config.json`, `model.safetensors` and, with a tokenizer, its files into `directory`."""
+    write_json(directory / CONFIG, parameters.config.model_dump())
+    save_tensors(directory / WEIGHTS, parameters.tensors)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory / TOKENIZER)
+        write_json(directory / GENERATION, {"eos_token_id": end_of_text_id(tokenizer)})
+
+
+def save_checkpoint(
+    directory: Path,
+    parameters: Parameters,
+    tokenizer: Tokenizer,
+    moments: Moments,
+    state: TrainerState,
+) -> None:
+    """Write a whole checkpoint as `directory`, which must not exist yet.
+
+    Raises OSError: the disk is full or refuses; then nothing is left behind.
+    """
+
+    def fill(temporary: Path) -> None:
+        save_model(temporary, parameters, tokenizer)
+        save_tensors(temporary / OPTIMIZER, moments.tensors())
+        write_json(temporary / STATE, state.model_dump())
+
+    write_directory_atomically(directory, fill)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, or the last checkpoint of the run folder it is.
+
+    Raises UserError: it is neither.
+    """
+    if (path / CONFIG).is_file():
+        return path
+    checkpoints = checkpoints_of(path)
+    if checkpoints:
+        return checkpoints[-1]
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint or run folder")
+    raise UserError(f"{path}: neither a checkpoint ({CONFIG} is missing) nor a run folder with one")
+
+
+def load_model(checkpoint: Path, dtype: DTypeLike) -> Parameters:
+    """The weights of a checkpoint directory, every tensor accounted for.
+
+    Raises UserError: a file is missing, damaged, or does not fit the configuration.
+    """
+    parameters = Parameters(read_model_config(checkpoint / CONFIG), dtype)
+    read_into(checkpoint / WEIGHTS, parameters.tensors)
+    return parameters
+
+
+def load_checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    Raises UserError: there is none (one made by `init` has none) or it is damaged.
+    """
+    path = checkpoint / TOKENIZER
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; put the tokenizer.json of the model's text there")
+    return load_tokenizer(path)
+
+
+def load_training_state(checkpoint: Path, moments: Moments) -> TrainerState:
+    """Fill the moments and return the state.
+
+    Raises UserError: a file is missing, damaged, or does not fit the configuration.
+    """
+    path = checkpoint / STATE
+    try:
+        state = TrainerState.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_fault(error, TrainerState.model_fields)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; resume from another one") from None
+    read_into(checkpoint / OPTIMIZER, moments.tensors())
+    return state

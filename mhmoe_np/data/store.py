@@ -1,0 +1,203 @@
+"""The token store: a flat file of token ids, mapped into memory, and a JSON sidecar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import ValidationError, model_validator
+from tokenizers import Tokenizer
+
+from mhmoe_np import files
+from mhmoe_np.config import Natural, Positive, StrictModel, first_fault
+from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
+from mhmoe_np.errors import UserError
+from mhmoe_np.types import IntArray
+
+VERSION: Literal[1] = 1
+# The byte order is part of the format.
+DTYPES: dict[str, np.dtype[np.unsignedinteger[Any]]] = {
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+}
+# The library's encodings take some hundred bytes per token; this bounds those alive at a time (a
+# longer document is a chunk of its own).
+CHARACTERS_PER_CHUNK = 4_000_000
+
+
+class StoreHeader(StrictModel):
+    """The keys of the sidecar. `bytes` and `words` are of the documents, without what separates."""
+
+    version: Literal[1] = VERSION
+    name: str
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_sha256: str
+    vocab_size: Positive
+    document_offsets: tuple[Natural, ...]  # the token at which each document starts
+    documents: Positive
+    tokens: Positive
+    bytes: Natural
+    words: Natural
+
+    @model_validator(mode="after")
+    def _offsets_fit(self) -> Self:
+        if len(self.document_offsets) != self.documents:
+            raise ValueError(
+                f"document_offsets: {len(self.document_offsets)} for {self.documents} documents"
+            )
+        if max(self.document_offsets) > self.tokens:
+            raise ValueError(f"document_offsets: beyond the {self.tokens} tokens")
+        return self
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An open store: the sidecar, and the read-only stream of token ids."""
+
+    header: StoreHeader
+    token_W: IntArray
+
+
+def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[IntArray, tuple[int, ...]]:
+    """Encode documents into one stream with an end of text between neighbours.
+
+    `tokenizer` comes from `train_tokenizer` or `load_tokenizer`.
+
+    Returns token_W, uint16 where every id fits and else uint32, and the offset into it at which
+    each document starts.
+
+    Raises UserError: the tokenizer has no end of text or cannot encode the text.
+    """
+    dtype = DTYPES[_dtype_name(tokenizer)]
+    separator = np.array([end_of_text_id(tokenizer)], dtype=dtype)
+    pieces: list[IntArray] = []
+    offsets: list[int] = []
+    length = 0
+    for chunk in _chunks(documents):
+        for encoding in _encode(chunk, tokenizer):
+            if offsets:
+                pieces.append(separator)
+                length += 1
+            offsets.append(length)
+            pieces.append(np.array(encoding, dtype=dtype))
+            length += len(encoding)
+    return np.concatenate([np.empty(0, dtype=dtype), *pieces]), tuple(offsets)
+
+
+def write_store(
+    path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str
+) -> TokenStore:
+    """Tokenise `documents` into `<path>.bin` and `<path>.json`, and open them.
+
+    The folder must exist; an older store at `path` is replaced. The sidecar goes first and comes
+    last: an interruption leaves no sidecar rather than one beside another's tokens.
+
+    Raises UserError: there is nothing to store, or as `tokenise`.
+    """
+    token_W, offsets = tokenise(documents, tokenizer)
+    if not len(token_W):
+        raise UserError(f"{name}: has no token to store; add some text")
+    header = StoreHeader(
+        name=name,
+        dtype=_dtype_name(tokenizer),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        vocab_size=id_count(tokenizer),
+        document_offsets=offsets,
+        documents=len(offsets),
+        tokens=len(token_W),
+        bytes=sum(len(document.encode()) for document in documents),
+        words=sum(len(document.split()) for document in documents),
+    )
+    sidecar_path = _sidecar_path(path)
+    sidecar_path.unlink(missing_ok=True)
+    files.write_atomically(_token_path(path), token_W.tofile)
+    files.write_json(sidecar_path, header.model_dump())
+    return open_store(path, tokenizer_sha256=header.tokenizer_sha256)
+
+
+def open_store(path: Path, *, tokenizer_sha256: str) -> TokenStore:
+    """Map the store at `path` into memory, read-only.
+
+    Raises UserError: a file is missing, unreadable or of the wrong size, or the store is of another
+    version or was made with another tokenizer than that of hash `tokenizer_sha256`.
+    """
+    header = _read_header(_sidecar_path(path))
+    if header.tokenizer_sha256 != tokenizer_sha256:
+        raise UserError(
+            f"{_sidecar_path(path)}: was made with another tokenizer; tokenise the text again"
+        )
+    token_path = _token_path(path)
+    dtype = DTYPES[header.dtype]
+    try:
+        size = token_path.stat().st_size
+        if size != header.tokens * dtype.itemsize:
+            raise UserError(
+                f"{token_path}: has {size} bytes, not {header.tokens * dtype.itemsize}; "
+                "tokenise the text again"
+            )
+        return TokenStore(header, np.memmap(token_path, dtype=dtype, mode="r"))
+    except OSError as error:
+        raise _unreadable(token_path, error) from None
+
+
+def _dtype_name(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    return "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
+
+
+def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    length = 0
+    for document in documents:
+        if chunk and length + len(document) > CHARACTERS_PER_CHUNK:
+            yield chunk
+            chunk, length = [], 0
+        chunk.append(document)
+        length += len(document)
+    yield chunk
+
+
+def _encode(documents: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    try:
+        encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(
+            f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"
+        ) from None
+    for encoding in encodings:
+        yield encoding.ids
+
+
+def _token_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.bin")
+
+
+def _sidecar_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_header(path: Path) -> StoreHeader:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise UserError(
+            f"{path}: is not a token store of version {VERSION} (got {version!r}); "
+            "tokenise the text again"
+        )
+    try:
+        return StoreHeader.model_validate_json(text)
+    except ValidationError as error:
+        reason = first_fault(error, StoreHeader.model_fields)
+        raise UserError(f"{path}: {reason}; tokenise the text again") from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"{path}: cannot be read: {reason}; tokenise the text again")

@@ -1,0 +1,114 @@
+"""The byte-level BPE tokenizer: training, saving, loading.
+
+Source: GPT-2's byte-level BPE, by the `tokenizers` library. Departs in one point: the name of a
+special token inside a document is encoded as ordinary text, so no document can end another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mhmoe_np import files
+from mhmoe_np.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+    "[EOS]",
+)
+MINIMUM_VOCAB_SIZE = 257  # the 256 bytes and the end of text
+
+# The library's threads do not survive a fork: the child warns, or hangs with the value "true". One
+# thread tokenises about a megabyte a second. The user's own setting stands.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Train a lossless byte-level BPE; the end of text has id 0.
+
+    The same documents in the same order give the same tokenizer. Its vocabulary is smaller than
+    `vocab_size` where the text has no more pairs to merge.
+
+    Raises UserError: `vocab_size` is below 257.
+    """
+    if vocab_size < MINIMUM_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size: {vocab_size} is below {MINIMUM_VOCAB_SIZE}, "
+            "which the bytes and the end of text need; raise it"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return _prepared(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a `tokenizer.json`, ours or another's; its truncation and padding are switched off.
+
+    Raises UserError: the file is missing or holds no tokenizer.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a tokenizer.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; give a tokenizer.json") from None
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # The library raises nothing narrower.
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: holds no tokenizer: {reason}; give a tokenizer.json") from None
+    return _prepared(tokenizer)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a `tokenizer.json` atomically; its folder must exist."""
+    files.write_text(path, tokenizer.to_str(pretty=True) + "\n")
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Find the token that separates documents.
+
+    Raises UserError: the vocabulary has none of the usual ones.
+    """
+    for name in END_OF_TEXT_NAMES:
+        token_id = tokenizer.token_to_id(name)
+        if token_id is not None:
+            return token_id
+    raise UserError(
+        f"tokenizer: its vocabulary has no end of text; add one of {', '.join(END_OF_TEXT_NAMES)}"
+    )
+
+
+def id_count(tokenizer: Tokenizer) -> int:
+    """Count the ids a model of this tokenizer needs: one more than the highest, holes included."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Hash everything that the tokenizer does, as 64 hexadecimal digits."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _prepared(tokenizer: Tokenizer) -> Tokenizer:
+    # Not part of tokenizer.json: must be set anew on every tokenizer.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

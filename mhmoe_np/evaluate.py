@@ -1,0 +1,105 @@
+"""Perplexity of a text: per token, word and byte, and bits per byte.
+
+Protocol: the documents of a domain are joined by the end-of-text token into one stream, cut into
+disjoint windows; every token after the first of the stream is scored once, given what precedes it in
+its window. Balance and z-loss are never part of it, and capacity never applies [D4], so the result
+does not depend on how many windows go at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhmoe_np.data.documents import Domain
+from mhmoe_np.data.store import tokenise
+from mhmoe_np.errors import UserError
+from mhmoe_np.model.language_model import Model, forward
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.types import IntArray
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """Total NLL in nats over the scored tokens; words and bytes of the original text."""
+
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The counts and the four derived figures; null where one exceeds a float."""
+        return {
+            **asdict(self),
+            "token_ppl": _exp(self.nll / self.tokens),
+            "word_ppl": _exp(self.nll / max(1, self.words)),
+            "byte_ppl": _exp(self.nll / self.bytes),
+            "bits_per_byte": self.nll / self.bytes / math.log(2),
+        }
+
+
+def _exp(x: float) -> float | None:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return None
+
+
+def score_stream(
+    model: Model, token_W: IntArray, *, window: int, batch_tokens: int, ops: Operations
+) -> float:
+    """Total NLL in nats of token_W[1:].
+
+    window: inputs of one window; batch_tokens: about how many inputs go through the model at once.
+    """
+    inputs = len(token_W) - 1
+    whole = inputs // window
+    total = 0.0
+    per_batch = max(1, batch_tokens // window)
+    for first in range(0, whole, per_batch):
+        rows = min(per_batch, whole - first)
+        start = first * window
+        total += _score(model, token_W[start : start + rows * window + 1], rows, ops=ops)
+    if inputs % window:
+        total += _score(model, token_W[whole * window :], 1, ops=ops)
+    return total
+
+
+def _score(model: Model, token_W: IntArray, windows: int, *, ops: Operations) -> float:
+    """NLL of equal windows that follow each other, each sharing its last token with the next."""
+    with ops.scope():
+        input_BT = token_W[:-1].astype(np.int64).reshape(windows, -1)
+        target_N = token_W[1:].astype(np.int64)
+        counted_N = np.ones(len(target_N), np.bool_)
+        x_ND, _, _ = forward(model, input_BT, counted_N, drop=False, ops=ops)
+        nll_N = ops.token_nll(x_ND, model.parameters.output_VD, target_N)
+        return float(nll_N.sum(dtype=np.float64))
+
+
+def evaluate(
+    model: Model,
+    domain: Domain,
+    tokenizer: Tokenizer,
+    *,
+    ops: Operations,
+    batch_tokens: int = 4096,
+) -> DomainScore:
+    """Score a domain in windows of the model's `max_position_embeddings`.
+
+    Raises UserError: the text is a single token, or its tokenizer knows ids the model lacks.
+    """
+    token_W, _ = tokenise(domain.documents, tokenizer)
+    if len(token_W) < 2:
+        raise UserError(f"domain {domain.name}: one token alone cannot be scored; give more text")
+    if int(token_W.max()) >= model.config.vocab_size:
+        raise UserError(
+            f"domain {domain.name}: token id {int(token_W.max())} is beyond the model's vocab_size "
+            f"{model.config.vocab_size}; the tokenizer is not the model's"
+        )
+    window = model.config.max_position_embeddings
+    nll = score_stream(model, token_W, window=window, batch_tokens=batch_tokens, ops=ops)
+    return DomainScore(nll, len(token_W) - 1, domain.word_count, domain.byte_count)

@@ -1,0 +1,86 @@
+"""Continuing a prompt, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenizer import end_of_text_id
+from mhmoe_np.errors import UserError
+from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.types import FloatArray
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; temperature 0 takes the most probable one."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+def next_token(logits_V: FloatArray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draw from softmax(logits / temperature), of the top_k most probable, of the top_p nucleus.
+
+    The nucleus is the smallest set of most probable tokens whose probabilities reach top_p
+    (Holtzman et al., arXiv 1904.09751). Ties keep the lower id.
+    """
+    if sampling.temperature == 0:
+        return int(np.argmax(logits_V))
+    order = np.argsort(-logits_V, kind="stable")[: sampling.top_k]
+    scaled = logits_V[order].astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled[0])
+    p /= p.sum()
+    if sampling.top_p is not None:
+        nucleus = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1
+        order, p = order[:nucleus], p[:nucleus] / p[:nucleus].sum()
+    return int(order[rng.choice(len(order), p=p)])
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ops: Operations,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` in pieces of text, as each becomes whole.
+
+    Ends after `max_new_tokens`, at the end-of-text token, or when all positions are used. An empty
+    prompt starts a new text: the model is given the end-of-text token.
+
+    Raises UserError: the prompt leaves no position for a new token.
+    """
+    config = model.config
+    end_of_text = end_of_text_id(tokenizer)
+    id_T = tokenise([prompt], tokenizer)[0] if prompt else np.array([end_of_text])
+    room = config.max_position_embeddings - len(id_T)
+    if room < 1:
+        raise UserError(
+            f"--prompt: its {len(id_T)} tokens leave no room in the model's "
+            f"{config.max_position_embeddings} positions; shorten it"
+        )
+    length = min(max_new_tokens, room)
+    rng = np.random.default_rng(sampling.seed)
+    cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length)
+    stream = DecodeStream(skip_special_tokens=False)
+    new_T = id_T.astype(np.int64)
+    for _ in range(length):
+        logits_V = decode(model, cache, new_T[None], ops=ops)[0]
+        token = next_token(logits_V[: tokenizer.get_vocab_size()], sampling, rng)
+        if token == end_of_text:
+            return
+        text = stream.step(tokenizer, token)
+        if text:
+            yield text
+        new_T = np.array([token])

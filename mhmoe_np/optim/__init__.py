@@ -1,0 +1,1 @@
+"""What an update of the parameters needs besides their gradient."""

@@ -1,0 +1,259 @@
+"""The training loop: batches in, weights out, and nothing lost but the current step.
+
+A batch is a pure function of (seed, step) and nothing else is random, so a resumed run is the same
+run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import numpy as np
+
+from mhmoe_np.checkpoint import (
+    CHECKPOINTS,
+    Moments,
+    TrainerState,
+    checkpoints_of,
+    load_training_state,
+    save_checkpoint,
+)
+from mhmoe_np.checkpoint import WEIGHTS as WEIGHTS_FILE
+from mhmoe_np.data.batches import Batches
+from mhmoe_np.data.tokenizer import load_tokenizer
+from mhmoe_np.errors import UserError
+from mhmoe_np.files import remove_directory, remove_leftovers
+from mhmoe_np.layers.balance import RouterStatistics
+from mhmoe_np.model.language_model import Batch, Losses, Model, loss_and_gradient
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.optim.schedule import learning_rate, weight_decay
+from mhmoe_np.run_config import RunConfig
+from mhmoe_np.run_folder import METRICS, TOKENIZER, cut_metrics, training_store
+from mhmoe_np.tensors import read_into
+
+
+class TrainingFailure(Exception):
+    """Training cannot go on: the message says at which step, why, and what was kept."""
+
+
+class StepReport(NamedTuple):
+    """One step of a run: a line of `metrics.jsonl`."""
+
+    step: int  # counted from 1
+    loss: float  # nats; nll + the coefficients times the two below
+    nll: float
+    aux_loss: float  # summed over layers
+    z_loss: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    dropped: int  # choices beyond capacity
+    busiest_expert: float  # the largest share of choices, times E: 1 when balanced; the worst layer
+    tokens: int  # trained on so far
+    tokens_per_s: float
+
+
+class Trainer:
+    """A run in a run folder, from its last checkpoint or from the start.
+
+    Attributes:
+        model: the model as trained so far.
+        step: updates made.
+    """
+
+    def __init__(self, run: Path, config: RunConfig, ops: Operations) -> None:
+        """Open the run's data and state.
+
+        Raises UserError: the data or the last checkpoint is damaged or of another configuration.
+        """
+        self.run, self.config, self._ops = run, config, ops
+        self._tokenizer = load_tokenizer(run / TOKENIZER)
+        self._batches = Batches(
+            training_store(run).token_W,
+            sequence_length=config.training.sequence_length,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+        )
+        parameters = Parameters(config.model, np.float32)
+        self._gradient = Parameters(config.model, np.float32)
+        self._moments = Moments(
+            Parameters(config.model, np.float32), Parameters(config.model, np.float32)
+        )
+        self.step = 0
+        (run / CHECKPOINTS).mkdir(exist_ok=True)
+        remove_leftovers(run / CHECKPOINTS)
+        checkpoints = checkpoints_of(run)
+        if checkpoints:
+            self._restore(checkpoints[-1], parameters)
+        else:
+            initialise(parameters, config.training.seed)
+        self.model = Model.of(parameters)
+
+    def _restore(self, checkpoint: Path, parameters: Parameters) -> None:
+        state = load_training_state(checkpoint, self._moments)
+        if state.config_sha256 != self.config.identity():
+            raise UserError(f"{checkpoint}: was made with another configuration than {self.run}'s")
+        read_into(checkpoint / WEIGHTS_FILE, parameters.tensors)
+        self.step = state.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was made."""
+        return self.step >= self.config.training.steps
+
+    def train(self, on_step: Callable[[StepReport], None]) -> int | None:
+        """Go on to the last step; return the signal that ended it early, if one did.
+
+        SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+
+        Raises TrainingFailure: the loss is not finite; UserError: a file cannot be written.
+        """
+        cut_metrics(self.run, self.step)
+        every = self.config.training.checkpoint_every
+        with _signals() as received, (self.run / METRICS).open("a", encoding="utf-8") as metrics:
+            while not self.finished:
+                report = self._train_step()
+                metrics.write(json.dumps(report._asdict()) + "\n")
+                metrics.flush()
+                on_step(report)
+                if self.step % every == 0 or self.finished or received:
+                    self.save()
+                if received:
+                    return received[0]
+        return None
+
+    def _train_step(self) -> StepReport:
+        start = time.perf_counter()
+        training, optimizer = self.config.training, self.config.optimizer
+        tokens_BT1 = self._batches.batch(self.step)
+        parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
+        losses, statistics = loss_and_gradient(
+            self.model,
+            self._gradient,
+            [Batch(np.ascontiguousarray(part[:, :-1]), part[:, 1:]) for part in parts],
+            ops=self._ops,
+        )
+        norm = math.sqrt(self._ops.sum_of_squares(self._gradient.flat_P))
+        if not math.isfinite(losses.loss + norm):
+            self._fail(losses)
+        settings = AdamWSettings(
+            learning_rate(
+                self.step,
+                total_steps=training.steps,
+                kind=optimizer.schedule,
+                peak=optimizer.learning_rate,
+                final=optimizer.final_learning_rate,
+                warmup_steps=optimizer.warmup_steps,
+                second_stage_peak=optimizer.second_stage_learning_rate,
+            ),
+            optimizer.beta1,
+            optimizer.beta2,
+            optimizer.epsilon,
+            weight_decay(
+                self.step,
+                total_steps=training.steps,
+                kind=optimizer.schedule,
+                decay=optimizer.weight_decay,
+            ),
+        )
+        self._ops.adamw_in_place(
+            self.model.parameters.flat_P,
+            self._gradient.flat_P,
+            self._moments.first.flat_P,
+            self._moments.second.flat_P,
+            step=self.step + 1,
+            gradient_scale=min(1.0, optimizer.clip_norm / max(norm, 1e-30)),
+            settings=settings,
+        )
+        self.step += 1
+        batch_tokens = training.batch_size * training.sequence_length
+        return StepReport(
+            step=self.step,
+            **losses._asdict(),
+            learning_rate=settings.learning_rate,
+            gradient_norm=norm,
+            dropped=sum(layer.dropped for layer in statistics),
+            busiest_expert=max((_busiest(layer) for layer in statistics), default=1.0),
+            tokens=self.step * batch_tokens,
+            tokens_per_s=batch_tokens / (time.perf_counter() - start),
+        )
+
+    def _fail(self, losses: Losses) -> None:
+        """Keep the state before the step that went wrong, and say where it did."""
+        suspects = {"weight": self.model.parameters, "gradient": self._gradient}
+        first = next(
+            (
+                f"{kind} {name}"
+                for kind, group in suspects.items()
+                for name, tensor in group.tensors.items()
+                if not np.isfinite(tensor).all()
+            ),
+            "the loss",
+        )
+        kept = self.save()
+        raise TrainingFailure(
+            f"step {self.step + 1}: loss {losses.loss}; first non-finite: {first}; the state before "
+            f"this step is {kept} (its batch follows from seed and step); "
+            "lower optimizer.learning_rate or raise optimizer.warmup_steps"
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step, unless there is one, and drop the oldest.
+
+        Raises UserError: the disk is full or refuses; earlier checkpoints stay.
+        """
+        directory = self.run / CHECKPOINTS / f"step-{self.step:08d}"
+        if directory.exists():
+            return directory
+        training = self.config.training
+        state = TrainerState(
+            step=self.step,
+            seed=training.seed,
+            sequences=self.step * training.batch_size,
+            config_sha256=self.config.identity(),
+        )
+        try:
+            save_checkpoint(directory, self.model.parameters, self._tokenizer, self._moments, state)
+        except OSError as error:
+            raise UserError(
+                f"{directory}: cannot be written: {error.strerror}; free some space and continue "
+                "with --resume auto: earlier checkpoints are whole"
+            ) from None
+        for old in checkpoints_of(self.run)[: -training.keep_checkpoints]:
+            remove_directory(old)
+        return directory
+
+
+def _busiest(statistics: RouterStatistics) -> float:
+    choice_E = statistics.choice_E
+    return float(choice_E.max() * len(choice_E) / max(1, choice_E.sum()))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one acts as it always did."""
+    received: list[int] = []
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+    def note(kind: int, _frame: FrameType | None) -> None:
+        received.append(kind)
+        restore()
+
+    for kind in previous:
+        signal.signal(kind, note)
+    try:
+        yield received
+    finally:
+        restore()
