@@ -1,0 +1,161 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models
+
+from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_text_id,
+    id_count,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+from mhmoe_np.errors import UserError
+
+
+def run_python(code: str, **environment: str) -> str:
+    inherited = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_the_vocabulary_is_the_end_of_text_the_bytes_and_merges(tokenizer):
+    assert id_count(tokenizer) == tokenizer.get_vocab_size() == 500
+    assert tokenizer.id_to_token(0) == END_OF_TEXT
+    assert id_count(train_tokenizer([], vocab_size=257)) == 257
+
+
+def test_training_is_the_same_in_every_process():
+    code = (
+        "from mhmoe_np.data.documents import embedded_domains\n"
+        "from mhmoe_np.data.tokenizer import train_tokenizer\n"
+        "documents = [text for domain in embedded_domains() for text in domain.documents[:10]]\n"
+        "print(train_tokenizer(documents, vocab_size=1000).to_str())"
+    )
+    serial = run_python(code, PYTHONHASHSEED="1")
+    parallel = run_python(code, PYTHONHASHSEED="2", TOKENIZERS_PARALLELISM="true")
+    assert serial == parallel
+    assert len(json.loads(serial)["model"]["vocab"]) == 1000
+
+
+def test_no_thread_is_left_and_a_fork_after_encoding_neither_warns_nor_hangs():
+    code = (
+        "import os, psutil\n"
+        "from mhmoe_np.data.store import tokenise\n"
+        "from mhmoe_np.data.tokenizer import train_tokenizer\n"
+        "documents = ['some text'] * 100\n"
+        "threads = psutil.Process().num_threads()\n"
+        "tokenizer = train_tokenizer(documents, vocab_size=257)\n"
+        "tokenise(documents, tokenizer)\n"
+        "assert psutil.Process().num_threads() == threads\n"
+        "child = os.fork()\n"
+        "tokenise(documents, tokenizer)\n"
+        "if child: print(os.waitpid(child, 0)[1])"
+    )
+    assert run_python(code) == "0\n"
+
+
+@settings(deadline=None)
+@example("")
+@example("  two spaces at both ends  ")
+@example("\x00\x01\x7f\r\n\t\x85\u2028\ufeff\ufffd")
+@example("👩‍👩‍👧‍👦🏳️‍🌈 é e\u0301 ﬁ ")
+@example(f"a{END_OF_TEXT}b {END_OF_TEXT} {END_OF_TEXT}")
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_survives_encoding_and_decoding(tokenizer, text):
+    token_W, _ = tokenise([text], tokenizer)
+    assert tokenizer.decode(token_W.tolist(), skip_special_tokens=False) == text
+    assert end_of_text_id(tokenizer) not in token_W
+
+
+def test_text_full_of_the_end_of_text_does_not_merge_into_it():
+    documents = [f"{END_OF_TEXT}{END_OF_TEXT} {END_OF_TEXT}"] * 50
+    tokenizer = train_tokenizer(documents, vocab_size=400)
+    assert 0 not in tokenise(documents[:1], tokenizer)[0]
+
+
+def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(tokenizer, path)
+    loaded = load_tokenizer(path)
+    assert loaded.to_str() == tokenizer.to_str()
+    assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
+    assert list(tmp_path.iterdir()) == [path]
+    text = f"kept {END_OF_TEXT} apart"
+    assert (tokenise([text], loaded)[0] == tokenise([text], tokenizer)[0]).all()
+
+
+def test_different_tokenizers_have_different_hashes(documents, tokenizer):
+    other = train_tokenizer(documents, vocab_size=499)
+    assert len(tokenizer_sha256(other)) == 64
+    assert tokenizer_sha256(other) != tokenizer_sha256(tokenizer)
+
+
+def test_truncation_and_padding_of_a_foreign_tokenizer_are_switched_off(tokenizer, tmp_path):
+    foreign = Tokenizer.from_str(tokenizer.to_str())
+    foreign.enable_truncation(max_length=2)
+    foreign.enable_padding(length=50)
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    token_W, _ = tokenise(["some longer text"], loaded)
+    assert (token_W == tokenise(["some longer text"], tokenizer)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff", b"not\njson", b'{"version": "1.0", "model": {}}']
+)
+def test_a_file_that_holds_no_tokenizer_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: (holds|cannot)") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: no such file"):
+        load_tokenizer(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256])
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(vocab_size):
+    with pytest.raises(UserError, match=f"vocab_size: {vocab_size} is below 257"):
+        train_tokenizer(["text"], vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("name", [END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"])
+def test_the_usual_names_of_the_end_of_text_are_found(name):
+    foreign = Tokenizer(models.WordLevel({"text": 0, name: 1}))
+    assert end_of_text_id(foreign) == 1
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused():
+    with pytest.raises(UserError, match=r"no end of text; add one of <\|endoftext\|>, </s>"):
+        end_of_text_id(Tokenizer(models.WordLevel({"text": 0})))
+
+
+def test_ids_are_counted_to_the_highest_one_past_any_hole(tokenizer):
+    holed = Tokenizer(models.WordLevel({"text": 0, "</s>": 9}))
+    assert holed.get_vocab_size() == 2
+    assert id_count(holed) == 10
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_special_tokens([AddedToken("<|user|>")])
+    assert id_count(extended) == 501

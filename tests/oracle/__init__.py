@@ -1,0 +1,1 @@
+"""Test-only PyTorch oracle of the model, written from the specification alone."""
