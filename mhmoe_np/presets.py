@@ -1,6 +1,6 @@
 """Named models: the five of the paper's tables, and the same five at a quarter of the width.
 
-Source [spec 7], [P1 section 3]; the quarter-width family is the pilot of paper.md section 5.
+Source [spec 7], [P1 section 3]; the quarter-width family keeps the paper's FLOPs parity exactly.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mhmoe_np.config import ModelConfig
+from mhmoe_np.run_config import Tables
 
 _WIDTHS = {"hidden_size": 768, "intermediate_size": 2048}
 _PAPER_BACKBONE = {
@@ -57,3 +58,47 @@ MODEL_PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     | {f"small-{name}": _preset(name, _SMALL_BACKBONE, width_divisor=4) for name in PAPER_MODELS}
 )
 """Preset name -> model: `paper-<name>` and `small-<name>` for each name of `PAPER_MODELS`."""
+
+_LARGE_TRAINING: Tables = {
+    "training": {
+        "steps": 100_000,
+        "batch_size": 256,
+        "gradient_accumulation_steps": 256,
+        "sequence_length": 2048,
+        "checkpoint_every": 50,
+    },
+    "optimizer": {"learning_rate": 6e-4, "final_learning_rate": 3e-5, "warmup_steps": 375},
+}
+_SMALL_TRAINING: Tables = {
+    "training": {"steps": 900, "batch_size": 16, "sequence_length": 256},
+    "optimizer": {"learning_rate": 2e-3, "final_learning_rate": 1e-4, "warmup_steps": 50},
+}
+DEFAULT_PRESET = "quick"
+_QUICK: Tables = {
+    "model": {
+        "vocab_size": 2048,
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "max_position_embeddings": 256,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+        "moe_heads": 2,
+    },
+    "training": {"steps": 500, "batch_size": 16, "sequence_length": 256, "checkpoint_every": 100},
+    "optimizer": {"learning_rate": 4e-3, "final_learning_rate": 2e-4, "warmup_steps": 30},
+}
+
+RUN_PRESETS: Mapping[str, Tables] = MappingProxyType(
+    {DEFAULT_PRESET: _QUICK}
+    | {
+        name: {
+            "model": config.model_dump(exclude_unset=True),
+            **(_LARGE_TRAINING if name.startswith("paper-") else _SMALL_TRAINING),
+        }
+        for name, config in MODEL_PRESETS.items()
+    }
+)
+"""Preset name -> the tables of a training run."""

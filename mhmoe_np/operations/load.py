@@ -8,6 +8,12 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
 
 
+def cores() -> int:
+    """How many threads can run at once: the cores this process may use, or NUMBA_NUM_THREADS."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(os.environ.get("NUMBA_NUM_THREADS") or allowed or 1)
+
+
 def load_operations(
     name: BackendName, *, threads: int | None = None, keep_buffers: bool = False
 ) -> Operations:
@@ -32,7 +38,7 @@ def load_operations(
 
         from mhmoe_np.operations import numpy_ref
 
-        threadpool_limits(threads or cores, user_api="blas")
+        threadpool_limits(threads or available, user_api="blas")
         return numpy_ref
     from mhmoe_np.operations.numba_cpu import NumbaOperations
 

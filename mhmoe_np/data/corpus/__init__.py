@@ -1,1 +1,1 @@
-"""The embedded corpus: three public-domain texts of one domain each; see README.md."""
+"""The embedded corpus: three domains of public-domain text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numba import config, set_num_threads
+from numba import set_num_threads
 
 from mhmoe_np.operations.numba_cpu.attention import Attention
 from mhmoe_np.operations.numba_cpu.dispatch import DispatchOperations
@@ -31,4 +31,5 @@ class NumbaOperations(
         """Make the table; `threads` None leaves Numba's own choice, one for each core."""
         super().__init__(keep_buffers=keep_buffers)
         limit_blas()
-        set_num_threads(min(threads or config.NUMBA_NUM_THREADS, config.NUMBA_NUM_THREADS))
+        if threads is not None:
+            set_num_threads(threads)

@@ -8,7 +8,7 @@ from typing import Any
 from numba.core import event
 
 
-class _FirstCompilation(event.Listener):  # type: ignore[misc]
+class _FirstCompilation(event.Listener):
     def __init__(self, tell: Callable[[], None]) -> None:
         self._tell: Callable[[], None] | None = tell
 
@@ -23,4 +23,4 @@ class _FirstCompilation(event.Listener):  # type: ignore[misc]
 
 def on_first_compilation(tell: Callable[[], None]) -> None:
     """Call `tell` once, when the first kernel is compiled rather than read from the cache."""
-    event.register("numba:compile", _FirstCompilation(tell))
+    event.register("numba:compile", _FirstCompilation(tell))  # type: ignore[no-untyped-call]

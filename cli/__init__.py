@@ -1,0 +1,1 @@
+"""The command line of mhmoe-np, installed as `mhmoe_cli`."""

@@ -1,0 +1,46 @@
+"""The options that choose a backend, and loading it with a word about compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mhmoe_np.operations.load import cores, load_operations
+from mhmoe_np.operations.table import BackendName, Operations
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def backend_option(command: Command) -> Command:
+    """`--backend numpy|numba`."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["numpy", "numba"]),
+        default="numba",
+        show_default=True,
+        help="numba: fast; numpy: the definition.",
+    )(command)
+
+
+def threads_option(command: Command) -> Command:
+    """`--threads N`."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), help=f"Threads to use (default: {cores()})."
+    )(command)
+
+
+def load(
+    name: BackendName, *, threads: int | None = None, keep_buffers: bool = False
+) -> Operations:
+    """The backend; says so on standard error if its kernels must be compiled first."""
+    if name == "numba":
+        from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
+
+        on_first_compilation(
+            lambda: click.echo(
+                "compiling kernels for this processor (once; under a minute) ...", err=True
+            )
+        )
+    return load_operations(name, threads=threads, keep_buffers=keep_buffers)

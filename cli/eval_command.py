@@ -1,0 +1,73 @@
+"""`mhmoe-np eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option("--domain", "domains", multiple=True, required=True, metavar="NAME=PATH")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="About how many tokens go through the model at once.",
+)
+@threads_option
+@backend_option
+def command(
+    checkpoint: Path,
+    domains: tuple[str, ...],
+    as_json: bool,
+    batch_tokens: int,
+    threads: int | None,
+    backend: BackendName,
+) -> None:
+    """Score texts with a checkpoint, or with the last checkpoint of a run folder.
+
+    A domain's PATH is a .txt or .jsonl file, a folder or a glob. Windows are disjoint and
+    max_position_embeddings long; every token after the first is scored once.
+    """
+    import numpy as np
+
+    from mhmoe_cli.scores import print_scores
+    from mhmoe_np.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.data.documents import read_domain
+    from mhmoe_np.evaluate import evaluate
+    from mhmoe_np.model.language_model import Model
+
+    named = [_split(domain) for domain in domains]
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        raise UserError(f"--domain: the name {max(names, key=names.count)!r} is given twice")
+    found = find_checkpoint(checkpoint)
+    texts = [read_domain(name, path) for name, path in named]
+    tokenizer = load_checkpoint_tokenizer(found)
+    model = Model.of(load_model(found, np.float32))
+    ops = load(backend, threads=threads, keep_buffers=True)
+    scores = {
+        text.name: evaluate(model, text, tokenizer, ops=ops, batch_tokens=batch_tokens)
+        for text in texts
+    }
+    if as_json:
+        values = {name: score.as_dict() for name, score in scores.items()}
+        click.echo(json.dumps({"domains": values}, indent=2))
+    else:
+        print_scores(scores)
+
+
+def _split(domain: str) -> tuple[str, str]:
+    name, equals, path = domain.partition("=")
+    if not equals or not name or not path:
+        raise UserError(f"--domain {domain}: must be NAME=PATH")
+    return name, path

@@ -1,0 +1,43 @@
+"""`mhmoe-np gradcheck`."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import click
+
+from mhmoe_cli.backend import load
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--backend",
+    type=click.Choice(["both", "numpy", "numba"]),
+    default="both",
+    show_default=True,
+)
+def command(as_json: bool, backend: Literal["both", "numpy", "numba"]) -> None:
+    """Check every operation and whole models against central differences in float64.
+
+    Prints the worst relative error of each and its bound; exits with 1 if one is exceeded.
+    """
+    from mhmoe_np.gradcheck import check_all
+
+    names: list[BackendName] = ["numpy", "numba"] if backend == "both" else [backend]
+    checks = []
+    for name in names:
+        for check in check_all(load(name)):
+            check = check._replace(name=f"{name}: {check.name}")
+            checks.append(check)
+            if not as_json:
+                verdict = "ok" if check.passed else "FAILED"
+                click.echo(
+                    f"{check.name:60s} {check.max_rel_error:9.2e} <= {check.bound:.0e}  {verdict}"
+                )
+    if as_json:
+        click.echo(json.dumps([check._asdict() for check in checks], indent=2))
+    if not all(check.passed for check in checks):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,33 @@
+"""`mhmoe-np init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mhmoe_np.errors import UserError
+
+
+@click.command()
+@click.argument("config", metavar="CONFIG.json", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@click.option("--seed", required=True, type=click.IntRange(min=0))
+def command(config: Path, out: Path, seed: int) -> None:
+    """Write a checkpoint with random weights: a pure function of the configuration and the seed."""
+    import numpy as np
+
+    from mhmoe_np.checkpoint import save_model
+    from mhmoe_np.config import read_model_config
+    from mhmoe_np.files import write_directory_atomically
+    from mhmoe_np.model.parameters import Parameters, initialise
+
+    parameters = Parameters(read_model_config(config), np.float32)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    initialise(parameters, seed)
+    try:
+        write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

@@ -1,0 +1,58 @@
+"""`mhmoe-np trace`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option(
+    "--tokens",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A .npy or JSON array of ids, [B, T+1]; -100 is padding at a row's right end.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--no-grad", is_flag=True, help="Leave out targets, losses and gradients.")
+@threads_option
+@backend_option
+def command(
+    checkpoint: Path,
+    tokens: Path,
+    out: Path,
+    dtype: str,
+    no_grad: bool,
+    threads: int | None,
+    backend: BackendName,
+) -> None:
+    """Run one forward and backward and write every tensor: inputs, activations, losses, gradients."""
+    from mhmoe_np.checkpoint import find_checkpoint, load_model
+    from mhmoe_np.model.language_model import Model
+    from mhmoe_np.tensors import save_tensors
+    from mhmoe_np.trace import read_tokens, trace
+
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: its folder does not exist; create it first")
+    model = Model.of(load_model(find_checkpoint(checkpoint), dtype))
+    token_ids = read_tokens(
+        tokens,
+        vocab_size=model.config.vocab_size,
+        max_positions=model.config.max_position_embeddings,
+    )
+    ops = load(backend, threads=threads)
+    tensors = trace(model, token_ids, gradients=not no_grad, ops=ops)
+    try:
+        save_tensors(out, tensors)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    click.echo(f"{out}: {len(tensors)} tensors")
