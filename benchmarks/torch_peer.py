@@ -1,4 +1,4 @@
-"""The PyTorch eager peer of the training benchmark: the same model, written as a user would.
+r"""The PyTorch eager peer of the training benchmark: the same model, written as a user would.
 
 Run as a process of its own, so that its threads and its memory allocator are its own:
 
@@ -13,6 +13,8 @@ that N training steps took; `quit` ends it. The tokens are an integer array
 Give the process a memory allocator that keeps what it frees, as performance.md does for the peer:
 MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in its environment.
 """
+
+# ruff: noqa: D102, D107 - __init__ and forward are what PyTorch says they are.
 
 from __future__ import annotations
 
@@ -102,6 +104,8 @@ def benchmark_config(size: str, model: str) -> ModelConfig:
 
 
 class RMSNorm(nn.Module):
+    """Pre-norm of the model width."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
@@ -112,6 +116,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal attention; query, key and value in one projection."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
@@ -134,11 +140,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)), gate and up stacked in one matrix."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
 
 class FeedForward(nn.Module):
+    """SwiGLU, as a dense network or as one expert; gate and up in one matrix."""
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2 * inner, width))
@@ -185,6 +194,8 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config)
@@ -205,6 +216,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The language model and its loss."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.balance_coefficient = config.router_aux_loss_coef

@@ -60,17 +60,17 @@ def group() -> None:
 def main() -> None:
     """Run the command line: 0 done, 1 a check or a run failed, 2 bad input (one line, no traceback)."""
     try:
-        group(prog_name="mhmoe-np", standalone_mode=False)
+        # Outside standalone mode click hands back the code of a command that ended by Exit.
+        code = group(prog_name="mhmoe-np", standalone_mode=False)
     except click.UsageError as error:
         _end(error.format_message(), 2)
     except click.Abort:
         _end("interrupted", 130)
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
     except UserError as error:
         _end(str(error), 2)
     except BrokenPipeError:
         sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _end(line: str, code: int) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
 from mhmoe_cli.backend import backend_option, load, threads_option
+
 from mhmoe_np.errors import UserError
 from mhmoe_np.files import write_json
 from mhmoe_np.operations.load import cores
@@ -204,6 +204,7 @@ def _train(run: Path, config: RunConfig, ops: Operations) -> None:
 def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
     """The held-out text's scores and a sample."""
     from mhmoe_cli.scores import print_scores
+
     from mhmoe_np.data.tokenizer import load_tokenizer
     from mhmoe_np.evaluate import evaluate
     from mhmoe_np.generate import Sampling, generate

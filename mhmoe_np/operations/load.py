@@ -28,11 +28,9 @@ def load_operations(
 
     Raises UserError: more threads than there are.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    if threads is not None and not 1 <= threads <= cores:
-        raise UserError(f"--threads {threads}: this machine offers 1 to {cores}")
+    available = cores()
+    if threads is not None and not 1 <= threads <= available:
+        raise UserError(f"--threads {threads}: this machine offers 1 to {available}")
     if name == "numpy":
         from threadpoolctl import threadpool_limits
 
