@@ -1,0 +1,1 @@
+"""Tests of the operations table: backend against backend, definition, derivative and promise."""

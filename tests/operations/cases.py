@@ -1,0 +1,203 @@
+"""What the tests of this folder share: the two backends, seeded inputs, bounds, one run of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from hypothesis import example, settings
+from hypothesis import strategies as st
+
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.table import AdamWSettings, Operations
+
+NUMPY = load_operations("numpy")
+NUMBA = load_operations("numba")
+BACKENDS = {"numpy": NUMPY, "numba": NUMBA}
+TABLE = {name for name in vars(Operations) if not name.startswith("_")} - {"empty", "scope"}
+DTYPES = [np.float64, np.float32]
+ACTIVATIONS = ["silu", "relu2"]
+
+# float64: reordered sums and fused multiply-adds only, some thousand roundings of 2.2e-16.
+# float32: the same at 1.2e-7, where a reordered sum of n terms is off by up to about sqrt(n)/2
+# roundings of its typical size, n being at most some thousand here; and `exp` adds up to two.
+BOUND = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 64 * 2.0**-23}
+
+
+def quick(max_examples: int) -> settings:
+    """Drawn examples: the same ones in every run, nothing stored."""
+    return settings(max_examples=max_examples, deadline=None, derandomize=True, database=None)
+
+
+def always(cases: list[dict[str, Any]]) -> Callable[[Any], Any]:
+    """Examples that every run tries, beside the drawn ones."""
+
+    def decorate(test: Any) -> Any:
+        for case in cases:
+            test = example(**case)(test)
+        return test
+
+    return decorate
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+class Inputs:
+    """Standard normal arrays of one dtype from one seed."""
+
+    def __init__(self, seed: int, dtype: Any) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.dtype = np.dtype(dtype)
+
+    def __call__(self, *shape: int, spread: float = 1.0) -> Any:
+        return (self.rng.standard_normal(shape) * spread).astype(self.dtype)
+
+    def joint(self, B: int, T: int, A: int, G: int, C: int) -> tuple[Any, Any, Any]:
+        """q, k and v as the model has them: views of one projection."""
+        return heads(self(B, T, A + 2 * G, C), A, G)
+
+    def experts(self, M: int, E: int, K: int, load: str) -> Any:
+        """K different experts for each sub-token.
+
+        load: "even"; "one": the same first choice for all; "half": as few experts as K and half of
+        them allow, so that the others stay empty.
+        """
+        score_ME = self.rng.random((M, E))
+        if load == "one":
+            score_ME[:, E // 2] += 1
+        elif load == "half":
+            score_ME[:, E - max(K, E // 2) :] += 1
+        return np.argsort(-score_ME, axis=1)[:, :K].copy()
+
+
+def heads(qkv_BTQC: Any, A: int, G: int) -> tuple[Any, Any, Any]:
+    return qkv_BTQC[:, :, :A], qkv_BTQC[:, :, A : A + G], qkv_BTQC[:, :, A + G :]
+
+
+def flat(result: Any) -> list[Any]:
+    """The arrays of a result, however nested; None where an optional one is absent."""
+    if isinstance(result, tuple | list):
+        return [array for part in result for array in flat(part)]
+    return [result]
+
+
+def agree(actual: Any, expected: Any, *, unit: float = 1.0) -> None:
+    """Equal integers; floats within BOUND of the largest entry.
+
+    unit: the size of what is summed up, which sets the rounding where the sum itself cancels.
+    """
+    actual, expected = flat(actual), flat(expected)
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if e is None:
+            assert a is None
+            continue
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        if e.dtype.kind != "f":
+            np.testing.assert_array_equal(a, e)
+            continue
+        assert np.isfinite(e).all()
+        error = np.abs(a - e).max(initial=0.0)
+        allowed = BOUND[e.dtype] * max(unit, np.abs(e).max(initial=0.0))
+        assert error <= allowed, f"part {i}: off by {error:.3e}, allowed {allowed:.3e}"
+
+
+def same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(flat(actual), flat(expected), strict=True):
+        if e is None:
+            assert a is None
+            continue
+        a, e = np.asarray(a), np.asarray(e)
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert a.tobytes() == e.tobytes()
+
+
+def copies(arrays: Any) -> list[Any]:
+    return [None if array is None else array.copy() for array in arrays]
+
+
+@contextmanager
+def unchanged(*arrays: Any) -> Iterator[None]:
+    """The operations inside leave these arrays as they are."""
+    before = copies(flat(arrays))
+    yield
+    same_bits(flat(arrays), before)
+
+
+ADAMW = AdamWSettings(
+    learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1
+)
+
+
+def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
+    """Every operation once, on sizes of more than one block: all arrays returned or written."""
+    r = Inputs(seed, dtype)
+    done: dict[str, list[Any]] = {}
+    N, D, O = 300, 37, 530
+    x, w, b, dy, dx = r(N, D), r(O, D), r(O), r(N, O), r(N, D)
+
+    done["linear"] = flat(ops.linear(x, w, b))
+    dw, db = r(O, D), r(O)
+    done["linear_backward"] = [ops.linear_backward(dy, x, w, dw, db), dw, db]
+
+    ids, dw = r.rng.integers(0, O, N), r(O, D)
+    done["embedding"] = [ops.embedding(ids, w)]
+    ops.embedding_backward(x, ids, dw)
+    done["embedding_backward"] = [dw]
+
+    norm_w, dnorm_w = r(D), r(D)
+    y, rstd = ops.rms_norm(x, norm_w, eps=1e-5)
+    done["rms_norm"] = [y, rstd]
+    done["rms_norm_backward"] = [ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w), dnorm_w]
+
+    B, T, A, G, C = 2, 70, 4, 2, 6
+    turned, cos, sin = r(B, T, A, C), r(T, C // 2), r(T, C // 2)
+    ops.rotate_in_place(turned, cos, sin)
+    done["rotate_in_place"] = [turned]
+    q, k, v = r.joint(B, T, A, G, C)
+    out, lse = ops.attention(q, k, v)
+    done["attention"] = [out, lse]
+    dqkv = r(B, T, A + 2 * G, C)
+    ops.attention_backward(r(B, T, A, C), q, k, v, out, lse, *heads(dqkv, A, G))
+    done["attention_backward"] = [dqkv]
+
+    gate_up = r(N, 2 * D)
+    done["gated_activation"] = [ops.gated_activation(gate_up, activation="silu")]
+    done["gated_activation_backward"] = [
+        ops.gated_activation_backward(dx, gate_up, activation="silu")
+    ]
+
+    M, U, F, E, K = 500, 7, 9, 3, 2
+    routing = ops.route(r(M, E), top_k=K, normalise=True)
+    done["route"] = list(routing)
+    counted = r.rng.random(M) < 0.7
+    done["route_backward"] = [
+        ops.route_backward(r(M, K), r(E), r(M), routing, counted, normalise=True)
+    ]
+    sent = ops.dispatch(routing.expert_MK, experts=E, capacity=300)
+    done["dispatch"] = list(sent)
+    given = (r(M, U), routing.gate_MK, sent, r(E, 2 * F, U), r(E, U, F), r(E, F))
+    y, cache = ops.expert_ffn(*given, activation="silu", eps=1e-5)
+    done["expert_ffn"] = flat((y, cache))
+    dweights = [r(E, 2 * F, U), r(E, U, F), r(E, F)]
+    gradients = ops.expert_ffn_backward(r(M, U), *given, cache, *dweights, activation="silu")
+    done["expert_ffn_backward"] = [*gradients, *dweights]
+
+    target = r.rng.integers(0, O, N)
+    target[::5] = -100
+    dw = r(O, D)
+    done["token_nll"] = [ops.token_nll(x, w, target)]
+    done["token_nll_and_gradient"] = [
+        *ops.token_nll_and_gradient(x, w, target, dw, dnll=0.3),
+        dw,
+    ]
+
+    P = 70_000
+    state = [r(P), r(P), r(P), r(P) ** 2]
+    done["sum_of_squares"] = [np.float64(ops.sum_of_squares(state[0]))]
+    ops.adamw_in_place(*state, step=3, gradient_scale=0.5, settings=ADAMW)
+    done["adamw_in_place"] = state
+    return done
