@@ -10,11 +10,9 @@ loaded; `loss` -> "<mean NLL> <NLL + balance loss>" of the first batch; `steps N
 that N training steps took; `quit` ends it. The tokens are an integer array
 [batches, B, T+1], used in turn. The weights have the names of a checkpoint, embedding untied.
 
-Give the process a memory allocator that keeps what it frees, as performance.md does for the peer:
+Give the process a memory allocator that keeps what it frees for a fair comparison:
 MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in its environment.
 """
-
-# ruff: noqa: D102, D107 - __init__ and forward are what PyTorch says they are.
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ CLIP_NORM = 2.0
 
 
 class Size(NamedTuple):
-    """One of the two sizes everything is compared at (performance.md)."""
+    """One of the two sizes everything is compared at."""
 
     batch: int  # B
     backbone: dict[str, int]
@@ -92,7 +90,7 @@ SIZES = {
 
 
 def benchmark_config(size: str, model: str) -> ModelConfig:
-    """The configuration of a model of performance.md: every layer MoE, head untied."""
+    """The configuration of a benchmark model: every layer MoE, head untied."""
     return ModelConfig.model_validate(
         {
             **SIZES[size].backbone,
@@ -127,9 +125,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.o(y.transpose(1, 2).reshape(B, T, D))
 
 

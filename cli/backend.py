@@ -31,9 +31,7 @@ def threads_option(command: Command) -> Command:
     )(command)
 
 
-def load(
-    name: BackendName, *, threads: int | None = None, keep_buffers: bool = False
-) -> Operations:
+def load(name: BackendName, *, threads: int | None = None, keep_buffers: bool = False) -> Operations:
     """The backend; says so on standard error if its kernels must be compiled first."""
     if name == "numba":
         from mhmoe_np.operations.numba_cpu.notice import on_first_compilation

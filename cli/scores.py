@@ -38,9 +38,5 @@ def _figure(value: float | int | None) -> str:
     if value is None:
         return "overflow"
     return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.4g}"
-        if value > 1e5
-        else f"{value:.4f}"
+        f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value > 1e5 else f"{value:.4f}"
     )

@@ -35,18 +35,14 @@ SAMPLE_TOKENS = 120
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--preset", help=f"Named settings (default: {DEFAULT_PRESET}); see the README.")
-@click.option(
-    "--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable."
-)
+@click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder (default: runs/NAME).")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--seed", type=int, help="Seed of weights, split and batches.")
 @threads_option
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps between checkpoints.")
 @click.option("--resume", metavar="auto|PATH", help="Continue a run, bit for bit.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."
-)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @backend_option
 def command(
     config: Path | None,
@@ -70,11 +66,11 @@ def command(
     flags = _flags(data, steps, seed, checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = _continued(resume, out, name)
+    ops = load(backend, threads=threads, keep_buffers=True)
     if run is None:
         run = out or _fresh(Path("runs"), name)
         _start(run, base, settings, flags, threads=threads or cores(), backend=backend)
     resolved = _resolve(run, base if config or preset else None, settings, flags)
-    ops = load(backend, threads=threads, keep_buffers=True)
     _train(run, resolved, ops)
 
 
@@ -91,9 +87,7 @@ def _flags(
     data: tuple[str, ...], steps: int | None, seed: int | None, checkpoint_every: int | None
 ) -> Tables:
     training = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
-    given: Tables = {
-        "training": {key: value for key, value in training.items() if value is not None}
-    }
+    given: Tables = {"training": {key: value for key, value in training.items() if value is not None}}
     return merge(given, {"data": {"paths": list(data)}}) if data else given
 
 
@@ -150,9 +144,7 @@ def _start(
     create_run_folder(run, resolved, threads=threads, backend=backend)
 
 
-def _resolve(
-    run: Path, given: Tables | None, settings: tuple[str, ...], flags: Tables
-) -> RunConfig:
+def _resolve(run: Path, given: Tables | None, settings: tuple[str, ...], flags: Tables) -> RunConfig:
     """The run's saved configuration under what the command line says now.
 
     Raises UserError: they differ in a key that would make it another run.
@@ -222,9 +214,7 @@ def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
     room = min(SAMPLE_TOKENS, trainer.config.model.max_position_embeddings - 1)
     pieces = generate(trainer.model, tokenizer, "", max_new_tokens=room, sampling=sampling, ops=ops)
     click.echo("".join(pieces))
-    write_json(
-        run / EVALUATION, {"domains": {name: score.as_dict() for name, score in scores.items()}}
-    )
+    write_json(run / EVALUATION, {"domains": {name: score.as_dict() for name, score in scores.items()}})
 
 
 class _Progress:

@@ -58,35 +58,27 @@ class ModelConfig(StrictModel):
     moe_head_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
     moe_merge_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
     moe_projection_bias: bool = False
-    norm_topk_prob: bool = Field(
-        default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1
-    )
+    norm_topk_prob: bool = Field(default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1)
     moe_capacity_factor: Annotated[float, Field(gt=0)] | None = None
     shared_expert_intermediate_size: Natural = 0
     router_aux_loss_type: Literal["top1", "topk"] = "top1"
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01
     router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     quantization: Literal["none", "bitnet_b158", "bitnet"] = "none"
-    use_sub_norm: bool = Field(
-        default_factory=lambda data: data.get("quantization", "none") != "none"
-    )
+    use_sub_norm: bool = Field(default_factory=lambda data: data.get("quantization", "none") != "none")
     quantize_moe_projections: bool = False
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         if self.quantization != "none":
-            raise ValueError(
-                f"quantization: {self.quantization!r} is not supported yet; use 'none'"
-            )
+            raise ValueError(f"quantization: {self.quantization!r} is not supported yet; use 'none'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: {self.head_dim} is odd; rotary positions need an even width"
-            )
+            raise ValueError(f"head_dim: {self.head_dim} is odd; rotary positions need an even width")
         if self.num_experts == 0:
             self._refuse_moe_keys_of_a_dense_model()
         else:

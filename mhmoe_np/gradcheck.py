@@ -130,9 +130,7 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
         dw, db = np.zeros_like(w), np.zeros_like(b)
         return ops.linear_backward(dy[0], x, w, dw, db), dw, db
 
-    yield check_operation(
-        "linear", (x, w, b), lambda x, w, b: (ops.linear(x, w, b),), linear_back, rng
-    )
+    yield check_operation("linear", (x, w, b), lambda x, w, b: (ops.linear(x, w, b),), linear_back, rng)
 
     ids, table = np.array([1, 4, 1, 0]), draw(5, 3)
 
@@ -217,9 +215,7 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
         for normed in (False, True):
             inputs = sub_tokens, gate, *weights[: 3 if normed else 2]
 
-            def run(
-                x: FloatArray, g: FloatArray, *w: FloatArray, kind: Activation = activation
-            ) -> Any:
+            def run(x: FloatArray, g: FloatArray, *w: FloatArray, kind: Activation = activation) -> Any:
                 norm = w[2] if len(w) == 3 else None
                 return ops.expert_ffn(x, g, dispatch, w[0], w[1], norm, activation=kind, eps=1e-5)
 

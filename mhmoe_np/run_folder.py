@@ -62,9 +62,7 @@ def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: s
     Raises UserError: `path` exists, or the text or the tokenizer is unfit.
     """
     if path.exists():
-        raise UserError(
-            f"{path}: exists already; choose another --out, or continue with --resume auto"
-        )
+        raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
     domains = read_domains(config.data.paths) if config.data.paths else embedded_domains()
     parts = {
         domain.name: split_documents(

@@ -50,9 +50,7 @@ def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
                         f"the configuration says {list(target.shape)}"
                     )
                 if dtype not in ("F16", "F32", "F64"):
-                    raise UserError(
-                        f"{path}: tensor {name!r} is {dtype}; F16, F32 or F64 is needed"
-                    )
+                    raise UserError(f"{path}: tensor {name!r} is {dtype}; F16, F32 or F64 is needed")
             for name, target in targets.items():
                 target[...] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:

@@ -103,7 +103,7 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
 
 def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None:
     model, ops = _model("dense"), load_operations("numba")
-    with pytest.raises(ValueError, match="0 .. 36"):
+    with pytest.raises(ValueError, match=r"0 \.\. 36"):
         forward(model, np.array([[1, 37]]), np.ones(2, bool), drop=False, ops=ops)
     with pytest.raises(ValueError, match="max_position_embeddings"):
         forward(model, np.zeros((1, 33), int), np.ones(33, bool), drop=False, ops=ops)

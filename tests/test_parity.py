@@ -28,7 +28,7 @@ def changed(preset: str, **keys: object) -> ModelConfig:
 
 
 def test_the_table_of_the_specification():
-    # [spec 7], and the router column of paper.md 1.3.
+    # [spec 7].
     macs = 4_718_592
     assert paper_rows() == [
         ParityRow("dense", 0, 0, 0, 2048, 4_718_592, macs, 0, 0),

@@ -16,9 +16,7 @@ class Batches:
     s*B to s*B + B - 1 of all epochs laid end to end.
     """
 
-    def __init__(
-        self, token_W: IntArray, *, sequence_length: int, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, token_W: IntArray, *, sequence_length: int, batch_size: int, seed: int) -> None:
         """Lay windows of T = `sequence_length` inputs over `token_W`.
 
         `batch_size` is B, the sequences per optimiser step; `seed` is 0 or above.

@@ -58,9 +58,7 @@ def read_domains(paths: Sequence[str]) -> list[Domain]:
 def embedded_domains() -> list[Domain]:
     """Read the corpus that ships with the package: books, speech, lexicon."""
     corpus = resources.files("mhmoe_np.data.corpus")
-    return [
-        _join(name, [_read_file(corpus / f"{name}.txt")], source=name) for name in EMBEDDED_NAMES
-    ]
+    return [_join(name, [_read_file(corpus / f"{name}.txt")], source=name) for name in EMBEDDED_NAMES]
 
 
 def domain_names(paths: Sequence[str]) -> list[str]:

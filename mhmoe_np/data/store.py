@@ -88,9 +88,7 @@ def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[IntArray, 
     return np.concatenate([np.empty(0, dtype=dtype), *pieces]), tuple(offsets)
 
 
-def write_store(
-    path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str
-) -> TokenStore:
+def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str) -> TokenStore:
     """Tokenise `documents` into `<path>.bin` and `<path>.json`, and open them.
 
     The folder must exist; an older store at `path` is replaced. The sidecar goes first and comes

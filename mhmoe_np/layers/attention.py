@@ -26,9 +26,7 @@ class AttentionCache(NamedTuple):
     rstd_N: FloatArray | None
 
 
-def split_heads(
-    qkv_BTQ: FloatArray, config: ModelConfig
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Views q_BTAC, k_BTGC and v_BTGC of the joint projection."""
     B, T, _ = qkv_BTQ.shape
     A, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim

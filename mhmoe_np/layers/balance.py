@@ -38,9 +38,7 @@ class RouterStatistics(NamedTuple):
         )
 
 
-def router_statistics(
-    routing: Routing, dispatch: Dispatch, counted_M: BoolArray
-) -> RouterStatistics:
+def router_statistics(routing: Routing, dispatch: Dispatch, counted_M: BoolArray) -> RouterStatistics:
     """The statistics of one layer on one micro-batch."""
     E = routing.p_ME.shape[1]
     chosen = routing.expert_MK[counted_M]

@@ -79,9 +79,7 @@ def feed_forward_half(
 ) -> tuple[FloatArray, RouterStatistics | None, FeedForwardCache | None, MoeCache | None]:
     """The block's second half without norm and residual: dense or MH-MoE."""
     if is_moe:
-        y_ND, statistics, moe = moe_forward(
-            normed_ND, w, counted_N, drop=drop, config=config, ops=ops
-        )
+        y_ND, statistics, moe = moe_forward(normed_ND, w, counted_N, drop=drop, config=config, ops=ops)
         return y_ND, statistics, None, moe
     y_ND, feed_forward = feed_forward_forward(normed_ND, w, DENSE, config=config, ops=ops)
     return y_ND, None, feed_forward, None

@@ -61,7 +61,5 @@ def feed_forward_backward(
     if cache.rstd_N is not None:
         norm = f"{prefix}.ffn_sub_norm.weight"
         dh_NF = ops.rms_norm_backward(dh_NF, cache.h_NF, w[norm], cache.rstd_N, dw[norm])
-    dgate_up_N2F = ops.gated_activation_backward(
-        dh_NF, cache.gate_up_N2F, activation=config.hidden_act
-    )
+    dgate_up_N2F = ops.gated_activation_backward(dh_NF, cache.gate_up_N2F, activation=config.hidden_act)
     return ops.linear_backward(dgate_up_N2F, cache.x_ND, w[gate_up], dw[gate_up], None)

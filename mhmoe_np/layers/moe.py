@@ -92,9 +92,7 @@ def moe_forward(
     x_MU = x_head_ND.reshape(N * H, U)  # token-major: row n*H + j is head j of token n
 
     logits_ME = ops.linear(x_MU, w[ROUTER], None)
-    routing = ops.route(
-        logits_ME, top_k=config.num_experts_per_tok, normalise=config.norm_topk_prob
-    )
+    routing = ops.route(logits_ME, top_k=config.num_experts_per_tok, normalise=config.norm_topk_prob)
     dispatch = ops.dispatch(
         routing.expert_MK,
         experts=config.num_experts,

@@ -202,9 +202,7 @@ def loss_and_gradient(
     for batch in micro_batches:
         with ops.scope():
             target_N = batch.target_BT.reshape(-1)
-            x_ND, own, cache = forward(
-                model, batch.input_BT, target_N != IGNORED, drop=True, ops=ops
-            )
+            x_ND, own, cache = forward(model, batch.input_BT, target_N != IGNORED, drop=True, ops=ops)
             nll_N, dx_ND = ops.token_nll_and_gradient(
                 x_ND, model.parameters.output_VD, target_N, gradient.output_VD, dnll=1 / targets
             )

@@ -102,9 +102,7 @@ def _experts(prefix: str, config: ModelConfig) -> list[Entry]:
 
 def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
     D = config.hidden_size
-    entries = [
-        _whole(f"{prefix}.gate.weight", (config.num_experts, config.sub_token_width), "linear")
-    ]
+    entries = [_whole(f"{prefix}.gate.weight", (config.num_experts, config.sub_token_width), "linear")]
     projections: list[tuple[bool, str, Distribution, Distribution]] = [
         (config.moe_head_layer, "head_proj", "head", "linear"),
         (config.moe_merge_layer, "merge_proj", "merge", "zeros"),
@@ -140,9 +138,7 @@ def parameter_table(config: ModelConfig) -> list[Entry]:
         if config.is_moe_layer(layer):
             entries += _moe(f"{prefix}.mlp", config)
         else:
-            entries += _feed_forward(
-                f"{prefix}.mlp", D, config.intermediate_size, config.use_sub_norm
-            )
+            entries += _feed_forward(f"{prefix}.mlp", D, config.intermediate_size, config.use_sub_norm)
     entries.append(_whole("model.norm.weight", (D,), "ones"))
     if not config.tie_word_embeddings:
         entries.append(_whole("lm_head.weight", (V, D), "linear"))
@@ -169,9 +165,7 @@ class Parameters:
             length += -(-math.prod(entry.shape) // ALIGNMENT) * ALIGNMENT
         self.flat_P: FloatArray = np.zeros(length, dtype)
         self.arrays: dict[str, FloatArray] = {
-            entry.name: self.flat_P[places[entry.name] :][: math.prod(entry.shape)].reshape(
-                entry.shape
-            )
+            entry.name: self.flat_P[places[entry.name] :][: math.prod(entry.shape)].reshape(entry.shape)
             for entry in self.table
         }
         self.tensors: dict[str, FloatArray] = {
@@ -193,9 +187,7 @@ class Parameters:
 
 def _without_prefix(arrays: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
     return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
     }
 
 

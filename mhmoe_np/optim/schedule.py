@@ -1,6 +1,6 @@
 """Learning rate and weight decay as functions of the step.
 
-Source: warm-up and linear decay [R1], [spec 6]; two stages [paper.md 2.3], the training tips of
+Source: warm-up and linear decay [R1], [spec 6]; two stages: the training tips of
 BitNet b1.58. A step is the index, from 0, of the update about to be made.
 """
 

@@ -28,9 +28,7 @@ def test_every_document_lands_in_one_part_in_its_order(documents, fraction, seed
     assert is_subsequence(validation, documents)
 
 
-@given(
-    documents=st.lists(texts, min_size=2), fraction=fractions.filter(lambda x: x > 0), seed=seeds
-)
+@given(documents=st.lists(texts, min_size=2), fraction=fractions.filter(lambda x: x > 0), seed=seeds)
 def test_validation_stays_within_its_share_or_is_the_shortest_document(documents, fraction, seed):
     training, validation = split_documents(documents, fraction=fraction, seed=seed)
     assert training

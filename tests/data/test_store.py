@@ -141,9 +141,7 @@ def test_a_store_with_a_file_missing_is_refused(path, tokenizer, suffix):
     assert f"train.v1.{suffix}: cannot be read: No such file" in refusal(path, tokenizer)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda data: data[:-2], lambda data: data + b"\0", lambda _: b""]
-)
+@pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0", lambda _: b""])
 def test_a_store_of_the_wrong_size_is_refused(path, tokenizer, change):
     token_path = path.with_name("train.v1.bin")
     size = token_path.stat().st_size

@@ -127,23 +127,21 @@ def unchanged(*arrays: Any) -> Iterator[None]:
     same_bits(flat(arrays), before)
 
 
-ADAMW = AdamWSettings(
-    learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1
-)
+ADAMW = AdamWSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
 
 
 def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     """Every operation once, on sizes of more than one block: all arrays returned or written."""
     r = Inputs(seed, dtype)
     done: dict[str, list[Any]] = {}
-    N, D, O = 300, 37, 530
-    x, w, b, dy, dx = r(N, D), r(O, D), r(O), r(N, O), r(N, D)
+    N, D, V = 300, 37, 530
+    x, w, b, dy, dx = r(N, D), r(V, D), r(V), r(N, V), r(N, D)
 
     done["linear"] = flat(ops.linear(x, w, b))
-    dw, db = r(O, D), r(O)
+    dw, db = r(V, D), r(V)
     done["linear_backward"] = [ops.linear_backward(dy, x, w, dw, db), dw, db]
 
-    ids, dw = r.rng.integers(0, O, N), r(O, D)
+    ids, dw = r.rng.integers(0, V, N), r(V, D)
     done["embedding"] = [ops.embedding(ids, w)]
     ops.embedding_backward(x, ids, dw)
     done["embedding_backward"] = [dw]
@@ -166,17 +164,13 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
 
     gate_up = r(N, 2 * D)
     done["gated_activation"] = [ops.gated_activation(gate_up, activation="silu")]
-    done["gated_activation_backward"] = [
-        ops.gated_activation_backward(dx, gate_up, activation="silu")
-    ]
+    done["gated_activation_backward"] = [ops.gated_activation_backward(dx, gate_up, activation="silu")]
 
     M, U, F, E, K = 500, 7, 9, 3, 2
     routing = ops.route(r(M, E), top_k=K, normalise=True)
     done["route"] = list(routing)
     counted = r.rng.random(M) < 0.7
-    done["route_backward"] = [
-        ops.route_backward(r(M, K), r(E), r(M), routing, counted, normalise=True)
-    ]
+    done["route_backward"] = [ops.route_backward(r(M, K), r(E), r(M), routing, counted, normalise=True)]
     sent = ops.dispatch(routing.expert_MK, experts=E, capacity=300)
     done["dispatch"] = list(sent)
     given = (r(M, U), routing.gate_MK, sent, r(E, 2 * F, U), r(E, U, F), r(E, F))
@@ -186,9 +180,9 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     gradients = ops.expert_ffn_backward(r(M, U), *given, cache, *dweights, activation="silu")
     done["expert_ffn_backward"] = [*gradients, *dweights]
 
-    target = r.rng.integers(0, O, N)
+    target = r.rng.integers(0, V, N)
     target[::5] = -100
-    dw = r(O, D)
+    dw = r(V, D)
     done["token_nll"] = [ops.token_nll(x, w, target)]
     done["token_nll_and_gradient"] = [
         *ops.token_nll_and_gradient(x, w, target, dw, dnll=0.3),

@@ -63,9 +63,7 @@ def activate(z: float, activation: str) -> float:
     return z / (1 + math.exp(-z)) if activation == "silu" else max(z, 0.0) * max(z, 0.0)
 
 
-def expert(
-    x: Any, gate_up: Any, down: Any, sub_norm: Any, activation: str, eps: float
-) -> list[float]:
+def expert(x: Any, gate_up: Any, down: Any, sub_norm: Any, activation: str, eps: float) -> list[float]:
     """One expert on one sub-token."""
     F = len(gate_up) // 2
     h = [activate(dot(gate_up[f], x), activation) * dot(gate_up[F + f], x) for f in range(F)]
@@ -130,8 +128,7 @@ def rotate(x_BTAC: Any, cos_TJ: Any, sin_TJ: Any) -> list[Any]:
         return [c.real for c in z] + [c.imag for c in z]
 
     return [
-        [[turned(head, cos_TJ[t], sin_TJ[t]) for head in x[t]] for t in range(len(x))]
-        for x in x_BTAC
+        [[turned(head, cos_TJ[t], sin_TJ[t]) for head in x[t]] for t in range(len(x))] for x in x_BTAC
     ]
 
 

@@ -49,33 +49,34 @@ def test_one_run_of_the_whole_table_agrees(dtype: Any) -> None:
 
 # More than 2^19 multiply-adds run in tiles: of 256 rows, of 512 columns below 1024 rows.
 TILED = [
-    *({"N": N, "I": 45, "O": 47} for N in (255, 256, 257)),
-    *({"N": 33, "I": 41, "O": O} for O in (511, 512, 513)),
-    *({"N": 33, "I": I, "O": 41} for I in (511, 512, 513)),
-    *({"N": N, "I": 9, "O": 63} for N in (1023, 1024, 1025)),
-    *({"N": 257, "I": 37, "O": O} for O in (63, 64, 65)),
+    *({"rows": n, "inputs": 45, "outputs": 47} for n in (255, 256, 257)),
+    *({"rows": 33, "inputs": 41, "outputs": n} for n in (511, 512, 513)),
+    *({"rows": 33, "inputs": n, "outputs": 41} for n in (511, 512, 513)),
+    *({"rows": n, "inputs": 9, "outputs": 63} for n in (1023, 1024, 1025)),
+    *({"rows": 257, "inputs": 37, "outputs": n} for n in (63, 64, 65)),
 ]
 
 
 @always([case | {"bias": True, "seed": 3} for case in TILED])
-@always([{"N": N, "I": 1, "O": 1, "bias": False, "seed": 4} for N in EDGES])
-@given(N=LENGTHS, I=WIDTHS, O=WIDTHS, bias=st.booleans(), seed=SEEDS)
+@always([{"rows": n, "inputs": 1, "outputs": 1, "bias": False, "seed": 4} for n in EDGES])
+@given(rows=LENGTHS, inputs=WIDTHS, outputs=WIDTHS, bias=st.booleans(), seed=SEEDS)
 @quick(20)
-def test_linear(dtype: Any, N: int, I: int, O: int, bias: bool, seed: int) -> None:
+def test_linear_agrees(dtype: Any, rows: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
     r = Inputs(seed, dtype)
-    x, w, b, dy = r(N, I), r(O, I), r(O) if bias else None, r(N, O)
+    x, w, dy = r(rows, inputs), r(outputs, inputs), r(rows, outputs)
+    b = r(outputs) if bias else None
     with unchanged(x, w, b, dy):
-        agree(NUMBA.linear(x, w, b), NUMPY.linear(x, w, b), unit=I**0.5)
-        expected = [r(O, I), r(O) if bias else None]
+        agree(NUMBA.linear(x, w, b), NUMPY.linear(x, w, b), unit=inputs**0.5)
+        expected = [r(outputs, inputs), r(outputs) if bias else None]
         actual = copies(expected)
         dx = NUMPY.linear_backward(dy, x, w, *expected)
-        agree(NUMBA.linear_backward(dy, x, w, *actual), dx, unit=O**0.5)
-        agree(actual, expected, unit=N**0.5)
+        agree(NUMBA.linear_backward(dy, x, w, *actual), dx, unit=outputs**0.5)
+        agree(actual, expected, unit=rows**0.5)
 
 
 @given(N=LENGTHS, V=WIDTHS, D=WIDTHS, seed=SEEDS)
 @quick(20)
-def test_embedding(dtype: Any, N: int, V: int, D: int, seed: int) -> None:
+def test_embedding_agrees(dtype: Any, N: int, V: int, D: int, seed: int) -> None:
     r = Inputs(seed, dtype)
     ids, w, dx, expected = r.rng.integers(0, V, N), r(V, D), r(N, D), r(V, D)
     actual = expected.copy()
@@ -92,7 +93,7 @@ def test_embedding(dtype: Any, N: int, V: int, D: int, seed: int) -> None:
 @always([{"N": N, "D": 13, "spread": 1.0, "seed": 5} for N in EDGES])
 @given(N=LENGTHS, D=WIDTHS, spread=st.sampled_from([1.0, 1e-3, 0.0]), seed=SEEDS)
 @quick(20)
-def test_rms_norm(dtype: Any, N: int, D: int, spread: float, seed: int) -> None:
+def test_rms_norm_agrees(dtype: Any, N: int, D: int, spread: float, seed: int) -> None:
     r = Inputs(seed, dtype)
     x, w, dy, expected = r(N, D, spread=spread), r(D), r(N, D), r(D)
     actual = expected.copy()
@@ -116,7 +117,7 @@ LATEST += [{"T": 1, "S": S} for S in (1, 2, 65, 128)]
 
 @given(B=st.integers(1, 3), T=LENGTHS, A=st.integers(1, 4), J=st.integers(1, 5), seed=SEEDS)
 @quick(20)
-def test_rotate_in_place(dtype: Any, B: int, T: int, A: int, J: int, seed: int) -> None:
+def test_rotate_in_place_agrees(dtype: Any, B: int, T: int, A: int, J: int, seed: int) -> None:
     r = Inputs(seed, dtype)
     whole, cos, sin = r(B, T, A + 2, 2 * J), r(T, J), r(T, J)
     expected, actual = whole.copy(), whole.copy()
@@ -137,7 +138,7 @@ def test_rotate_in_place(dtype: Any, B: int, T: int, A: int, J: int, seed: int) 
     seed=SEEDS,
 )
 @quick(20)
-def test_attention(
+def test_attention_agrees(
     dtype: Any, B: int, T: int, S: int, group: tuple[int, int], C: int, seed: int
 ) -> None:
     T, (A, G) = min(T, S), group
@@ -150,7 +151,7 @@ def test_attention(
 @always([{"B": 2, "T": T, "group": (4, 2), "C": 6, "seed": 7} for T in (1, 63, 64, 65, 129)])
 @given(B=st.integers(1, 3), T=st.integers(1, 40), group=GROUPS, C=st.integers(1, 12), seed=SEEDS)
 @quick(20)
-def test_attention_backward(
+def test_attention_backward_agrees(
     dtype: Any, B: int, T: int, group: tuple[int, int], C: int, seed: int
 ) -> None:
     r, (A, G) = Inputs(seed, dtype), group
@@ -176,7 +177,7 @@ def test_attention_backward(
 @given(N=LENGTHS, F=WIDTHS, spread=st.sampled_from([0.0, 1.0, 5.0, 100.0]), seed=SEEDS)
 @quick(15)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gated_activation(
+def test_gated_activation_agrees(
     dtype: Any, activation: Any, N: int, F: int, spread: float, seed: int
 ) -> None:
     r = Inputs(seed, dtype)
@@ -212,7 +213,7 @@ ALL_CHOICES = [(1, 1), (2, 1), (2, 2), (5, 2), (7, 7), (130, 3)]
 @given(M=LENGTHS, choice=choices(), levels=st.integers(0, 3), seed=SEEDS)
 @quick(20)
 @pytest.mark.parametrize("normalise", [False, True])
-def test_route(
+def test_route_agrees(
     dtype: Any, normalise: bool, M: int, choice: tuple[int, int], levels: int, seed: int
 ) -> None:
     r, (E, K) = Inputs(seed, dtype), choice
@@ -248,7 +249,7 @@ LOADS = st.sampled_from(["even", "one", "half"])
     seed=SEEDS,
 )
 @quick(30)
-def test_dispatch(
+def test_dispatch_agrees(
     dtype: Any, M: int, choice: tuple[int, int], load: str, limit: int | None, seed: int
 ) -> None:
     E, K = choice
@@ -283,7 +284,7 @@ SEGMENTS += [{"M": 1, "choice": (1, 1), "load": "even", "limit": 1}]
 )
 @quick(20)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_expert_ffn(
+def test_expert_ffn_agrees(
     dtype: Any,
     activation: Any,
     M: int,
@@ -316,7 +317,7 @@ def test_expert_ffn(
         actual_gradients = NUMBA.expert_ffn_backward(
             dy, *given_arrays, cache, *actual, activation=activation
         )
-    # The sub-norm's backward cancels as in test_rms_norm, and is then multiplied by rstd.
+    # The sub-norm's backward cancels as in test_rms_norm_agrees, and is then multiplied by rstd.
     steepest = 1.0 if cache.rstd_R is None else cache.rstd_R.max(initial=1.0)
     agree(actual_gradients, gradients, unit=steepest * (U * F) ** 0.5)
     agree(actual, expected, unit=steepest * (U * M) ** 0.5)
@@ -334,11 +335,9 @@ CHUNKS = [{"N": N, "V": 17_000} for N in (256, 257)]
 
 @always([case | {"D": 5, "ignored": 0.2, "seed": 16} for case in VOCABULARIES + CHUNKS])
 @always([{"N": N, "V": 9, "D": 3, "ignored": 1.0, "seed": 17} for N in (1, 130)])
-@given(
-    N=LENGTHS, V=WIDTHS, D=WIDTHS, ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=SEEDS
-)
+@given(N=LENGTHS, V=WIDTHS, D=WIDTHS, ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=SEEDS)
 @quick(20)
-def test_token_nll(dtype: Any, N: int, V: int, D: int, ignored: float, seed: int) -> None:
+def test_token_nll_agrees(dtype: Any, N: int, V: int, D: int, ignored: float, seed: int) -> None:
     r = Inputs(seed, dtype)
     x, w, target = r(N, D), r(V, D), r.rng.integers(0, V, N)
     target[r.rng.random(N) < ignored] = -100
@@ -366,7 +365,7 @@ FLAT = [1, 32767, 32768, 32769, 65535, 65536, 65537]
 @always([{"P": P, "seed": 18} for P in FLAT])
 @given(P=st.integers(1, 300), seed=SEEDS)
 @quick(10)
-def test_sum_of_squares(dtype: Any, P: int, seed: int) -> None:
+def test_sum_of_squares_agrees(dtype: Any, P: int, seed: int) -> None:
     x = Inputs(seed, dtype)(P)
     with unchanged(x):
         expected, actual = NUMPY.sum_of_squares(x), NUMBA.sum_of_squares(x)
@@ -384,7 +383,7 @@ def test_sum_of_squares(dtype: Any, P: int, seed: int) -> None:
     seed=SEEDS,
 )
 @quick(20)
-def test_adamw(dtype: Any, P: int, step: int, scale: float, decay: float, seed: int) -> None:
+def test_adamw_agrees(dtype: Any, P: int, step: int, scale: float, decay: float, seed: int) -> None:
     r = Inputs(seed, dtype)
     expected = [r(P), r(P), r(P), r(P) ** 2]
     expected[3][::3] = 0  # as at the first step

@@ -131,9 +131,7 @@ def test_token_nll_is_the_log_sum_exp_less_the_targets_logit(
 
 @given(N=TINY, V=st.integers(1, 3), D=TINY, seed=SEEDS)
 @quick(40)
-def test_embedding_backward_adds_every_row_of_a_repeated_id(
-    N: int, V: int, D: int, seed: int
-) -> None:
+def test_embedding_backward_adds_every_row_of_a_repeated_id(N: int, V: int, D: int, seed: int) -> None:
     r = Inputs(seed, float)
     dx, ids, dw = r(N, D), r.rng.integers(0, V, N), r(V, D)
     expected = dumb.embedding_backward(dx, ids, dw)

@@ -61,7 +61,7 @@ def test_constant_stays_at_the_peak():
 
 
 def test_two_stage_drops_from_the_higher_line_to_the_lower_at_half_way():
-    # paper.md 2.3: 1.5e-3 -> 1e-3. The lines stand at about half their peaks when they are swapped.
+    # The tips: 1.5e-3 -> 1e-3. The lines stand at about half their peaks when they are swapped.
     run = rates("two-stage", total_steps=1000, warmup_steps=10, peak=1.5e-3, final=0.0)
     high = rates("linear", total_steps=1000, warmup_steps=10, peak=1.5e-3, final=0.0)
     low = rates("linear", total_steps=1000, warmup_steps=10, peak=1.0e-3, final=0.0)

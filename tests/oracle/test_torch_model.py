@@ -242,9 +242,7 @@ def test_two_heads_of_one_expert_are_a_block_diagonal_ffn():
     wide["model.layers.1.mlp.gate_proj.weight"] = expert["gate"] @ head
     wide["model.layers.1.mlp.up_proj.weight"] = expert["up"] @ head
     wide["model.layers.1.mlp.down_proj.weight"] = merge @ expert["down"]
-    np.testing.assert_allclose(
-        run(config, weights)["logits"], run(dense, wide)["logits"], rtol=1e-12
-    )
+    np.testing.assert_allclose(run(config, weights)["logits"], run(dense, wide)["logits"], rtol=1e-12)
 
 
 def test_sub_tokens_are_token_major():
@@ -283,9 +281,7 @@ def test_shared_expert_is_added_at_token_level():
         for name, array in weights.items()
         if ".layers.1.mlp." not in name or ".shared_expert." in name
     }
-    np.testing.assert_allclose(
-        run(config, weights)["logits"], run(SMALL, dense)["logits"], rtol=1e-12
-    )
+    np.testing.assert_allclose(run(config, weights)["logits"], run(SMALL, dense)["logits"], rtol=1e-12)
 
 
 def test_ties_go_to_the_lower_expert_and_gates_may_stay_raw():
@@ -381,9 +377,9 @@ def test_gradient_agrees_with_a_finite_difference(config):
             for sign in (1, -1)
         ]
         slope = (ends[0]["loss"] - ends[1]["loss"]) / (2 * step)
-        assert np.sum(result[f"grad.{name}"] * direction) == pytest.approx(
-            slope, rel=1e-5, abs=1e-8
-        ), name
+        assert np.sum(result[f"grad.{name}"] * direction) == pytest.approx(slope, rel=1e-5, abs=1e-8), (
+            name
+        )
 
 
 def test_every_tensor_of_the_trace_is_there():

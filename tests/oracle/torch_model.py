@@ -353,9 +353,7 @@ def projection(config: Config, weights: dict[str, Tensor], name: str, x: Tensor)
     return y + weights[f"{name}.bias"] if config.moe_projection_bias else y
 
 
-def moe(
-    config: Config, weights: dict[str, Tensor], prefix: str, x: Tensor
-) -> tuple[Tensor, Routing]:
+def moe(config: Config, weights: dict[str, Tensor], prefix: str, x: Tensor) -> tuple[Tensor, Routing]:
     """The MH-MoE layer on tokens [N, D]."""
     N, D = x.shape
     H = config.moe_heads

@@ -60,9 +60,7 @@ def _compiled_exp(x: Any) -> Any:
         p = p * r + f32(1.6666665459e-1)
         p = p * r + f32(5.0000001201e-1)
         y = p * (r * r) + r + f32(1)
-        return _float_of(
-            types.int32(_bits_of(y) + types.int32(_bits_of(shifted) << types.int32(23)))
-        )
+        return _float_of(types.int32(_bits_of(y) + types.int32(_bits_of(shifted) << types.int32(23))))
 
     return exp_float32
 

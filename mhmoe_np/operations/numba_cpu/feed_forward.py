@@ -58,9 +58,7 @@ def _activate(gate_up_N2F: Any, silu: bool, h_NF: Any, rows: int) -> None:
 
 
 @parallel
-def _activate_backward(
-    dh_NF: Any, gate_up_N2F: Any, silu: bool, dgate_up_N2F: Any, rows: int
-) -> None:
+def _activate_backward(dh_NF: Any, gate_up_N2F: Any, silu: bool, dgate_up_N2F: Any, rows: int) -> None:
     for block in prange((dh_NF.shape[0] + rows - 1) // rows):
         n, z = block * rows, (block + 1) * rows
         activate_rows_backward(dh_NF[n:z], gate_up_N2F[n:z], silu, dgate_up_N2F[n:z])

@@ -74,12 +74,12 @@ class Linear(Buffers):
 
     def linear(self, x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`. Tiles of 256 rows; of 512 columns too where rows are few."""
-        N, O = len(x_NI), len(w_OI)
-        y_NO: FloatArray = self.empty((N, O), x_NI.dtype)
-        if x_NI.size * O <= SERIAL_MACS:
+        rows, outputs = len(x_NI), len(w_OI)
+        y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
+        if x_NI.size * outputs <= SERIAL_MACS:
             gemm_nt(1.0, x_NI, w_OI, 0.0, y_NO)
         else:
-            _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(N, O))
+            _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(rows, outputs))
         if b_O is not None:
             _bias(y_NO, b_O)
         return y_NO
