@@ -1,6 +1,6 @@
 """Training speed beside PyTorch: the same weights, batches and optimiser, in turn, on an idle machine.
 
-    python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe] [--threads N] [--repeats N] [--json]
+    python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe] [--threads N] [--json]
 
 The peer runs in its own process with a memory allocator that keeps what it frees. Both sides first
 compute the loss of the first batch; if they disagree nothing is reported. Then they make a few steps in
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from mhmoe_np.model.language_model import Batch, Losses, Model, loss_and_gradien
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import AdamWSettings
+from mhmoe_np.run_folder import environment
 from mhmoe_np.tensors import save_tensors
 
 BATCHES = 8
@@ -118,10 +118,10 @@ def measure(size: str, model: str, threads: int, repeats: int) -> dict[str, obje
 
     Raises SystemExit: the two sides' losses differ by more than float32 rounding.
     """
-    config = ModelConfig.model_validate(benchmark_config(size, model))
-    shape = SIZES[size]
+    config = benchmark_config(size, model)
+    batch, sequence = SIZES[size].batch, config.max_position_embeddings
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (BATCHES, shape.batch, shape.sequence + 1))
+    tokens = rng.integers(0, config.vocab_size, (BATCHES, batch, sequence + 1))
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(config, tokens, threads)
         weights, token_file = Path(folder, "weights.safetensors"), Path(folder, "tokens.npy")
@@ -143,7 +143,7 @@ def measure(size: str, model: str, threads: int, repeats: int) -> dict[str, obje
             for _ in range(repeats)
         ]
         peer.end()
-    per_turn = STEPS_PER_TURN * shape.batch * shape.sequence
+    per_turn = STEPS_PER_TURN * batch * sequence
     best_ours, best_peer = (per_turn / min(side) for side in zip(*turns, strict=True))
     return {
         "size": size,
@@ -156,7 +156,7 @@ def measure(size: str, model: str, threads: int, repeats: int) -> dict[str, obje
         "median_ratio": round(float(np.median([b / a for a, b in turns])), 3),
         "loss_difference": abs(mine.loss - theirs[1]),
         "load_average": os.getloadavg()[0],
-        "machine": platform.processor() or platform.machine(),
+        "machine": environment(threads=threads, backend="numba")["processor"],
     }
 
 

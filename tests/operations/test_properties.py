@@ -1,0 +1,304 @@
+"""What the table and its fast backend promise beside the values themselves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.numba_cpu.arithmetic import exp
+from mhmoe_np.operations.numba_cpu.compiling import task
+from mhmoe_np.operations.table import Operations
+from tests.operations.cases import (
+    BACKENDS,
+    DTYPES,
+    NUMBA,
+    SEEDS,
+    TABLE,
+    Inputs,
+    flat,
+    quick,
+    run_table,
+    same_bits,
+)
+
+of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Operations:
+    return BACKENDS[request.param]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Put the number of threads back: it belongs to the process."""
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+# ---- the same bits ---------------------------------------------------------------------------
+
+
+@of_each_dtype
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
+@pytest.mark.usefixtures("threads")
+def test_one_thread_and_two_give_the_same_bits(dtype: Any) -> None:
+    runs = []
+    for count in (1, 2):
+        numba.set_num_threads(count)
+        runs.append(run_table(NUMBA, dtype, seed=50))
+    assert set(runs[0]) == TABLE
+    for name in runs[0]:
+        same_bits(runs[1][name], runs[0][name])
+
+
+@of_each_dtype
+def test_the_same_input_gives_the_same_bits_again(ops: Operations, dtype: Any) -> None:
+    first, second = run_table(ops, dtype, seed=51), run_table(ops, dtype, seed=51)
+    assert set(first) == TABLE
+    for name in first:
+        same_bits(second[name], first[name])
+
+
+# ---- buffers ---------------------------------------------------------------------------------
+
+
+def span(array: Any) -> tuple[int, int]:
+    first = array.__array_interface__["data"][0]
+    return first, first + array.nbytes
+
+
+@pytest.fixture
+def keeping() -> Operations:
+    return load_operations("numba", keep_buffers=True)
+
+
+@of_each_dtype
+def test_kept_buffers_change_no_value(keeping: Operations, dtype: Any) -> None:
+    expected = run_table(NUMBA, dtype, seed=52)
+    for _ in range(2):  # the second time on memory that holds the first one's results
+        with keeping.scope():
+            actual = run_table(keeping, dtype, seed=52)
+            for name in expected:
+                same_bits(actual[name], expected[name])
+
+
+def test_results_inside_one_scope_do_not_overlap(keeping: Operations) -> None:
+    with keeping.scope():
+        results = flat(list(run_table(keeping, np.float64, seed=53).values()))
+        for a, b in itertools.pairwise(sorted(span(array) for array in results)):
+            assert a[1] <= b[0]
+
+
+def test_leaving_a_scope_gives_its_memory_to_the_next(keeping: Operations) -> None:
+    r = Inputs(54, float)
+    x, w = r(33, 5), r(7, 5)
+    spans = []
+    outside = keeping.linear(x, w, None)
+    kept = outside.copy()
+    for _ in range(3):
+        with keeping.scope():
+            spans.append([span(keeping.linear(x, w, None)), span(keeping.empty((9,), np.float32))])
+    assert spans[0] == spans[1] == spans[2]
+    same_bits(outside, kept)  # handed out before the scopes: never reused by them
+
+
+def test_an_inner_scope_leaves_the_outer_ones_results_alone(keeping: Operations) -> None:
+    with keeping.scope():
+        outer = keeping.empty((1000,), np.float64)
+        outer[:] = 1
+        with keeping.scope():
+            inner = keeping.empty((1000,), np.float64)
+            inner[:] = 2
+            freed = span(inner)
+        after = keeping.empty((1000,), np.float64)
+        assert span(after) == freed
+        after[:] = 3
+        assert (outer == 1).all()
+
+
+def test_a_scope_left_by_an_exception_gives_its_memory_back(keeping: Operations) -> None:
+    def fail() -> None:
+        with keeping.scope():
+            taken.append(span(keeping.empty((100,), np.float64)))
+            raise ZeroDivisionError
+
+    taken: list[tuple[int, int]] = []
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert span(keeping.empty((100,), np.float64)) == taken[0]
+
+
+def test_a_workspace_grows_beyond_one_block(keeping: Operations) -> None:
+    # Blocks are of 32 MiB; the third request is larger than any block yet.
+    shapes = [(3 << 20,), (3 << 20,), (5 << 20,), (7,)]
+    spans = []
+    for _ in range(2):
+        with keeping.scope():
+            arrays = [keeping.empty(shape, np.float64) for shape in shapes]
+            assert [array.shape for array in arrays] == shapes
+            spans.append([span(array) for array in arrays])
+    assert spans[0] == spans[1]
+    for a, b in itertools.pairwise(sorted(spans[0])):
+        assert a[1] <= b[0]
+
+
+@of_each_dtype
+def test_without_kept_buffers_results_outlive_a_scope(dtype: Any) -> None:
+    r = Inputs(55, dtype)
+    x, w = r(33, 5), r(7, 5)
+    with NUMBA.scope():
+        y = NUMBA.linear(x, w, None)
+    kept = y.copy()
+    with NUMBA.scope():
+        other = NUMBA.linear(-x, w, None)
+    assert not np.shares_memory(y, other)
+    same_bits(y, kept)
+
+
+# ---- the router and the dispatch -------------------------------------------------------------
+
+
+@of_each_dtype
+@given(M=st.integers(1, 80), E=st.integers(1, 70), seed=SEEDS)
+@quick(25)
+def test_the_routers_probabilities_and_normalised_gates_sum_to_one(
+    dtype: Any, M: int, E: int, seed: int
+) -> None:
+    r = Inputs(seed, dtype)
+    for backend in BACKENDS.values():
+        routing = backend.route(r(M, E, spread=20.0), top_k=min(E, 3), normalise=True)
+        # Each addend and the sum itself are rounded: E roundings at the very most.
+        atol = (E + 4) * np.finfo(dtype).eps
+        for weights in (routing.p_ME, routing.gate_MK):
+            assert (weights >= 0).all()
+            np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=0, atol=atol)
+        assert (np.diff(routing.gate_MK, axis=1) <= 0).all()  # most probable first
+
+
+@of_each_dtype
+@given(
+    M=st.integers(1, 80),
+    E=st.integers(1, 9),
+    K=st.integers(1, 9),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    share=st.sampled_from([0.2, 1.0]),
+    seed=SEEDS,
+)
+@quick(50)
+def test_logits_that_are_not_numbers_still_choose_valid_experts(
+    dtype: Any, M: int, E: int, K: int, bad: float, share: float, seed: int
+) -> None:
+    # An index out of range would make the compiled dispatch write outside its arrays.
+    r, K = Inputs(seed, dtype), min(K, E)
+    logits = r(M, E)
+    logits[r.rng.random((M, E)) < share] = bad
+    expert = NUMBA.route(logits, top_k=K, normalise=True).expert_MK
+    assert ((expert >= 0) & (expert < E)).all()
+    assert all(len(set(row)) == K for row in expert.tolist())
+
+
+@given(
+    M=st.integers(1, 80),
+    E=st.integers(1, 9),
+    K=st.integers(1, 9),
+    load=st.sampled_from(["even", "one", "half"]),
+    capacity=st.one_of(st.none(), st.integers(1, 90)),
+    seed=SEEDS,
+)
+@quick(50)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_slot_and_route_of_a_dispatch_are_inverse(
+    name: str, M: int, E: int, K: int, load: str, capacity: int | None, seed: int
+) -> None:
+    K = min(K, E)
+    expert = Inputs(seed, float).experts(M, E, K, load)
+    route, slot, start = BACKENDS[name].dispatch(expert, experts=E, capacity=capacity)
+    assert (slot.ravel()[route] == np.arange(len(route))).all()
+    kept = np.flatnonzero(slot.ravel() >= 0)
+    assert (route[slot.ravel()[kept]] == kept).all()
+    assert len(kept) == len(route)
+    # Each segment holds its own expert's choices: all of them, or as many as the capacity allows.
+    segment = np.repeat(np.arange(E), np.diff(start))
+    assert (expert.ravel()[route] == segment).all()
+    asked = np.bincount(expert.ravel(), minlength=E)
+    assert (np.diff(start) == np.minimum(asked, M if capacity is None else capacity)).all()
+
+
+# ---- attention -------------------------------------------------------------------------------
+
+
+@of_each_dtype
+@pytest.mark.parametrize("t", [0, 1, 62, 63, 64, 100, 128])
+def test_a_later_key_or_value_leaves_earlier_outputs_as_they_are(
+    ops: Operations, dtype: Any, t: int
+) -> None:
+    r = Inputs(56, dtype)
+    q, k, v = r.joint(2, 130, 4, 2, 6)
+    out, lse = ops.attention(q, k, v)
+    out, lse = out.copy(), lse.copy()
+    k[:, t + 1 :] += r(2, 129 - t, 2, 6)
+    v[:, t + 1 :] += r(2, 129 - t, 2, 6)
+    now, now_lse = ops.attention(q, k, v)
+    same_bits([now[:, : t + 1], now_lse[:, :, : t + 1]], [out[:, : t + 1], lse[:, :, : t + 1]])
+    assert (now[:, t + 1 :] != out[:, t + 1 :]).any(axis=(2, 3)).all()
+
+
+@of_each_dtype
+def test_attention_to_equal_values_returns_them(ops: Operations, dtype: Any) -> None:
+    # The weights of the keys seen sum to one, so a mean of equal values is that value.
+    q, k, v = Inputs(57, dtype).joint(2, 67, 4, 2, 6)
+    v[...] = 3
+    out, _ = ops.attention(q, k, v)
+    np.testing.assert_allclose(out, 3, rtol=67 * np.finfo(dtype).eps)
+
+
+# ---- exp -------------------------------------------------------------------------------------
+
+
+@task
+def exponentials(x_N: Any, y_N: Any) -> None:
+    for n in range(len(x_N)):
+        y_N[n] = exp(x_N[n])
+
+
+def compiled_exp(x: Any) -> Any:
+    y = np.empty_like(x)
+    exponentials(x, y)
+    return y
+
+
+def test_float32_exp_is_within_3e_7_on_its_range() -> None:
+    rng = np.random.default_rng(58)
+    even = np.linspace(-87, 88, 1_000_003)
+    near_zero = rng.choice([-1, 1], 200_000) * 2.0 ** rng.uniform(-40, 0, 200_000)
+    halves = (np.arange(-251, 254) / 2) * math.log(2)  # where k steps and r is largest
+    steps = np.concatenate([np.nextafter(halves.astype(np.float32), d) for d in (-100, 100)])
+    x = np.concatenate([even, near_zero, halves, steps, [0.0, -0.0]]).astype(np.float32)
+    x = x[(x >= -87) & (x <= 88)]
+    true = np.exp(x.astype(np.float64))
+    assert (np.abs(compiled_exp(x) - true) / true).max() < 3e-7
+    assert (compiled_exp(np.zeros(2, np.float32)) == 1).all()
+
+
+def test_float32_exp_is_clamped_outside_its_range() -> None:
+    x = np.array([-87, 88, -87.01, 88.01, -104, 89, -1e30, 1e30], np.float32)
+    low, high = compiled_exp(x)[:2]
+    assert 0 < low < high < np.inf
+    assert (compiled_exp(x) == np.array([low, high] * 4)).all()
+
+
+def test_float64_exp_is_the_librarys() -> None:
+    x = np.linspace(-700, 700, 100_001)
+    # Two libraries, each correct to about one unit in the last place.
+    np.testing.assert_allclose(compiled_exp(x), np.exp(x), rtol=4 * np.finfo(float).eps)
