@@ -148,6 +148,16 @@ def test_attention_agrees(
         agree(NUMBA.attention(q, k, v), NUMPY.attention(q, k, v))
 
 
+@pytest.mark.parametrize(("S", "room"), [(1, 5), (64, 70), (65, 65)])
+def test_attention_of_one_position_to_a_longer_cache_agrees(dtype: Any, S: int, room: int) -> None:
+    # As in generation: the keys and values are the filled part of a cache of another layout.
+    r = Inputs(20, dtype)
+    q, _, _ = r.joint(2, 1, 4, 2, 6)
+    kv = r(2, room, 4, 6)
+    k, v = kv[:, :S, :2], kv[:, :S, 2:]
+    agree(NUMBA.attention(q, k, v), NUMPY.attention(q, k, v))
+
+
 @always([{"B": 2, "T": T, "group": (4, 2), "C": 6, "seed": 7} for T in (1, 63, 64, 65, 129)])
 @given(B=st.integers(1, 3), T=st.integers(1, 40), group=GROUPS, C=st.integers(1, 12), seed=SEEDS)
 @quick(20)

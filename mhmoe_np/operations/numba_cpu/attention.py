@@ -14,7 +14,7 @@ from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import SERIAL_MACS, blocks, parallel, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.types import FloatArray
 
@@ -31,14 +31,19 @@ def _rotate_position(x_AC: Any, cos_J: Any, sin_J: Any) -> None:
             x_AC[a, j + J] = second * cos_J[j] + first * sin_J[j]
 
 
-@parallel
-def _rotate(x_BTAC: Any, cos_TJ: Any, sin_TJ: Any, rows: int) -> None:
-    B, T = x_BTAC.shape[:2]
+@task
+def _rotate_block(block: int, x_BTAC: Any, cos_TJ: Any, sin_TJ: Any, rows: int) -> None:
+    T = x_BTAC.shape[1]
     across = (T + rows - 1) // rows
-    for block in prange(B * across):
-        b, first = block // across, block % across * rows
-        for t in range(first, min(T, first + rows)):
-            _rotate_position(x_BTAC[b, t], cos_TJ[t], sin_TJ[t])
+    b, first = block // across, block % across * rows
+    for t in range(first, min(T, first + rows)):
+        _rotate_position(x_BTAC[b, t], cos_TJ[t], sin_TJ[t])
+
+
+@parallel
+def _rotate(tasks: int, x_BTAC: Any, cos_TJ: Any, sin_TJ: Any, rows: int) -> None:
+    for block in prange(tasks):
+        _rotate_block(block, x_BTAC, cos_TJ, sin_TJ, rows)
 
 
 @task
@@ -74,26 +79,45 @@ def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) ->
             out_TC[t, c] *= inverse
 
 
-@parallel
-def _attention(
-    q_BTAC: Any, k_BSGC: Any, v_BSGC: Any, out_BTAC: Any, log_sum_exp_BAT: Any, rows: int
+@task
+def _attend_task(
+    index: int,
+    q_BTAC: Any,
+    k_BSGC: Any,
+    v_BSGC: Any,
+    out_BTAC: Any,
+    log_sum_exp_BAT: Any,
+    rows: int,
 ) -> None:
-    B, T, A, _ = q_BTAC.shape
+    _, T, A, _ = q_BTAC.shape
     S, G = k_BSGC.shape[1:3]
     across = (T + rows - 1) // rows
-    for index in prange(B * A * across):
-        b, a, block = index // (A * across), index // across % A, index % across
-        g = a // (A // G)
-        first = block * rows
-        last = min(T, first + rows)
-        seen = S - T + last
-        _attend(
-            q_BTAC[b, first:last, a],
-            k_BSGC[b, :seen, g],
-            v_BSGC[b, :seen, g],
-            out_BTAC[b, first:last, a],
-            log_sum_exp_BAT[b, a, first:last],
-        )
+    b, a, block = index // (A * across), index // across % A, index % across
+    g = a // (A // G)
+    first = block * rows
+    last = min(T, first + rows)
+    seen = S - T + last
+    _attend(
+        q_BTAC[b, first:last, a],
+        k_BSGC[b, :seen, g],
+        v_BSGC[b, :seen, g],
+        out_BTAC[b, first:last, a],
+        log_sum_exp_BAT[b, a, first:last],
+    )
+
+
+@parallel
+def _attention(
+    tasks: int,
+    q_BTAC: Any,
+    k_BSGC: Any,
+    v_BSGC: Any,
+    out_BTAC: Any,
+    log_sum_exp_BAT: Any,
+    rows: int,
+) -> None:
+    for index in prange(tasks):
+        _attend_task(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, rows)
 
 
 @task
@@ -180,7 +204,11 @@ class Attention(Buffers):
 
     def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
         """See `Operations.rotate_in_place`."""
-        _rotate(x_BTAC, cos_TJ, sin_TJ, QUERY_ROWS)
+        tasks = len(x_BTAC) * blocks(x_BTAC.shape[1], QUERY_ROWS)
+        if tasks == 1:
+            _rotate_block(0, x_BTAC, cos_TJ, sin_TJ, QUERY_ROWS)
+        else:
+            _rotate(tasks, x_BTAC, cos_TJ, sin_TJ, QUERY_ROWS)
 
     def attention(
         self, q_BTAC: FloatArray, k_BSGC: FloatArray, v_BSGC: FloatArray
@@ -189,7 +217,13 @@ class Attention(Buffers):
         B, T, A, _ = q_BTAC.shape
         out_BTAC = self.empty(q_BTAC.shape, q_BTAC.dtype)
         log_sum_exp_BAT = self.empty((B, A, T), q_BTAC.dtype)
-        _attention(q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, QUERY_ROWS)
+        arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
+        tasks = B * A * blocks(T, QUERY_ROWS)
+        if 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS:
+            for index in range(tasks):
+                _attend_task(index, *arrays, QUERY_ROWS)
+        else:
+            _attention(tasks, *arrays, QUERY_ROWS)
         return out_BTAC, log_sum_exp_BAT
 
     def attention_backward(

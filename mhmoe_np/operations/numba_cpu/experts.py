@@ -14,12 +14,18 @@ from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS, ROWS_ELEMENTWISE, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import (
+    ROWS,
+    ROWS_ELEMENTWISE,
+    SERIAL_MACS,
+    parallel,
+    task,
+)
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
 from mhmoe_np.operations.table import Activation, Dispatch, ExpertCache
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 
 @task
@@ -71,6 +77,38 @@ def _expert_rows(
     gemm_nt(1.0, h_RF, down_UF, 0.0, y_RU)
 
 
+@task
+def _expert_task(
+    i: int,
+    blocks: Any,
+    x_MU: Any,
+    K: int,
+    route_R: Any,
+    gate_up_E2FU: Any,
+    down_EUF: Any,
+    sub_norm_EF: Any,
+    silu: bool,
+    eps: float,
+    gate_up_R2F: Any,
+    rstd_R: Any,
+    y_RU: Any,
+) -> None:
+    e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
+    _expert_rows(
+        x_MU,
+        K,
+        route_R[r:z],
+        gate_up_E2FU[e],
+        down_EUF[e],
+        sub_norm_EF[e],
+        silu,
+        eps,
+        gate_up_R2F[r:z],
+        rstd_R[r:z],
+        y_RU[r:z],
+    )
+
+
 @parallel
 def _experts(
     blocks: Any,
@@ -87,19 +125,20 @@ def _experts(
     y_RU: Any,
 ) -> None:
     for i in prange(blocks.shape[0]):
-        e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
-        _expert_rows(
+        _expert_task(
+            i,
+            blocks,
             x_MU,
             K,
-            route_R[r:z],
-            gate_up_E2FU[e],
-            down_EUF[e],
-            sub_norm_EF[e],
+            route_R,
+            gate_up_E2FU,
+            down_EUF,
+            sub_norm_EF,
             silu,
             eps,
-            gate_up_R2F[r:z],
-            rstd_R[r:z],
-            y_RU[r:z],
+            gate_up_R2F,
+            rstd_R,
+            y_RU,
         )
 
 
@@ -272,7 +311,7 @@ class Experts(Buffers):
         rstd_R = None if sub_norm_EF is None else self.empty((R,), dtype)
         with self.scope():
             y_RU = self.empty((R, x_MU.shape[1]), dtype)
-            _experts(
+            arrays = (
                 blocks,
                 x_MU,
                 gate_MK.shape[1],
@@ -286,8 +325,20 @@ class Experts(Buffers):
                 _or_nothing(rstd_R, (0,), dtype),
                 y_RU,
             )
-            _combine(y_RU, gate_MK, slot_MK, y_MU, ROWS_ELEMENTWISE)
+            if R * gate_up_E2FU[0].size * 3 // 2 <= SERIAL_MACS:
+                for i in range(len(blocks)):
+                    _expert_task(i, *arrays)
+            else:
+                _experts(*arrays)
+            self._combine(y_RU, gate_MK, slot_MK, y_MU)
         return y_MU, ExpertCache(gate_up_R2F, rstd_R)
+
+    @staticmethod
+    def _combine(y_RU: FloatArray, gate_MK: FloatArray, slot_MK: IntArray, y_MU: FloatArray) -> None:
+        if len(y_MU) <= ROWS_ELEMENTWISE:
+            _combine_rows(y_RU, gate_MK, slot_MK, y_MU)
+        else:
+            _combine(y_RU, gate_MK, slot_MK, y_MU, ROWS_ELEMENTWISE)
 
     def expert_ffn_backward(
         self,
@@ -350,7 +401,7 @@ class Experts(Buffers):
             )
             ones_MK = self.empty(gate_MK.shape, dtype)
             ones_MK[...] = 1
-            _combine(dx_RU, ones_MK, slot_MK, dx_MU, ROWS_ELEMENTWISE)
+            self._combine(dx_RU, ones_MK, slot_MK, dx_MU)
         if dsub_norm_EF is not None:
             np.add.at(dsub_norm_EF, blocks[:, 0], dsub_norm_blocks)
         return dx_MU, dgate_MK

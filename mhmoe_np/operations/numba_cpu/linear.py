@@ -8,12 +8,16 @@ import numpy as np
 from numba import prange
 
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS, blocks, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import (
+    ROWS,
+    SERIAL_MACS,
+    blocks,
+    parallel,
+    task,
+)
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.types import FloatArray, IntArray
 
-# Below this many multiply-adds one thread is done before a second one has woken up.
-SERIAL_MACS = 1 << 19
 COLUMNS = 512  # columns of one tile where there are too few rows to share out
 
 
