@@ -87,7 +87,7 @@ _QUICK: Tables = {
         "moe_intermediate_size": 192,
         "moe_heads": 2,
     },
-    "training": {"steps": 240, "batch_size": 16, "sequence_length": 256, "checkpoint_every": 60},
+    "training": {"steps": 160, "batch_size": 16, "sequence_length": 256, "checkpoint_every": 40},
     "optimizer": {"learning_rate": 4e-3, "final_learning_rate": 2e-4, "warmup_steps": 30},
 }
 
