@@ -1,0 +1,51 @@
+"""The README's commands, run on the embedded corpus for a few steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mhmoe_np.run_config import parse_run_config, read_toml
+from tests.conftest import Run
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_default_run_trains_scores_three_domains_and_prints_a_sample(
+    mhmoe: Run, tmp_path: Path
+) -> None:
+    printed = mhmoe("train", "--steps", 2).stdout
+    assert "sample:" in printed
+    scores = json.loads((tmp_path / "runs" / "quick" / "evaluation.json").read_text())["domains"]
+    assert set(scores) == {"books", "lexicon", "speech"}
+    assert all(score["bits_per_byte"] > 0 for score in scores.values())
+    # A second run takes a folder of its own, and --resume auto finds the last one.
+    mhmoe("train", "--steps", 2)
+    assert (tmp_path / "runs" / "quick-2").is_dir()
+    assert "runs/quick-2 is finished" in mhmoe("train", "--resume", "auto").stderr
+
+
+def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe: Run, tmp_path: Path) -> None:
+    (tmp_path / "my_texts").mkdir()
+    for i in range(3):
+        text = " ".join(f"word{i}{j % 97}" for j in range(3000))
+        (tmp_path / "my_texts" / f"{i}.txt").write_text(text)
+    options = ("--data", "my_texts/", "--out", "runs/mine", "--steps", 2)
+    mhmoe("train", "--preset", "small-mh-moe-3", *options)
+    mhmoe("train", "--resume", "runs/mine", "--steps", 3)
+
+
+def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
+    block = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    (tmp_path / "config.toml").write_text(block[1])
+    config = parse_run_config(read_toml(tmp_path / "config.toml"), source="README.md")
+    assert config.model.max_position_embeddings == config.training.sequence_length
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_parity_solves(mhmoe: Run, heads: int) -> None:
+    assert "experts E" in mhmoe("parity", "--heads", heads, "--top-k", 2).stdout
