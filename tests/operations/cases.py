@@ -131,7 +131,7 @@ ADAMW = AdamWSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, w
 
 
 def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
-    """Every operation once, on sizes of more than one block: all arrays returned or written."""
+    """Every operation once, by its parallel kernels: all arrays returned or written."""
     r = Inputs(seed, dtype)
     done: dict[str, list[Any]] = {}
     N, D, V = 300, 37, 530
@@ -151,7 +151,7 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     done["rms_norm"] = [y, rstd]
     done["rms_norm_backward"] = [ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w), dnorm_w]
 
-    B, T, A, G, C = 2, 70, 4, 2, 6
+    B, T, A, G, C = 2, 90, 4, 2, 6
     turned, cos, sin = r(B, T, A, C), r(T, C // 2), r(T, C // 2)
     ops.rotate_in_place(turned, cos, sin)
     done["rotate_in_place"] = [turned]
@@ -166,7 +166,7 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     done["gated_activation"] = [ops.gated_activation(gate_up, activation="silu")]
     done["gated_activation_backward"] = [ops.gated_activation_backward(dx, gate_up, activation="silu")]
 
-    M, U, F, E, K = 500, 7, 9, 3, 2
+    M, U, F, E, K = 500, 19, 23, 3, 2
     routing = ops.route(r(M, E), top_k=K, normalise=True)
     done["route"] = list(routing)
     counted = r.rng.random(M) < 0.7

@@ -278,8 +278,15 @@ SEGMENTS = [
 ]
 SEGMENTS += [{"M": M, "choice": (4, 2), "load": "half", "limit": 20} for M in (63, 64, 65)]
 SEGMENTS += [{"M": 1, "choice": (1, 1), "load": "even", "limit": 1}]
+# More than 2^19 multiply-adds, which run in parallel; those above are below that.
+WIDE = [
+    {"M": 260, "choice": (3, 2), "load": "one", "limit": limit, "sub_norm": norm, "U": 19, "F": 37}
+    for limit in (None, 257)
+    for norm in (True, False)
+]
 
 
+@always([case | {"seed": 21} for case in WIDE])
 @always([case | {"sub_norm": True, "U": 5, "F": 3, "seed": 14} for case in SEGMENTS])
 @always([case | {"sub_norm": False, "U": 1, "F": 7, "seed": 15} for case in SEGMENTS])
 @given(

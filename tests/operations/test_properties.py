@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -13,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhmoe_np.operations import numba_cpu
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu.arithmetic import exp
 from mhmoe_np.operations.numba_cpu.compiling import task
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import AdamWSettings, Operations
 from tests.operations.cases import (
     BACKENDS,
     DTYPES,
@@ -24,6 +27,7 @@ from tests.operations.cases import (
     SEEDS,
     TABLE,
     Inputs,
+    agree,
     flat,
     quick,
     run_table,
@@ -47,6 +51,37 @@ def threads() -> Iterator[None]:
 
 
 # ---- the same bits ---------------------------------------------------------------------------
+
+
+def parallel_kernels() -> dict[tuple[Any, str], Any]:
+    """Every compiled loop over tasks of the backend, by the module and name that hold it."""
+    names = [module.name for module in pkgutil.iter_modules(numba_cpu.__path__)]
+    modules = [importlib.import_module(f"{numba_cpu.__name__}.{name}") for name in names]
+    return {
+        (module, name): value
+        for module in modules
+        for name, value in vars(module).items()
+        if getattr(value, "targetoptions", {}).get("parallel")
+    }
+
+
+def test_the_run_of_the_table_reaches_every_parallel_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small work skips these kernels: below such a size, the tests of threads would compare nothing.
+    entered: set[str] = set()
+
+    def recording(name: str, kernel: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            entered.add(name)
+            return kernel(*arguments)
+
+        return call
+
+    kernels = parallel_kernels()
+    for (module, name), kernel in kernels.items():
+        monkeypatch.setattr(module, name, recording(name, kernel))
+    run_table(NUMBA, np.float64, seed=49)
+    assert len(kernels) > 10
+    assert entered == {name for _, name in kernels}
 
 
 @of_each_dtype
@@ -235,6 +270,87 @@ def test_slot_and_route_of_a_dispatch_are_inverse(
     assert (np.diff(start) == np.minimum(asked, M if capacity is None else capacity)).all()
 
 
+# ---- experts ---------------------------------------------------------------------------------
+
+
+def linear_experts(r: Inputs, M: int, E: int, K: int, U: int) -> tuple[Any, ...]:
+    """Experts that are linear in all but the last coordinate of x, which is always one.
+
+    Their gates read that coordinate alone, with weight one: relu2(1) = 1, so h = up(x).
+    """
+    x, gate_up, down = r(M, U + 1), np.zeros((E, 2 * U, U + 1), r.dtype), r(E, U + 1, U)
+    x[:, U], gate_up[:, :U, U] = 1, 1
+    gate_up[:, U:, :U] = r(E, U, U)
+    return x, r(M, K), gate_up, down
+
+
+EXPERT_SIZES = {
+    "M": st.sampled_from([1, 5, 64, 65, 300]),
+    "E": st.integers(1, 5),
+    "K": st.integers(1, 5),
+    "U": st.integers(1, 9),
+    "load": st.sampled_from(["even", "one", "half"]),
+    "capacity": st.one_of(st.none(), st.integers(1, 90)),
+    "seed": SEEDS,
+}
+
+
+@given(**EXPERT_SIZES)
+@quick(30)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_identity_experts_return_x_times_its_gates_not_dropped(
+    name: str, M: int, E: int, K: int, U: int, load: str, capacity: int | None, seed: int
+) -> None:
+    r, K, ops = Inputs(seed, float), min(K, E), BACKENDS[name]
+    x, gate, gate_up, down = linear_experts(r, M, E, K, U)
+    gate_up[:, U:, :U] = np.eye(U)
+    down[...] = np.eye(U + 1, U)
+    sent = ops.dispatch(r.experts(M, E, K, load), experts=E, capacity=capacity)
+    y, _ = ops.expert_ffn(x, gate, sent, gate_up, down, None, activation="relu2", eps=1e-5)
+    kept = np.where(sent.slot_MK >= 0, gate, 0).sum(axis=1)
+    agree(y[:, :U], kept[:, None] * x[:, :U], unit=K)
+    assert not y[:, U].any()
+
+
+@given(**EXPERT_SIZES)
+@quick(30)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gathering_and_combining_are_each_others_transpose(
+    name: str, M: int, E: int, K: int, U: int, load: str, capacity: int | None, seed: int
+) -> None:
+    r, K, ops = Inputs(seed, float), min(K, E), BACKENDS[name]
+    x, gate, gate_up, down = linear_experts(r, M, E, K, U)
+    sent = ops.dispatch(r.experts(M, E, K, load), experts=E, capacity=capacity)
+    weights = (gate_up, down, None)
+    y, cache = ops.expert_ffn(x, gate, sent, *weights, activation="relu2", eps=1e-5)
+    dy = r(M, U + 1)
+    sums = (np.zeros_like(gate_up), np.zeros_like(down), None)
+    dx, dgate = ops.expert_ffn_backward(dy, x, gate, sent, *weights, cache, *sums, activation="relu2")
+    # y is linear in x (but for its constant one), in the gates and in down: <dy, y> from every side.
+    products = [(dx * x)[:, :U], dgate * gate, sums[1] * down]
+    terms = sum(np.abs(product).sum() for product in [*products, dy * y])
+    for product in products:
+        agree(product.sum(), (dy * y).sum(), unit=terms)
+
+
+# ---- optimiser -------------------------------------------------------------------------------
+
+ADAMW_BACKENDS = ["numpy", "numba"]
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999, 0.9999])
+@pytest.mark.parametrize("name", ADAMW_BACKENDS)
+def test_the_first_float32_second_moment_is_its_share_of_the_square(name: str, beta2: float) -> None:
+    r = Inputs(59, np.float32)
+    gradient = r(100)
+    state = [r(100), gradient.copy(), r(100) * 0, r(100) * 0]
+    settings = AdamWSettings(1e-3, 0.9, beta2, 1e-8, 0.0)
+    BACKENDS[name].adamw_in_place(*state, step=1, gradient_scale=1.0, settings=settings)
+    # The factor, the square and the product are rounded once each: half an eps, thrice.
+    exact = (1 - beta2) * gradient.astype(float) ** 2
+    np.testing.assert_allclose(state[3], exact, rtol=2 * np.finfo(np.float32).eps)
+
+
 # ---- attention -------------------------------------------------------------------------------
 
 
@@ -289,6 +405,17 @@ def test_float32_exp_is_within_3e_7_on_its_range() -> None:
     true = np.exp(x.astype(np.float64))
     assert (np.abs(compiled_exp(x) - true) / true).max() < 3e-7
     assert (compiled_exp(np.zeros(2, np.float32)) == 1).all()
+
+
+def test_float32_exp_does_not_fall_by_more_than_its_last_place() -> None:
+    # Neighbouring numbers around every step of k, where the two sides use other
+    # powers of two. One unit in the last place is what rounding alone may take.
+    steps = (np.arange(-124, 126) + 0.5) * math.log(2)
+    around = steps.astype(np.float32).view(np.int32)[:, None] + np.arange(-200, 201, dtype=np.int32)
+    x = np.sort(around.view(np.float32), axis=1)
+    y = compiled_exp(x.ravel()).reshape(x.shape)
+    assert (np.diff(y, axis=1) >= -np.spacing(y[:, 1:])).all()
+    assert (y[:, -1] > y[:, 0]).all()
 
 
 def test_float32_exp_is_clamped_outside_its_range() -> None:

@@ -37,7 +37,7 @@ def _nll_rows(logits_NV: Any, target_N: Any, nll_N: Any) -> None:
         for v in range(V):
             row_V[v] = exp(row_V[v] - highest)
         total = row_sum(row_V, V)
-        nll_N[n] = highest + np.log(total) - at_target
+        nll_N[n] = (highest - at_target) + np.log(total)
         inverse = real(1) / total
         for v in range(V):
             row_V[v] *= inverse

@@ -45,13 +45,15 @@ def _adamw_chunk(
     correction2: float,
 ) -> None:
     real = parameter_P.dtype.type
-    one, g_scale, keep1, keep2 = real(1), real(scale), real(beta1), real(beta2)
+    g_scale, keep1, keep2 = real(scale), real(beta1), real(beta2)
+    # Rounded once: 1 - (rounded beta) would be off by far more when beta is near 1.
+    rest1, rest2 = real(1 - beta1), real(1 - beta2)
     unbias1, unbias2 = real(1 / correction1), real(1 / correction2)
     step, shrink, small = real(rate), real(1 - rate * decay), real(epsilon)
     for p in range(len(parameter_P)):
         g = gradient_P[p] * g_scale
-        first = keep1 * first_P[p] + (one - keep1) * g
-        second = keep2 * second_P[p] + (one - keep2) * g * g
+        first = keep1 * first_P[p] + rest1 * g
+        second = keep2 * second_P[p] + rest2 * g * g
         first_P[p], second_P[p], gradient_P[p] = first, second, 0
         move = first * unbias1 / (np.sqrt(second * unbias2) + small)
         parameter_P[p] = parameter_P[p] * shrink - step * move
