@@ -26,8 +26,5 @@ def command(config: Path, out: Path, seed: int) -> None:
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")
     initialise(parameters, seed)
-    try:
-        write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
     click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

@@ -70,6 +70,8 @@ def main() -> None:
         _end(str(error), 2)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        _end(f"{error.filename or 'a file'}: {error.strerror or error}; nothing was overwritten", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

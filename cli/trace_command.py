@@ -51,8 +51,5 @@ def command(
     )
     ops = load(backend, threads=threads)
     tensors = trace(model, token_ids, gradients=not no_grad, ops=ops)
-    try:
-        save_tensors(out, tensors)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    save_tensors(out, tensors)
     click.echo(f"{out}: {len(tensors)} tensors")

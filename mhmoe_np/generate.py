@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from mhmoe_np.data.store import tokenise
-from mhmoe_np.data.tokenizer import end_of_text_id
+from mhmoe_np.data.tokenizer import end_of_text_id, id_count
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
@@ -77,7 +77,7 @@ def generate(
     new_T = id_T.astype(np.int64)
     for _ in range(length):
         logits_V = decode(model, cache, new_T[None], ops=ops)[0]
-        token = next_token(logits_V[: tokenizer.get_vocab_size()], sampling, rng)
+        token = next_token(logits_V[: id_count(tokenizer)], sampling, rng)
         if token == end_of_text:
             return
         text = stream.step(tokenizer, token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
     safetensors 0.8.0 writes wrong data, silently, for arrays that are not C-contiguous; so every
     array passes through `ascontiguousarray` here, and nothing else in the package calls save_file.
+
+    Raises OSError: the disk is full or refuses; `path` is as it was.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, {"format": "np"}))
+    try:
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary, {"format": "np"}))
+    except SafetensorError as error:
+        # A full disk, say: the library has its own exception for what the system reports.
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:

@@ -197,7 +197,8 @@ def loss_and_gradient(
     targets = sum(int(np.count_nonzero(batch.target_BT != IGNORED)) for batch in micro_batches)
     if targets == 0:
         raise ValueError("the batch has no target to count: every one is -100")
-    whole = batch_statistics(model, micro_batches, ops=ops) if len(micro_batches) > 1 else None
+    routed = len(micro_batches) > 1 and config.num_experts > 0
+    whole = batch_statistics(model, micro_batches, ops=ops) if routed else None
     nll_sum = 0.0
     for batch in micro_batches:
         with ops.scope():
