@@ -32,8 +32,8 @@ def main() -> None:
     settings["max_position_embeddings"] = arguments.positions
     parameters = Parameters(ModelConfig.model_validate(settings), np.float32)
     initialise(parameters, seed=0)
-    model = Model.of(parameters)
     ops = load_operations("numba", threads=arguments.threads)
+    model = Model.of(parameters, ops=ops)
 
     attention, spent = ops.attention, [0.0]
 

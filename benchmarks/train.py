@@ -48,8 +48,8 @@ class Ours:
             Parameters(config, np.float32) for _ in range(4)
         )
         initialise(self._parameters, seed=0)
-        self._model = Model.of(self._parameters)
         self._ops = load_operations("numba", threads=threads, keep_buffers=True)
+        self._model = Model.of(self._parameters, ops=self._ops)
         self._batches = [
             Batch(np.ascontiguousarray(batch[:, :-1]), np.ascontiguousarray(batch[:, 1:]))
             for batch in tokens

@@ -53,8 +53,8 @@ def command(
     found = find_checkpoint(checkpoint)
     texts = [read_domain(name, path) for name, path in named]
     tokenizer = load_checkpoint_tokenizer(found)
-    model = Model.of(load_model(found, np.float32))
     ops = load(backend, threads=threads, keep_buffers=True)
+    model = Model.of(load_model(found, np.float32), ops=ops)
     scores = {
         text.name: evaluate(model, text, tokenizer, ops=ops, batch_tokens=batch_tokens)
         for text in texts

@@ -42,14 +42,15 @@ def command(
 
     found = find_checkpoint(checkpoint)
     tokenizer = load_checkpoint_tokenizer(found)
-    model = Model.of(load_model(found, np.float32))
+    ops = load(backend, threads=threads)
+    model = Model.of(load_model(found, np.float32), ops=ops)
     pieces = generate(
         model,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, seed),
-        ops=load(backend, threads=threads),
+        ops=ops,
     )
     click.echo(prompt, nl=False)
     for piece in pieces:

@@ -43,13 +43,13 @@ def command(
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: its folder does not exist; create it first")
-    model = Model.of(load_model(find_checkpoint(checkpoint), dtype))
+    ops = load(backend, threads=threads)
+    model = Model.of(load_model(find_checkpoint(checkpoint), dtype), ops=ops)
     token_ids = read_tokens(
         tokens,
         vocab_size=model.config.vocab_size,
         max_positions=model.config.max_position_embeddings,
     )
-    ops = load(backend, threads=threads)
     tensors = trace(model, token_ids, gradients=not no_grad, ops=ops)
     save_tensors(out, tensors)
     click.echo(f"{out}: {len(tensors)} tensors")

@@ -174,8 +174,7 @@ def _train(run: Path, config: RunConfig, ops: Operations) -> None:
     if trainer.finished and (run / EVALUATION).exists():
         click.echo(f"{run} is finished: {trainer.step} steps were made", err=True)
         return
-    arrays = trainer.model.parameters
-    size = sum(tensor.size for tensor in arrays.tensors.values())
+    size = sum(tensor.size for tensor in trainer.parameters.tensors.values())
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     click.echo(f"{verb} {run}: {size:,} parameters, {config.training.steps} steps", err=True)
     with _Progress(config, trainer) as progress:

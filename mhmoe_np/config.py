@@ -1,6 +1,6 @@
 """The model's configuration: the keys of `config.json`, read strictly.
 
-Source [spec 1]. Departs nowhere; `quantization` other than "none" is refused until BitNet lands.
+Source [spec 1]. Departs nowhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mhmoe_np.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
+WIDEST_QUANTISED = 2**24 // 128  # inputs of a BitLinear
 
 
 class StrictModel(BaseModel):
@@ -70,8 +71,6 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
-        if self.quantization != "none":
-            raise ValueError(f"quantization: {self.quantization!r} is not supported yet; use 'none'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
@@ -83,6 +82,8 @@ class ModelConfig(StrictModel):
             self._refuse_moe_keys_of_a_dense_model()
         else:
             self._check_moe_keys()
+        if self.is_quantised:
+            self._check_quantised_widths()
         return self
 
     def _refuse_moe_keys_of_a_dense_model(self) -> None:
@@ -111,6 +112,27 @@ class ModelConfig(StrictModel):
                 "norm_topk_prob: must be false with num_experts_per_tok 1: the gate would be "
                 "constant 1 and the router would learn nothing from the task"
             )
+
+    def _check_quantised_widths(self) -> None:
+        """Beyond this width float32 no longer holds every sum of integers [spec 5]."""
+        widths = {
+            "hidden_size": self.hidden_size,
+            "head_dim": self.num_attention_heads * self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "moe_intermediate_size": self.moe_intermediate_size,
+            "shared_expert_intermediate_size": self.shared_expert_intermediate_size,
+        }
+        for key, width in widths.items():
+            if width > WIDEST_QUANTISED:
+                raise ValueError(
+                    f"{key}: makes a quantised layer {width} wide; its products are exact up to "
+                    f"{WIDEST_QUANTISED}"
+                )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether attention and feed-forward weights are BitNet's."""
+        return self.quantization != "none"
 
     @property
     def sub_token_width(self) -> int:

@@ -76,7 +76,7 @@ def _score(model: Model, token_W: IntArray, windows: int, *, ops: Operations) ->
         target_N = token_W[1:].astype(np.int64)
         counted_N = np.ones(len(target_N), np.bool_)
         x_ND, _, _ = forward(model, input_BT, counted_N, drop=False, ops=ops)
-        nll_N = ops.token_nll(x_ND, model.parameters.output_VD, target_N)
+        nll_N = ops.token_nll(x_ND, model.weights.output_VD, target_N)
         return float(nll_N.sum(dtype=np.float64))
 
 

@@ -301,7 +301,7 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
     config = ModelConfig.model_validate({**_BASE, **settings})
     parameters, gradient = Parameters(config, np.float64), Parameters(config, np.float64)
     initialise(parameters, seed=0)
-    model = Model.of(parameters)
+    model = Model.of(parameters, ops=ops)
     tokens = rng.integers(0, config.vocab_size, (2, 8))
     target_BT = tokens[:, 1:].copy()
     target_BT[1, 4:] = IGNORED
@@ -332,7 +332,7 @@ def _loss_and_choice(model: Model, batch: Batch, ops: Operations) -> tuple[float
     target_N = batch.target_BT.reshape(-1)
     counted_N = target_N != IGNORED
     x_ND, statistics, cache = forward(model, batch.input_BT, counted_N, drop=True, ops=ops)
-    nll_N = ops.token_nll(x_ND, model.parameters.output_VD, target_N)
+    nll_N = ops.token_nll(x_ND, model.weights.output_VD, target_N)
     losses = losses_of(float(nll_N.sum()), int(counted_N.sum()), statistics, model.config)
     choices = [block.moe.routing.expert_MK.tobytes() for block in cache.blocks if block.moe]
     return losses.loss, b"".join(choices)

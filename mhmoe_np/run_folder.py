@@ -5,6 +5,7 @@
     tokenizer.json     data/train.bin, data/train.json (the token store)
     validation/        each domain's held-out documents, a JSON line each
     metrics.jsonl      one object a step
+    quantization.jsonl with BitNet: at every checkpoint, each quantised matrix's scale and shares
     checkpoints/       step-00000100/ ...
     evaluation.json    the final scores
 
@@ -40,6 +41,7 @@ from mhmoe_np.run_config import RunConfig, Tables, read_toml
 
 CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
+QUANTIZATION = "quantization.jsonl"
 STORE, VALIDATION = "data/train", "validation"
 
 
@@ -121,9 +123,8 @@ def validation_domains(run: Path) -> list[Domain]:
     return [read_domain(path.stem, path) for path in order]
 
 
-def cut_metrics(run: Path, step: int) -> None:
+def cut_lines(path: Path, step: int) -> None:
     """Drop the lines of steps beyond `step`, and a torn last one: they are about to come again."""
-    path = run / METRICS
     if not path.exists():
         return
     kept = []

@@ -82,7 +82,7 @@ def trace(
             tensors[f"layers.{layer}.router_logits"] = block.moe.logits_ME
             tensors[f"layers.{layer}.experts"] = block.moe.routing.expert_MK
         tensors[f"layers.{layer}.hidden"] = output_ND.reshape(B, T, -1)
-    output_VD = model.parameters.output_VD
+    output_VD = model.weights.output_VD
     tensors["logits"] = ops.linear(x_ND, output_VD, None).reshape(B, T, -1)
     if not gradients:
         return tensors

@@ -10,11 +10,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -34,15 +34,36 @@ from mhmoe_np.files import remove_directory, remove_leftovers
 from mhmoe_np.layers.balance import RouterStatistics
 from mhmoe_np.model.language_model import Batch, Losses, Model, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.weights import MatrixCounts, requantise
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.optim.schedule import learning_rate, weight_decay
 from mhmoe_np.run_config import RunConfig
-from mhmoe_np.run_folder import METRICS, TOKENIZER, cut_metrics, training_store
+from mhmoe_np.run_folder import METRICS, QUANTIZATION, TOKENIZER, cut_lines, training_store
 from mhmoe_np.tensors import read_into
 
 
 class TrainingFailure(Exception):
     """Training cannot go on: the message says at which step, why, and what was kept."""
+
+
+class QuantisedShares(NamedTuple):
+    """How the quantised weights of the whole model are shared out after an update."""
+
+    minus: float
+    zero: float
+    plus: float
+    flipped: int  # weights whose quantised value this update changed
+
+    @classmethod
+    def of(cls, counts: Mapping[str, MatrixCounts]) -> Self | None:
+        """The sums over all matrices, or None without any."""
+        if not counts:
+            return None
+        minus, zero, plus, flipped = (
+            sum(column) for column in zip(*(matrix[1:] for matrix in counts.values()), strict=True)
+        )
+        size = minus + zero + plus
+        return cls(minus / size, zero / size, plus / size, flipped)
 
 
 class StepReport(NamedTuple):
@@ -59,6 +80,13 @@ class StepReport(NamedTuple):
     busiest_expert: float  # the largest share of choices, times E: 1 when balanced; the worst layer
     tokens: int  # trained on so far
     tokens_per_s: float
+    quantised: QuantisedShares | None  # after the update; None: the model has no such weights
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line as JSON has it; what the model does not have is left out."""
+        values = self._asdict()
+        quantised = values.pop("quantised")
+        return values if quantised is None else {**values, "quantised": quantised._asdict()}
 
 
 class Trainer:
@@ -66,6 +94,7 @@ class Trainer:
 
     Attributes:
         model: the model as trained so far.
+        parameters: its parameters, in float.
         step: updates made.
     """
 
@@ -82,7 +111,7 @@ class Trainer:
             batch_size=config.training.batch_size,
             seed=config.training.seed,
         )
-        parameters = Parameters(config.model, np.float32)
+        self.parameters = Parameters(config.model, np.float32)
         self._gradient = Parameters(config.model, np.float32)
         self._moments = Moments(
             Parameters(config.model, np.float32), Parameters(config.model, np.float32)
@@ -92,16 +121,16 @@ class Trainer:
         remove_leftovers(run / CHECKPOINTS)
         checkpoints = checkpoints_of(run)
         if checkpoints:
-            self._restore(checkpoints[-1], parameters)
+            self._restore(checkpoints[-1])
         else:
-            initialise(parameters, config.training.seed)
-        self.model = Model.of(parameters)
+            initialise(self.parameters, config.training.seed)
+        self.model = Model.of(self.parameters, ops=ops)
 
-    def _restore(self, checkpoint: Path, parameters: Parameters) -> None:
+    def _restore(self, checkpoint: Path) -> None:
         state = load_training_state(checkpoint, self._moments)
         if state.config_sha256 != self.config.identity():
             raise UserError(f"{checkpoint}: was made with another configuration than {self.run}'s")
-        read_into(checkpoint / WEIGHTS_FILE, parameters.tensors)
+        read_into(checkpoint / WEIGHTS_FILE, self.parameters.tensors)
         self.step = state.step
 
     @property
@@ -116,21 +145,31 @@ class Trainer:
 
         Raises TrainingFailure: the loss is not finite; UserError: a file cannot be written.
         """
-        cut_metrics(self.run, self.step)
+        for name in (METRICS, QUANTIZATION):
+            cut_lines(self.run / name, self.step)
         every = self.config.training.checkpoint_every
         with _signals() as received, (self.run / METRICS).open("a", encoding="utf-8") as metrics:
             while not self.finished:
-                report = self._train_step()
-                metrics.write(json.dumps(report._asdict()) + "\n")
+                report, matrices = self._train_step()
+                metrics.write(json.dumps(report.as_dict()) + "\n")
                 metrics.flush()
                 on_step(report)
                 if self.step % every == 0 or self.finished or received:
+                    self._log_matrices(matrices)
                     self.save()
                 if received:
                     return received[0]
         return None
 
-    def _train_step(self) -> StepReport:
+    def _log_matrices(self, matrices: Mapping[str, MatrixCounts]) -> None:
+        """Add this step's quantised matrices to the run's `quantization.jsonl`, one line."""
+        if not matrices:
+            return
+        values = {name: counts._asdict() for name, counts in matrices.items()}
+        with (self.run / QUANTIZATION).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, "matrices": values}) + "\n")
+
+    def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts]]:
         start = time.perf_counter()
         training, optimizer = self.config.training, self.config.optimizer
         tokens_BT1 = self._batches.batch(self.step)
@@ -165,7 +204,7 @@ class Trainer:
             ),
         )
         self._ops.adamw_in_place(
-            self.model.parameters.flat_P,
+            self.parameters.flat_P,
             self._gradient.flat_P,
             self._moments.first.flat_P,
             self._moments.second.flat_P,
@@ -174,8 +213,9 @@ class Trainer:
             settings=settings,
         )
         self.step += 1
+        matrices = requantise(self.model.weights, self.parameters, ops=self._ops)
         batch_tokens = training.batch_size * training.sequence_length
-        return StepReport(
+        report = StepReport(
             step=self.step,
             **losses._asdict(),
             learning_rate=settings.learning_rate,
@@ -184,11 +224,13 @@ class Trainer:
             busiest_expert=max((_busiest(layer) for layer in statistics), default=1.0),
             tokens=self.step * batch_tokens,
             tokens_per_s=batch_tokens / (time.perf_counter() - start),
+            quantised=QuantisedShares.of(matrices),
         )
+        return report, matrices
 
     def _fail(self, losses: Losses) -> None:
         """Keep the state before the step that went wrong, and say where it did."""
-        suspects = {"weight": self.model.parameters, "gradient": self._gradient}
+        suspects = {"weight": self.parameters, "gradient": self._gradient}
         first = next(
             (
                 f"{kind} {name}"
@@ -221,7 +263,7 @@ class Trainer:
             config_sha256=self.config.identity(),
         )
         try:
-            save_checkpoint(directory, self.model.parameters, self._tokenizer, self._moments, state)
+            save_checkpoint(directory, self.parameters, self._tokenizer, self._moments, state)
         except OSError as error:
             raise UserError(
                 f"{directory}: cannot be written: {error.strerror}; free some space and continue "

@@ -11,14 +11,14 @@ from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Batch, Model, forward, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import BackendName
+from mhmoe_np.operations.table import BackendName, Operations
 from tests.kinds import KINDS, settings
 
 
-def _model(kind: str, dtype: type = np.float64) -> Model:
+def _model(kind: str, ops: Operations, dtype: type = np.float64) -> Model:
     parameters = Parameters(ModelConfig.model_validate(settings(kind)), dtype)
     initialise(parameters, seed=2)
-    return Model.of(parameters)
+    return Model.of(parameters, ops=ops)
 
 
 def _batch(rows: int) -> Batch:
@@ -31,7 +31,8 @@ def _batch(rows: int) -> Batch:
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("kind", ["dense", "smoe", "mh2-topk-balance", "mh3", "mh2-z-loss"])
 def test_accumulated_micro_batches_equal_the_big_batch(kind: str, backend: BackendName) -> None:
-    model, batch, ops = _model(kind), _batch(4), load_operations(backend)
+    ops = load_operations(backend)
+    model, batch = _model(kind, ops), _batch(4)
     big, small = (Parameters(model.config, np.float64) for _ in range(2))
     parts = [Batch(batch.input_BT[i : i + 1], batch.target_BT[i : i + 1]) for i in range(4)]
     whole, _ = loss_and_gradient(model, big, [batch], ops=ops)
@@ -45,11 +46,12 @@ def test_accumulated_micro_batches_equal_the_big_batch(kind: str, backend: Backe
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "capacity" not in kind])
 def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendName) -> None:
-    model, ops = _model(kind, np.float32), load_operations(backend)
+    ops = load_operations(backend)
+    model = _model(kind, ops, np.float32)
     id_BT = np.random.default_rng(5).integers(0, 37, (2, 11))
     counted_N = np.ones(id_BT.size, bool)
     x_ND, _, _ = forward(model, id_BT, counted_N, drop=False, ops=ops)
-    logits_BTV = (x_ND @ model.parameters.output_VD.T).reshape(2, 11, -1)
+    logits_BTV = (x_ND @ model.weights.output_VD.T).reshape(2, 11, -1)
     cache = KeyValueCache(model, sequences=2, positions=11)
     for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10), (10, 11)):
         logits_BV = decode(model, cache, id_BT[:, first:last], ops=ops)
@@ -57,11 +59,13 @@ def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendNa
         assert np.abs(logits_BV - expected_BV).max() <= 1e-5 * np.abs(expected_BV).max()
 
 
-def test_same_bits_at_any_number_of_threads_and_with_reused_buffers() -> None:
-    model, batch = _model("mh2-shared", np.float32), _batch(40)
+@pytest.mark.parametrize("kind", ["mh2-shared", "mh2-ternary-shared-capacity", "mh3-sign"])
+def test_same_bits_at_any_number_of_threads_and_with_reused_buffers(kind: str) -> None:
+    batch = _batch(40)
     results = []
     for threads, keep in ((1, False), (2, False), (2, True), (1, True)):
         ops = load_operations("numba", threads=threads, keep_buffers=keep)
+        model = _model(kind, ops, np.float32)
         for _ in range(2):
             gradient = Parameters(model.config, np.float32)
             loss_and_gradient(model, gradient, [batch], ops=ops)
@@ -71,7 +75,8 @@ def test_same_bits_at_any_number_of_threads_and_with_reused_buffers() -> None:
 
 
 def test_a_later_token_leaves_earlier_logits_as_they_are() -> None:
-    model, ops = _model("mh3-shared-sub-norm"), load_operations("numpy")
+    ops = load_operations("numpy")
+    model = _model("mh3-shared-sub-norm", ops)
     id_BT = np.random.default_rng(6).integers(0, 37, (1, 9))
     changed_BT = id_BT.copy()
     changed_BT[0, 6] += 1 if changed_BT[0, 6] < 36 else -1
@@ -85,7 +90,8 @@ def test_a_later_token_leaves_earlier_logits_as_they_are() -> None:
 
 @pytest.mark.parametrize("length", [2, 9, 33, 34, 200])
 def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> None:
-    model, ops = _model("mh2-capacity"), load_operations("numpy")
+    ops = load_operations("numpy")
+    model = _model("mh2-capacity", ops)
     token_W = np.random.default_rng(7).integers(0, 37, length)
     one = score_stream(model, token_W, window=32, batch_tokens=1, ops=ops)
     many = score_stream(model, token_W, window=32, batch_tokens=1000, ops=ops)
@@ -97,12 +103,13 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
         x_ND, _, _ = forward(
             model, window[None, :-1], np.ones(len(window) - 1, bool), drop=False, ops=ops
         )
-        total += ops.token_nll(x_ND, model.parameters.output_VD, window[1:]).sum()
+        total += ops.token_nll(x_ND, model.weights.output_VD, window[1:]).sum()
     assert one == pytest.approx(total, rel=1e-13)
 
 
 def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None:
-    model, ops = _model("dense"), load_operations("numba")
+    ops = load_operations("numba")
+    model = _model("dense", ops)
     with pytest.raises(ValueError, match=r"0 \.\. 36"):
         forward(model, np.array([[1, 37]]), np.ones(2, bool), drop=False, ops=ops)
     with pytest.raises(ValueError, match="max_position_embeddings"):

@@ -16,7 +16,7 @@ from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.trace import trace
 from tests.conftest import Run
-from tests.kinds import KINDS, settings
+from tests.kinds import DEFAULT_SEED, KINDS, SEEDS, settings
 from tests.oracle.torch_model import trace as oracle_trace
 
 TOKENS = np.random.default_rng(3).integers(0, 37, (3, 12))
@@ -33,8 +33,9 @@ def test_every_tensor_of_a_trace_equals_the_independent_model(
 ) -> None:
     config = ModelConfig.model_validate(settings(kind))
     parameters = Parameters(config, np.float64)
-    initialise(parameters, seed=1)
-    ours = trace(Model.of(parameters), tokens, gradients=True, ops=load_operations(backend))
+    initialise(parameters, seed=SEEDS.get(kind, DEFAULT_SEED))
+    ops = load_operations(backend)
+    ours = trace(Model.of(parameters, ops=ops), tokens, gradients=True, ops=ops)
     weights = {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
     theirs = oracle_trace(settings(kind), weights, tokens)
     assert ours.keys() == theirs.keys()

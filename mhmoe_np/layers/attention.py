@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.rotary import Rotary
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import LayerWeights, Operations
 from mhmoe_np.types import FloatArray
 
 QKV = "self_attn.qkv_proj.weight"
@@ -36,7 +36,7 @@ def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, F
 
 def project_heads(
     x_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     rotary: Rotary,
     *,
     sequences: int,
@@ -53,7 +53,7 @@ def project_heads(
 
 def project_out(
     out_BTAC: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     *,
     config: ModelConfig,
     ops: Operations,
@@ -68,7 +68,7 @@ def project_out(
 
 def attention_forward(
     x_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     rotary: Rotary,
     *,
     sequences: int,
@@ -89,7 +89,7 @@ def attention_forward(
 def attention_backward(
     dy_ND: FloatArray,
     cache: AttentionCache,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     dw: Mapping[str, FloatArray],
     rotary: Rotary,
     *,

@@ -18,7 +18,7 @@ from mhmoe_np.layers.feed_forward import (
 )
 from mhmoe_np.layers.moe import BalanceUpstream, MoeCache, moe_backward, moe_forward
 from mhmoe_np.layers.rotary import Rotary
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import LayerWeights, Operations
 from mhmoe_np.types import BoolArray, FloatArray
 
 NORM = "input_layernorm.weight"
@@ -39,7 +39,7 @@ class BlockCache(NamedTuple):
 
 def block_forward(
     x_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     rotary: Rotary,
     counted_N: BoolArray,
     *,
@@ -69,7 +69,7 @@ def block_forward(
 
 def feed_forward_half(
     normed_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     counted_N: BoolArray,
     *,
     is_moe: bool,
@@ -89,7 +89,7 @@ def block_backward(
     dy_ND: FloatArray,
     cache: BlockCache,
     balance: BalanceUpstream | None,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     dw: Mapping[str, FloatArray],
     rotary: Rotary,
     *,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mhmoe_np.config import ModelConfig
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import LayerWeights, Operations
 from mhmoe_np.types import FloatArray
 
 DENSE = "mlp"
@@ -25,7 +25,7 @@ class FeedForwardCache(NamedTuple):
 
 def feed_forward_forward(
     x_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     prefix: str,
     *,
     config: ModelConfig,
@@ -48,7 +48,7 @@ def feed_forward_forward(
 def feed_forward_backward(
     dy_ND: FloatArray,
     cache: FeedForwardCache,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     dw: Mapping[str, FloatArray],
     prefix: str,
     *,

@@ -26,7 +26,7 @@ from mhmoe_np.layers.feed_forward import (
     feed_forward_backward,
     feed_forward_forward,
 )
-from mhmoe_np.operations.table import Dispatch, ExpertCache, Operations, Routing
+from mhmoe_np.operations.table import Dispatch, ExpertCache, LayerWeights, Operations, Routing
 from mhmoe_np.types import BoolArray, FloatArray
 
 HEAD, HEAD_BIAS = "mlp.head_proj.weight", "mlp.head_proj.bias"
@@ -73,7 +73,7 @@ def capacity(config: ModelConfig, sub_tokens: int) -> int | None:
 
 def moe_forward(
     x_ND: FloatArray,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     counted_N: BoolArray,
     *,
     drop: bool,
@@ -127,7 +127,7 @@ def moe_backward(
     dy_ND: FloatArray,
     cache: MoeCache,
     balance: BalanceUpstream,
-    w: Mapping[str, FloatArray],
+    w: LayerWeights,
     dw: Mapping[str, FloatArray],
     *,
     config: ModelConfig,

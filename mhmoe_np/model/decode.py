@@ -10,7 +10,7 @@ import numpy as np
 
 from mhmoe_np.layers.attention import project_heads, project_out, split_heads
 from mhmoe_np.layers.block import NORM, NORM_2, feed_forward_half
-from mhmoe_np.model.language_model import EMBEDDING, FINAL_NORM, Model
+from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -35,7 +35,7 @@ class KeyValueCache:
                 f"{config.max_position_embeddings}"
             )
         shape = (sequences, positions, 2 * config.num_key_value_heads, config.head_dim)
-        dtype = model.parameters.flat_P.dtype
+        dtype = model.weights.dtype
         self.length = 0
         self.layers: list[FloatArray] = [
             np.empty(shape, dtype) for _ in range(config.num_hidden_layers)
@@ -47,7 +47,7 @@ def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operatio
 
     Raises ValueError: the cache has no room for them.
     """
-    config, parameters, _ = model
+    config, weights, _ = model
     B, T = id_BT.shape
     G = config.num_key_value_heads
     first, last = cache.length, cache.length + T
@@ -55,8 +55,8 @@ def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operatio
         raise ValueError(f"{last} positions do not fit the cache's {cache.layers[0].shape[1]}")
     rotary = model.rotary.window(first, last)
     counted_N = np.ones(B * T, np.bool_)
-    x_ND = ops.embedding(id_BT.reshape(-1), parameters.arrays[EMBEDDING])
-    for layer, (w, kv_BSGC) in enumerate(zip(parameters.blocks, cache.layers, strict=True)):
+    x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
+    for layer, (w, kv_BSGC) in enumerate(zip(weights.blocks, cache.layers, strict=True)):
         normed_ND, _ = ops.rms_norm(x_ND, w[NORM], eps=config.rms_norm_eps)
         qkv_BTQ = project_heads(normed_ND, w, rotary, sequences=B, config=config, ops=ops)
         q_BTAC, k_BTGC, v_BTGC = split_heads(qkv_BTQ, config)
@@ -79,5 +79,5 @@ def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operatio
         )
     cache.length = last
     last_BD = np.ascontiguousarray(x_ND.reshape(B, T, -1)[:, -1])
-    y_BD, _ = ops.rms_norm(last_BD, parameters.arrays[FINAL_NORM], eps=config.rms_norm_eps)
-    return ops.linear(y_BD, parameters.output_VD, None)
+    y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)
+    return ops.linear(y_BD, weights.output_VD, None)

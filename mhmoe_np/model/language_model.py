@@ -18,11 +18,10 @@ from mhmoe_np.layers.block import BlockCache, block_backward, block_forward
 from mhmoe_np.layers.moe import BalanceUpstream
 from mhmoe_np.layers.rotary import Rotary, rotary_angles
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM, Weights, requantise
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
 IGNORED = -100  # a target that is not counted
 
 
@@ -30,20 +29,23 @@ class Model(NamedTuple):
     """Everything a forward pass reads."""
 
     config: ModelConfig
-    parameters: Parameters
+    weights: Weights
     rotary: Rotary
 
     @classmethod
-    def of(cls, parameters: Parameters) -> Model:
-        """The model with these parameters."""
-        config = parameters.config
+    def of(cls, parameters: Parameters, *, ops: Operations) -> Model:
+        """The model with these parameters; after a change of quantised ones, call `requantise`."""
+        weights = Weights.of(parameters)
+        requantise(weights, parameters, ops=ops)
+        return cls.with_weights(parameters.config, weights)
+
+    @classmethod
+    def with_weights(cls, config: ModelConfig, weights: Weights) -> Model:
+        """The model with weights that are ready for use."""
         rotary = rotary_angles(
-            config.max_position_embeddings,
-            config.head_dim,
-            config.rope_theta,
-            parameters.flat_P.dtype,
+            config.max_position_embeddings, config.head_dim, config.rope_theta, weights.dtype
         )
-        return cls(config, parameters, rotary)
+        return cls(config, weights, rotary)
 
 
 class Batch(NamedTuple):
@@ -81,7 +83,7 @@ def forward(
     generation) [D4].
     Raises ValueError: more positions than the model has, or an id outside the vocabulary.
     """
-    config, parameters, _ = model
+    config, weights, _ = model
     sequences, positions = input_BT.shape
     if positions > config.max_position_embeddings:
         raise ValueError(
@@ -92,9 +94,9 @@ def forward(
     if id_N.size and not 0 <= id_N.min() <= id_N.max() < config.vocab_size:
         raise ValueError(f"token ids must lie in 0 .. {config.vocab_size - 1}")
     rotary = model.rotary.window(0, positions)
-    x_ND = ops.embedding(id_N, parameters.arrays[EMBEDDING])
+    x_ND = ops.embedding(id_N, weights.embedding_VD)
     caches, statistics = [], []
-    for layer, w in enumerate(parameters.blocks):
+    for layer, w in enumerate(weights.blocks):
         x_ND, layer_statistics, cache = block_forward(
             x_ND,
             w,
@@ -109,7 +111,7 @@ def forward(
         caches.append(cache)
         if layer_statistics is not None:
             statistics.append(layer_statistics)
-    y_ND, rstd_N = ops.rms_norm(x_ND, parameters.arrays[FINAL_NORM], eps=config.rms_norm_eps)
+    y_ND, rstd_N = ops.rms_norm(x_ND, weights.final_norm_D, eps=config.rms_norm_eps)
     return y_ND, statistics, ForwardCache(input_BT, caches, x_ND, rstd_N)
 
 
@@ -126,18 +128,18 @@ def backward(
 
     dy_ND is the gradient of the final norm's output; balance has one entry for each MoE layer.
     """
-    config, parameters, _ = model
+    config, weights, _ = model
     rotary = model.rotary.window(0, cache.input_BT.shape[1])
     dx_ND = ops.rms_norm_backward(
         dy_ND,
         cache.last_ND,
-        parameters.arrays[FINAL_NORM],
+        weights.final_norm_D,
         cache.rstd_N,
         gradient.arrays[FINAL_NORM],
     )
     remaining = list(balance)
     for block, w, dw in zip(
-        reversed(cache.blocks), reversed(parameters.blocks), reversed(gradient.blocks), strict=True
+        reversed(cache.blocks), reversed(weights.blocks), reversed(gradient.blocks), strict=True
     ):
         upstream = remaining.pop() if block.moe is not None else None
         dx_ND = block_backward(dx_ND, block, upstream, w, dw, rotary, config=config, ops=ops)
@@ -205,7 +207,7 @@ def loss_and_gradient(
             target_N = batch.target_BT.reshape(-1)
             x_ND, own, cache = forward(model, batch.input_BT, target_N != IGNORED, drop=True, ops=ops)
             nll_N, dx_ND = ops.token_nll_and_gradient(
-                x_ND, model.parameters.output_VD, target_N, gradient.output_VD, dnll=1 / targets
+                x_ND, model.weights.output_VD, target_N, gradient.output_VD, dnll=1 / targets
             )
             nll_sum += float(nll_N.sum(dtype=np.float64))
             whole = whole or own

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from mhmoe_np.config import ModelConfig
 from mhmoe_np.types import FloatArray
 
+Array = TypeVar("Array")
 Distribution = Literal["ones", "zeros", "embedding", "linear", "head", "merge"]
 ALIGNMENT = 16  # elements between starts of arrays: 64 bytes of float32
 
@@ -37,13 +38,14 @@ class Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    quantised: bool = False  # whether its parts are weights of BitLinears
 
 
-def _whole(name: str, shape: tuple[int, ...], start: Distribution) -> Entry:
-    return Entry(name, shape, (Part(name, (), start),))
+def _whole(name: str, shape: tuple[int, ...], start: Distribution, *, quantised: bool = False) -> Entry:
+    return Entry(name, shape, (Part(name, (), start),), quantised)
 
 
-def _feed_forward(prefix: str, width: int, inner: int, sub_norm: bool) -> list[Entry]:
+def _feed_forward(prefix: str, width: int, inner: int, config: ModelConfig) -> list[Entry]:
     F, D = inner, width
     entries = [
         Entry(
@@ -53,10 +55,13 @@ def _feed_forward(prefix: str, width: int, inner: int, sub_norm: bool) -> list[E
                 Part(f"{prefix}.gate_proj.weight", (slice(0, F),), "linear"),
                 Part(f"{prefix}.up_proj.weight", (slice(F, 2 * F),), "linear"),
             ),
+            config.is_quantised,
         ),
-        _whole(f"{prefix}.down_proj.weight", (D, F), "linear"),
+        _whole(f"{prefix}.down_proj.weight", (D, F), "linear", quantised=config.is_quantised),
     ]
-    return entries + ([_whole(f"{prefix}.ffn_sub_norm.weight", (F,), "ones")] if sub_norm else [])
+    if config.use_sub_norm:
+        entries.append(_whole(f"{prefix}.ffn_sub_norm.weight", (F,), "ones"))
+    return entries
 
 
 def _attention(prefix: str, config: ModelConfig) -> list[Entry]:
@@ -75,11 +80,13 @@ def _attention(prefix: str, config: ModelConfig) -> list[Entry]:
                 Part(f"{prefix}.{letter}_proj.weight", (slice(*end),), "linear")
                 for letter, end in ends.items()
             ),
+            config.is_quantised,
         )
     ]
     if config.use_sub_norm:
         entries.append(_whole(f"{prefix}.attn_sub_norm.weight", (A * C,), "ones"))
-    return [*entries, _whole(f"{prefix}.o_proj.weight", (D, A * C), "linear")]
+    out = _whole(f"{prefix}.o_proj.weight", (D, A * C), "linear", quantised=config.is_quantised)
+    return [*entries, out]
 
 
 def _experts(prefix: str, config: ModelConfig) -> list[Entry]:
@@ -92,8 +99,8 @@ def _experts(prefix: str, config: ModelConfig) -> list[Entry]:
     down = tuple(Part(f"{prefix}.{e}.down_proj.weight", (e,), "linear") for e in range(E))
     norm = tuple(Part(f"{prefix}.{e}.ffn_sub_norm.weight", (e,), "ones") for e in range(E))
     entries = [
-        Entry(f"{prefix}.gate_up_proj.weight", (E, 2 * F, U), gate_up),
-        Entry(f"{prefix}.down_proj.weight", (E, U, F), down),
+        Entry(f"{prefix}.gate_up_proj.weight", (E, 2 * F, U), gate_up, config.is_quantised),
+        Entry(f"{prefix}.down_proj.weight", (E, U, F), down, config.is_quantised),
     ]
     if config.use_sub_norm:
         entries.append(Entry(f"{prefix}.ffn_sub_norm.weight", (E, F), norm))
@@ -107,18 +114,16 @@ def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
         (config.moe_head_layer, "head_proj", "head", "linear"),
         (config.moe_merge_layer, "merge_proj", "merge", "zeros"),
     ]
+    quantised = config.is_quantised and config.quantize_moe_projections
     for present, name, start, bias_start in projections:
         if present:
-            entries.append(_whole(f"{prefix}.{name}.weight", (D, D), start))
+            entries.append(_whole(f"{prefix}.{name}.weight", (D, D), start, quantised=quantised))
         if present and config.moe_projection_bias:
             entries.append(_whole(f"{prefix}.{name}.bias", (D,), bias_start))
     entries += _experts(f"{prefix}.experts", config)
     if config.shared_expert_intermediate_size:
         entries += _feed_forward(
-            f"{prefix}.shared_expert",
-            D,
-            config.shared_expert_intermediate_size,
-            config.use_sub_norm,
+            f"{prefix}.shared_expert", D, config.shared_expert_intermediate_size, config
         )
     return entries
 
@@ -126,7 +131,8 @@ def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
 def parameter_table(config: ModelConfig) -> list[Entry]:
     """Every array of the model, in the order of computation.
 
-    Source   [spec 1] tensor names; [spec 6] initial distributions.
+    Source   [spec 1] tensor names; [spec 5] which of them are quantised; [spec 6] initial
+    distributions.
     """
     V, D = config.vocab_size, config.hidden_size
     entries = [_whole("model.embed_tokens.weight", (V, D), "embedding")]
@@ -138,7 +144,7 @@ def parameter_table(config: ModelConfig) -> list[Entry]:
         if config.is_moe_layer(layer):
             entries += _moe(f"{prefix}.mlp", config)
         else:
-            entries += _feed_forward(f"{prefix}.mlp", D, config.intermediate_size, config.use_sub_norm)
+            entries += _feed_forward(f"{prefix}.mlp", D, config.intermediate_size, config)
     entries.append(_whole("model.norm.weight", (D,), "ones"))
     if not config.tie_word_embeddings:
         entries.append(_whole("lm_head.weight", (V, D), "linear"))
@@ -173,22 +179,25 @@ class Parameters:
             for entry in self.table
             for part in entry.parts
         }
-        self.blocks: list[dict[str, FloatArray]] = [
-            _without_prefix(self.arrays, f"model.layers.{layer}.")
-            for layer in range(config.num_hidden_layers)
-        ]
+        self.blocks: list[dict[str, FloatArray]] = blocks_of(self.arrays, config)
 
     @property
     def output_VD(self) -> FloatArray:
         """The output head: the embedding itself where the two are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.arrays["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        return self.arrays[output_name(self.config)]
 
 
-def _without_prefix(arrays: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
-    return {
-        name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
-    }
+def output_name(config: ModelConfig) -> str:
+    """The array of the output head."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
+def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str, Array]]:
+    """For each layer its arrays, by name without `model.layers.{i}.`."""
+    return [
+        {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        for prefix in (f"model.layers.{layer}." for layer in range(config.num_hidden_layers))
+    ]
 
 
 def initialise(parameters: Parameters, seed: int) -> None:

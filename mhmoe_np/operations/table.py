@@ -8,21 +8,54 @@ all backwards keep two laws:
 - gradients of weights are *added* to the array given (`dw_OI` and the like), so that tied weights and
   accumulated micro-batches need no special case.
 
+A linear map, an expert's too, takes its weights as floats, as a `BitWeight` or as a `PackedWeight`. The
+last two make it a BitLinear (spec 5): its input rows are quantised to 8 bits, the product is one of
+integers and exact, and both give the same bits. Backwards exist for the first two; a BitWeight's is
+straight-through: the quantisers and scales count as constants.
+
 Arrays are C-contiguous, of one float dtype (float32 or float64) per call, unless said otherwise. No
 operation changes its inputs except where its name or text says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from numpy.typing import DTypeLike
 
+from mhmoe_np.packing import PackedMatrices
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 Activation = Literal["silu", "relu2"]
+Quantization = Literal["bitnet_b158", "bitnet"]
 BackendName = Literal["numpy", "numba"]
+
+
+class BitWeight(NamedTuple):
+    """Quantised weights beside the float ones they come from: integers kept as floats, and scales.
+
+    The weight that acts is beta * w, row by row. Joined matrices have a beta each, so beta is said
+    for every output row.
+    """
+
+    w: FloatArray  # -1, 0 or +1: [O, I], or [E, O, I] for experts
+    beta: FloatArray  # [O], or [E, O]
+
+
+class PackedWeight(NamedTuple):
+    """The same without the float weights: packed integers and scales, for the forward alone."""
+
+    w: PackedMatrices
+    beta: FloatArray  # [E, O], E = 1 for a single matrix
+
+
+Weight: TypeAlias = FloatArray | BitWeight | PackedWeight
+"""A linear map's weights: what they are decides how the map is computed (spec 2 or spec 5)."""
+
+LayerWeights: TypeAlias = Mapping[str, Any]
+"""One layer's arrays by name: a `Weight` for each linear map, floats for norms and biases."""
 
 
 class Routing(NamedTuple):
@@ -70,27 +103,64 @@ class Operations(Protocol):
 
     # ---- linear maps -------------------------------------------------------------------------
 
-    def linear(self, x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
-        """y_NO = x @ w.T (+ b).
+    def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
+        """y_NO = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
 
-        Source   [spec 1] every linear is stored [out, in] and applied as x @ W.T.
+        Source   [spec 1] every linear is stored [out, in] and applied as x @ W.T; [spec 5].
         """
 
     def linear_backward(
         self,
         dy_NO: FloatArray,
         x_NI: FloatArray,
-        w_OI: FloatArray,
+        w_OI: Weight,
         dw_OI: FloatArray,
         db_O: FloatArray | None,
     ) -> FloatArray:
-        """Return dx_NI; add to dw_OI and db_O."""
+        """Return dx_NI; add to dw_OI and db_O.
+
+        Source   [spec 5] straight-through: dx = dy @ (beta w), dW = dy^T @ (q gamma/127).
+        Raises TypeError: the weight is packed.
+        """
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
         """x_ND = w[id]."""
 
     def embedding_backward(self, dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:
         """Add each row of dx_ND to row id of dw_VD."""
+
+    # ---- quantisation ------------------------------------------------------------------------
+
+    def quantise_rows(self, x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """8-bit integers, kept as floats, and each row's scale: return q_NI and gamma/127 as scale_N.
+
+        gamma = max(max|x|, 1e-5);  q = clip(round(x * (127/gamma)), -128, 127), halves to even.
+        Every backend gives the same bits. A row with a NaN has a NaN scale.
+
+        Source   [spec 5], [B1 eq. 4], [B2].
+        """
+
+    def quantise_weight(
+        self,
+        w_OI: FloatArray,
+        start_Z: IntArray,
+        *,
+        quantization: Quantization,
+        q_OI: FloatArray,
+        beta_O: FloatArray,
+    ) -> IntArray:
+        """Quantise joined matrices: rows start_Z[x] .. start_Z[x+1]-1 of w_OI are matrix x.
+
+        bitnet_b158: beta = max(mean|W|, 1e-5), q = clip(round(W * (1/beta)), -1, 1).
+        bitnet: the same beta, q = +1 where W - mean(W) > 0, else -1.
+        The sum of a mean is the exact one, rounded once to float64, so that no order is part of the
+        definition and every backend gives the same bits.
+
+        Overwrites q_OI and beta_O (each row has its matrix's beta). Returns for every matrix how many
+        of q are -1, 0 and +1, and how many differ from what q_OI held: [matrices, 4].
+
+        Source   [spec 5], [B1 eq. 1-3], [B2].
+        """
 
     # ---- normalisation -----------------------------------------------------------------------
 
@@ -203,8 +273,8 @@ class Operations(Protocol):
         x_MU: FloatArray,
         gate_MK: FloatArray,
         dispatch: Dispatch,
-        gate_up_E2FU: FloatArray,
-        down_EUF: FloatArray,
+        gate_up_E2FU: Weight,
+        down_EUF: Weight,
         sub_norm_EF: FloatArray | None,
         *,
         activation: Activation,
@@ -223,8 +293,8 @@ class Operations(Protocol):
         x_MU: FloatArray,
         gate_MK: FloatArray,
         dispatch: Dispatch,
-        gate_up_E2FU: FloatArray,
-        down_EUF: FloatArray,
+        gate_up_E2FU: Weight,
+        down_EUF: Weight,
         sub_norm_EF: FloatArray | None,
         cache: ExpertCache,
         dgate_up_E2FU: FloatArray,
@@ -233,7 +303,10 @@ class Operations(Protocol):
         *,
         activation: Activation,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients."""
+        """Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients.
+
+        Raises TypeError: the weights are packed.
+        """
 
     # ---- loss --------------------------------------------------------------------------------
 

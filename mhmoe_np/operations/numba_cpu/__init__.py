@@ -9,6 +9,7 @@ from mhmoe_np.operations.numba_cpu.dispatch import DispatchOperations
 from mhmoe_np.operations.numba_cpu.experts import Experts
 from mhmoe_np.operations.numba_cpu.feed_forward import FeedForward
 from mhmoe_np.operations.numba_cpu.gemm import limit_blas
+from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet, choose
 from mhmoe_np.operations.numba_cpu.linear import Linear
 from mhmoe_np.operations.numba_cpu.loss import Loss
 from mhmoe_np.operations.numba_cpu.norm import Norm
@@ -27,9 +28,19 @@ class NumbaOperations(
     Making one keeps every BLAS of the process on one thread; the parallelism is Numba's.
     """
 
-    def __init__(self, *, threads: int | None = None, keep_buffers: bool = False) -> None:
-        """Make the table; `threads` None leaves Numba's own choice, one for each core."""
-        super().__init__(keep_buffers=keep_buffers)
+    def __init__(
+        self,
+        *,
+        threads: int | None = None,
+        keep_buffers: bool = False,
+        instruction_set: InstructionSet | None = None,
+    ) -> None:
+        """Make the table.
+
+        threads: None leaves Numba's own choice, one for each core.
+        instruction_set: of packed products; None leaves it to `instruction_set.choose`.
+        """
+        super().__init__(keep_buffers=keep_buffers, instruction_set=instruction_set or choose())
         limit_blas()
         if threads is not None:
             set_num_threads(threads)

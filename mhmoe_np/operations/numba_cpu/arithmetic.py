@@ -21,13 +21,21 @@ def _intrinsic(definition: Any) -> Any:
 
 
 @_intrinsic
-def _bits_of(typing_context: Any, x: Any) -> Any:
-    return types.int32(types.float32), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(32))
+def bits_of(typing_context: Any, x: Any) -> Any:
+    """The bits of a float32 or float64 as an integer of its size."""
+    integer, code = (
+        (types.int32, ir.IntType(32)) if x == types.float32 else (types.int64, ir.IntType(64))
+    )
+    return integer(x), lambda c, b, s, a: b.bitcast(a[0], code)
 
 
 @_intrinsic
-def _float_of(typing_context: Any, bits: Any) -> Any:
-    return types.float32(types.int32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
+def float_of(typing_context: Any, bits: Any) -> Any:
+    """The float with these bits."""
+    real, code = (
+        (types.float32, ir.FloatType()) if bits == types.int32 else (types.float64, ir.DoubleType())
+    )
+    return real(bits), lambda c, b, s, a: b.bitcast(a[0], code)
 
 
 def exp(x: Any) -> Any:
@@ -60,7 +68,7 @@ def _compiled_exp(x: Any) -> Any:
         p = p * r + f32(1.6666665459e-1)
         p = p * r + f32(5.0000001201e-1)
         y = p * (r * r) + r + f32(1)
-        return _float_of(types.int32(_bits_of(y) + types.int32(_bits_of(shifted) << types.int32(23))))
+        return float_of(types.int32(bits_of(y) + types.int32(bits_of(shifted) << types.int32(23))))
 
     return exp_float32
 

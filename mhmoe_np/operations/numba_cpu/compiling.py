@@ -23,6 +23,11 @@ def task(function: Function) -> Function:
     return _compiled(function, fastmath=FAST)
 
 
+def exact(function: Function) -> Function:
+    """A function whose every operation rounds as written: its bits are those of the definition."""
+    return _compiled(function)
+
+
 def reduction(function: Function) -> Function:
     """A sum or maximum of a row alone: it vectorises only if the compiler may reorder it."""
     return _compiled(function, fastmath=True)

@@ -7,13 +7,13 @@ their own, one task an expert's matrix, so nothing is added from two places.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
+from numba.extending import overload
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
-from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import (
     ROWS,
     ROWS_ELEMENTWISE,
@@ -24,7 +24,27 @@ from mhmoe_np.operations.numba_cpu.compiling import (
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
-from mhmoe_np.operations.table import Activation, Dispatch, ExpertCache
+from mhmoe_np.operations.numba_cpu.packed import (
+    SERIAL_PACKED_MACS,
+    Packed,
+    PackedProducts,
+    as_stack,
+    project_packed,
+)
+from mhmoe_np.operations.numba_cpu.quantise import (
+    act_as_quantised,
+    quantise_block,
+    scale_block,
+    scale_columns,
+)
+from mhmoe_np.operations.table import (
+    Activation,
+    BitWeight,
+    Dispatch,
+    ExpertCache,
+    PackedWeight,
+    Weight,
+)
 from mhmoe_np.types import FloatArray, IntArray
 
 
@@ -54,27 +74,38 @@ def _gather(x_MU: Any, route_R: Any, K: int) -> Any:
     return out_RU
 
 
+class Floats(NamedTuple):
+    """A stack of float matrices; with scales, of a `BitWeight`'s integers."""
+
+    w: Any  # [E, O, I]
+    beta: Any  # [E, O], or [E, 0]: not quantised
+
+
+def _project(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
+    """y = x @ w[e]^T for a stack of any kind; a BitLinear may leave x quantised."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_project)
+def _compiled_project(x_RI: Any, weight: Any, e: Any, y_RO: Any) -> Any:
+    kind = _project_floats if weight.instance_class is Floats else project_packed
+
+    def project(x_RI: Any, weight: Any, e: Any, y_RO: Any) -> None:
+        kind(x_RI, weight, e, y_RO)
+
+    return project
+
+
 @task
-def _expert_rows(
-    x_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_up_2FU: Any,
-    down_UF: Any,
-    sub_norm_F: Any,
-    silu: bool,
-    eps: float,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    y_RU: Any,
-) -> None:
-    x_RU = _gather(x_MU, route_R, K)
-    gemm_nt(1.0, x_RU, gate_up_2FU, 0.0, gate_up_R2F)
-    h_RF = np.empty((len(route_R), down_UF.shape[1]), x_MU.dtype)
-    activate_rows(gate_up_R2F, silu, h_RF)
-    if len(sub_norm_F) > 0:
-        norm_rows(h_RF, sub_norm_F, eps, h_RF, rstd_R)
-    gemm_nt(1.0, h_RF, down_UF, 0.0, y_RU)
+def _project_floats(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
+    beta_O = weight.beta[e]
+    if len(beta_O) > 0:
+        scale_R = np.empty(len(x_RI), x_RI.dtype)
+        quantise_block(x_RI, x_RI, scale_R)
+        gemm_nt(1.0, x_RI, weight.w[e], 0.0, y_RO)
+        scale_block(y_RO, scale_R, beta_O)
+    else:
+        gemm_nt(1.0, x_RI, weight.w[e], 0.0, y_RO)
 
 
 @task
@@ -84,8 +115,8 @@ def _expert_task(
     x_MU: Any,
     K: int,
     route_R: Any,
-    gate_up_E2FU: Any,
-    down_EUF: Any,
+    gate_up: Any,
+    down: Any,
     sub_norm_EF: Any,
     silu: bool,
     eps: float,
@@ -94,19 +125,13 @@ def _expert_task(
     y_RU: Any,
 ) -> None:
     e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
-    _expert_rows(
-        x_MU,
-        K,
-        route_R[r:z],
-        gate_up_E2FU[e],
-        down_EUF[e],
-        sub_norm_EF[e],
-        silu,
-        eps,
-        gate_up_R2F[r:z],
-        rstd_R[r:z],
-        y_RU[r:z],
-    )
+    x_RU = _gather(x_MU, route_R[r:z], K)
+    _project(x_RU, gate_up, e, gate_up_R2F[r:z])
+    h_RF = np.empty((z - r, gate_up_R2F.shape[1] // 2), x_MU.dtype)
+    activate_rows(gate_up_R2F[r:z], silu, h_RF)
+    if sub_norm_EF.shape[1] > 0:
+        norm_rows(h_RF, sub_norm_EF[e], eps, h_RF, rstd_R[r:z])
+    _project(h_RF, down, e, y_RU[r:z])
 
 
 @parallel
@@ -115,8 +140,8 @@ def _experts(
     x_MU: Any,
     K: int,
     route_R: Any,
-    gate_up_E2FU: Any,
-    down_EUF: Any,
+    gate_up: Any,
+    down: Any,
     sub_norm_EF: Any,
     silu: bool,
     eps: float,
@@ -131,8 +156,8 @@ def _experts(
             x_MU,
             K,
             route_R,
-            gate_up_E2FU,
-            down_EUF,
+            gate_up,
+            down,
             sub_norm_EF,
             silu,
             eps,
@@ -168,8 +193,9 @@ def _expert_rows_backward(
     K: int,
     route_R: Any,
     gate_MK: Any,
-    gate_up_2FU: Any,
-    down_UF: Any,
+    gate_up: Any,
+    down: Any,
+    e: int,
     sub_norm_F: Any,
     silu: bool,
     gate_up_R2F: Any,
@@ -183,29 +209,39 @@ def _expert_rows_backward(
     """The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate * a.
 
     Leaves gate * n in gated_RF and the projections' gradient in dgate_up_R2F for the weights.
+    Quantised, n is what it acts as, and dy @ (beta w) = (dy beta) @ w.
     """
-    rows, F = len(route_R), down_UF.shape[1]
+    rows, F = gated_RF.shape
     dy_RU = _gather(dy_MU, route_R, K)
+    scale_columns(dy_RU, down.beta[e])
     dn_RF = np.empty((rows, F), dy_MU.dtype)
-    gemm_nn(1.0, dy_RU, down_UF, 0.0, dn_RF)
+    gemm_nn(1.0, dy_RU, down.w[e], 0.0, dn_RF)
     activate_rows(gate_up_R2F, silu, gated_RF)
-    normed = len(sub_norm_F) > 0
-    h_RF = gated_RF.copy() if normed else gated_RF
+    h_RF = gated_RF.copy() if len(sub_norm_F) > 0 else gated_RF
+    if len(sub_norm_F) > 0:
+        for r in range(rows):
+            n_F = gated_RF[r]
+            for f in range(F):
+                n_F[f] = n_F[f] * rstd_R[r] * sub_norm_F[f]
+    if down.beta.shape[1] > 0:
+        act_as_quantised(gated_RF)
     for r in range(rows):
         dn_F, n_F = dn_RF[r], gated_RF[r]
-        if normed:
-            for f in range(F):
-                n_F[f] *= rstd_R[r] * sub_norm_F[f]
         m, j = route_R[r] // K, route_R[r] % K
         gate = gate_MK[m, j]
         dgate_MK[m, j] = row_dot(dn_F, n_F)
         for f in range(F):
             dn_F[f] *= gate
             n_F[f] *= gate
-    if normed:
+    if len(sub_norm_F) > 0:
         norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, dsub_norm_F)
     activate_rows_backward(dn_RF, gate_up_R2F, silu, dgate_up_R2F)
-    gemm_nn(1.0, dgate_up_R2F, gate_up_2FU, 0.0, dx_RU)
+    if gate_up.beta.shape[1] > 0:
+        dacc_R2F = dgate_up_R2F.copy()
+        scale_columns(dacc_R2F, gate_up.beta[e])
+        gemm_nn(1.0, dacc_R2F, gate_up.w[e], 0.0, dx_RU)
+    else:
+        gemm_nn(1.0, dgate_up_R2F, gate_up.w[e], 0.0, dx_RU)
 
 
 @parallel
@@ -215,8 +251,8 @@ def _experts_backward(
     K: int,
     route_R: Any,
     gate_MK: Any,
-    gate_up_E2FU: Any,
-    down_EUF: Any,
+    gate_up: Any,
+    down: Any,
     sub_norm_EF: Any,
     silu: bool,
     gate_up_R2F: Any,
@@ -234,8 +270,9 @@ def _experts_backward(
             K,
             route_R[r:z],
             gate_MK,
-            gate_up_E2FU[e],
-            down_EUF[e],
+            gate_up,
+            down,
+            e,
             sub_norm_EF[e],
             silu,
             gate_up_R2F[r:z],
@@ -249,10 +286,15 @@ def _experts_backward(
 
 
 @task
-def _weight_gradient(d_RO: Any, x_MI: Any, route_R: Any, K: int, dw_OI: Any, rows: int) -> None:
+def _weight_gradient(
+    d_RO: Any, x_MI: Any, route_R: Any, K: int, quantised: bool, dw_OI: Any, rows: int
+) -> None:
     """dw += d^T x over the rows of one expert, x being gathered from the sub-tokens."""
     for r in range(0, len(route_R), rows):
-        gemm_tn(1.0, d_RO[r : r + rows], _gather(x_MI, route_R[r : r + rows], K), 1.0, dw_OI)
+        x_RI = _gather(x_MI, route_R[r : r + rows], K)
+        if quantised:
+            act_as_quantised(x_RI)
+        gemm_tn(1.0, d_RO[r : r + rows], x_RI, 1.0, dw_OI)
 
 
 @task
@@ -272,6 +314,7 @@ def _weight_gradients(
     dy_MU: Any,
     K: int,
     route_R: Any,
+    quantised: bool,
     gated_RF: Any,
     dgate_up_R2F: Any,
     dgate_up_E2FU: Any,
@@ -282,12 +325,14 @@ def _weight_gradients(
         e = i // 2
         r, z = start_Z[e], start_Z[e + 1]
         if i % 2 == 0:
-            _weight_gradient(dgate_up_R2F[r:z], x_MU, route_R[r:z], K, dgate_up_E2FU[e], rows)
+            _weight_gradient(
+                dgate_up_R2F[r:z], x_MU, route_R[r:z], K, quantised, dgate_up_E2FU[e], rows
+            )
         else:
             _weight_gradient_down(dy_MU, gated_RF[r:z], route_R[r:z], K, ddown_EUF[e], rows)
 
 
-class Experts(Buffers):
+class Experts(PackedProducts):
     """See `Operations`: the experts."""
 
     def expert_ffn(
@@ -295,8 +340,8 @@ class Experts(Buffers):
         x_MU: FloatArray,
         gate_MK: FloatArray,
         dispatch: Dispatch,
-        gate_up_E2FU: FloatArray,
-        down_EUF: FloatArray,
+        gate_up_E2FU: Weight,
+        down_EUF: Weight,
         sub_norm_EF: FloatArray | None,
         *,
         activation: Activation,
@@ -305,9 +350,10 @@ class Experts(Buffers):
         """See `Operations.expert_ffn`."""
         route_R, slot_MK, start_Z = dispatch
         R, dtype = len(route_R), x_MU.dtype
+        gate_up, down = self._stack(gate_up_E2FU), self._stack(down_EUF)
         blocks = _row_blocks(start_Z, ROWS)
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
-        gate_up_R2F = self.empty((R, gate_up_E2FU.shape[1]), dtype)
+        gate_up_R2F = self.empty((R, _outputs(gate_up_E2FU)), dtype)
         rstd_R = None if sub_norm_EF is None else self.empty((R,), dtype)
         with self.scope():
             y_RU = self.empty((R, x_MU.shape[1]), dtype)
@@ -316,22 +362,30 @@ class Experts(Buffers):
                 x_MU,
                 gate_MK.shape[1],
                 route_R,
-                gate_up_E2FU,
-                down_EUF,
-                _or_nothing(sub_norm_EF, (len(down_EUF), 0), dtype),
+                gate_up,
+                down,
+                _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
                 activation == "silu",
                 eps,
                 gate_up_R2F,
                 _or_nothing(rstd_R, (0,), dtype),
                 y_RU,
             )
-            if R * gate_up_E2FU[0].size * 3 // 2 <= SERIAL_MACS:
+            serial = SERIAL_PACKED_MACS if isinstance(down, Packed) else SERIAL_MACS
+            if R * gate_up_R2F.shape[1] * x_MU.shape[1] * 3 // 2 <= serial:
                 for i in range(len(blocks)):
                     _expert_task(i, *arrays)
             else:
                 _experts(*arrays)
             self._combine(y_RU, gate_MK, slot_MK, y_MU)
         return y_MU, ExpertCache(gate_up_R2F, rstd_R)
+
+    def _stack(self, weight: Weight) -> Floats | Packed:
+        if isinstance(weight, PackedWeight):
+            return as_stack(weight, self._instruction_set)
+        if isinstance(weight, BitWeight):
+            return Floats(weight.w, weight.beta)
+        return Floats(weight, np.empty((len(weight), 0), weight.dtype))
 
     @staticmethod
     def _combine(y_RU: FloatArray, gate_MK: FloatArray, slot_MK: IntArray, y_MU: FloatArray) -> None:
@@ -346,8 +400,8 @@ class Experts(Buffers):
         x_MU: FloatArray,
         gate_MK: FloatArray,
         dispatch: Dispatch,
-        gate_up_E2FU: FloatArray,
-        down_EUF: FloatArray,
+        gate_up_E2FU: Weight,
+        down_EUF: Weight,
         sub_norm_EF: FloatArray | None,
         cache: ExpertCache,
         dgate_up_E2FU: FloatArray,
@@ -357,6 +411,9 @@ class Experts(Buffers):
         activation: Activation,
     ) -> tuple[FloatArray, FloatArray]:
         """See `Operations.expert_ffn_backward`."""
+        gate_up, down = self._stack(gate_up_E2FU), self._stack(down_EUF)
+        if isinstance(down, Packed):
+            raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch
         R, K, dtype = len(route_R), gate_MK.shape[1], x_MU.dtype
         blocks = _row_blocks(start_Z, ROWS)
@@ -364,7 +421,7 @@ class Experts(Buffers):
         dgate_MK: FloatArray = self.empty(gate_MK.shape, dtype)
         dgate_MK[...] = 0
         with self.scope():
-            gated_RF = self.empty((R, down_EUF.shape[2]), dtype)
+            gated_RF = self.empty((R, ddown_EUF.shape[2]), dtype)
             dgate_up_R2F = self.empty(cache.gate_up_R2F.shape, dtype)
             dx_RU = self.empty((R, x_MU.shape[1]), dtype)
             sub_norm_width = 0 if sub_norm_EF is None else sub_norm_EF.shape[1]
@@ -375,9 +432,9 @@ class Experts(Buffers):
                 K,
                 route_R,
                 gate_MK,
-                gate_up_E2FU,
-                down_EUF,
-                _or_nothing(sub_norm_EF, (len(down_EUF), 0), dtype),
+                gate_up,
+                down,
+                _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
                 activation == "silu",
                 cache.gate_up_R2F,
                 _or_nothing(cache.rstd_R, (0,), dtype),
@@ -393,6 +450,7 @@ class Experts(Buffers):
                 dy_MU,
                 K,
                 route_R,
+                isinstance(gate_up_E2FU, BitWeight),
                 gated_RF,
                 dgate_up_R2F,
                 dgate_up_E2FU,
@@ -405,6 +463,12 @@ class Experts(Buffers):
         if dsub_norm_EF is not None:
             np.add.at(dsub_norm_EF, blocks[:, 0], dsub_norm_blocks)
         return dx_MU, dgate_MK
+
+
+def _outputs(weight: Weight) -> int:
+    """O of a stack [E, O, I]."""
+    outputs: int = weight.shape[1] if isinstance(weight, np.ndarray) else weight.beta.shape[-1]
+    return outputs
 
 
 def _or_nothing(x: FloatArray | None, empty_shape: tuple[int, ...], dtype: Any) -> FloatArray:

@@ -7,15 +7,33 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import (
     ROWS,
+    ROWS_ELEMENTWISE,
     SERIAL_MACS,
     blocks,
     parallel,
     task,
 )
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.packed import (
+    SERIAL_PACKED_MACS,
+    PackedProducts,
+    as_stack,
+    packed_tiles,
+    padded_inputs,
+    project_packed,
+    quantise_for,
+    quantise_for_all,
+)
+from mhmoe_np.operations.numba_cpu.quantise import (
+    Quantise,
+    act_as_quantised,
+    scale_block,
+    scale_columns,
+)
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
+from mhmoe_np.packing import PANEL
 from mhmoe_np.types import FloatArray, IntArray
 
 COLUMNS = 512  # columns of one tile where there are too few rows to share out
@@ -42,6 +60,41 @@ def _linear(x_NI: Any, w_OI: Any, y_NO: Any, rows: int, columns: int) -> None:
         gemm_nt(
             1.0, x_NI[n : n + rows], w_OI[o : o + columns], 0.0, y_NO[n : n + rows, o : o + columns]
         )
+
+
+@task
+def _bit_tile(q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any) -> None:
+    gemm_nt(1.0, q_NI, w_OI, 0.0, y_NO)
+    scale_block(y_NO, scale_N, beta_O)
+
+
+@parallel
+def _bit_linear(
+    q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any, rows: int, columns: int
+) -> None:
+    across = (y_NO.shape[1] + columns - 1) // columns
+    down = (y_NO.shape[0] + rows - 1) // rows
+    for tile in prange(down * across):
+        n, o = tile // across * rows, tile % across * columns
+        _bit_tile(
+            q_NI[n : n + rows],
+            w_OI[o : o + columns],
+            scale_N[n : n + rows],
+            beta_O[o : o + columns],
+            y_NO[n : n + rows, o : o + columns],
+        )
+
+
+@parallel
+def _act_as_quantised(x_NI: Any, rows: int) -> None:
+    for block in prange((x_NI.shape[0] + rows - 1) // rows):
+        act_as_quantised(x_NI[block * rows : (block + 1) * rows])
+
+
+@parallel
+def _scale_columns(dy_NO: Any, beta_O: Any, rows: int) -> None:
+    for block in prange((dy_NO.shape[0] + rows - 1) // rows):
+        scale_columns(dy_NO[block * rows : (block + 1) * rows], beta_O)
 
 
 @parallel
@@ -73,14 +126,19 @@ def _add_rows(dx_ND: Any, id_N: Any, dw_VD: Any) -> None:
             dw_VD[id_N[n], d] += dx_ND[n, d]
 
 
-class Linear(Buffers):
+class Linear(Quantise, PackedProducts):
     """See `Operations`: linear maps and the embedding."""
 
-    def linear(self, x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
+    def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`. Tiles of 256 rows; of 512 columns too where rows are few."""
-        rows, outputs = len(x_NI), len(w_OI)
+        rows = len(x_NI)
+        outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
-        if x_NI.size * outputs <= SERIAL_MACS:
+        if isinstance(w_OI, BitWeight):
+            self._bit_linear(x_NI, w_OI, y_NO)
+        elif isinstance(w_OI, PackedWeight):
+            self._packed_linear(x_NI, w_OI, y_NO)
+        elif x_NI.size * outputs <= SERIAL_MACS:
             gemm_nt(1.0, x_NI, w_OI, 0.0, y_NO)
         else:
             _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(rows, outputs))
@@ -88,25 +146,72 @@ class Linear(Buffers):
             _bias(y_NO, b_O)
         return y_NO
 
+    def _bit_linear(self, x_NI: FloatArray, w_OI: BitWeight, y_NO: FloatArray) -> None:
+        with self.scope():
+            q_NI, scale_N = self.quantise_rows(x_NI)
+            if y_NO.size * x_NI.shape[1] <= SERIAL_MACS:
+                _bit_tile(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO)
+            else:
+                columns = tile_columns(*y_NO.shape)
+                _bit_linear(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO, ROWS, columns)
+
+    def _packed_linear(self, x_NI: FloatArray, w_OI: PackedWeight, y_NO: FloatArray) -> None:
+        weight = as_stack(w_OI, self._instruction_set)
+        if y_NO.size * x_NI.shape[1] <= SERIAL_PACKED_MACS:
+            project_packed(x_NI, weight, 0, y_NO)
+            return
+        rows = len(x_NI)
+        with self.scope():
+            q_NI = self.empty((rows, padded_inputs(weight)), np.int8)
+            scale_N = self.empty((rows,), x_NI.dtype)
+            sum_N = self.empty((rows,), np.int32)
+            if rows <= ROWS_ELEMENTWISE:
+                quantise_for(weight, x_NI, q_NI, scale_N, sum_N)
+            else:
+                quantise_for_all(weight, x_NI, q_NI, scale_N, sum_N, ROWS_ELEMENTWISE)
+            panels = tile_columns(rows, y_NO.shape[1]) // PANEL
+            packed_tiles(weight, q_NI, scale_N, sum_N, y_NO, ROWS, max(1, panels))
+
     def linear_backward(
         self,
         dy_NO: FloatArray,
         x_NI: FloatArray,
-        w_OI: FloatArray,
+        w_OI: Weight,
         dw_OI: FloatArray,
         db_O: FloatArray | None,
     ) -> FloatArray:
         """See `Operations.linear_backward`. dw in eight or more strips of outputs."""
+        if isinstance(w_OI, PackedWeight):
+            raise TypeError("packed weights have no gradient")
         dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
-        if x_NI.size * len(w_OI) <= SERIAL_MACS:
-            gemm_nn(1.0, dy_NO, w_OI, 0.0, dx_NI)
-            gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
-        else:
-            _linear_dx(dy_NO, w_OI, dx_NI, ROWS, tile_columns(*x_NI.shape))
-            _linear_dw(dy_NO, x_NI, dw_OI, max(64, blocks(len(w_OI), 8)))
+        with self.scope():
+            dacc_NO = dy_NO
+            if isinstance(w_OI, BitWeight):
+                x_NI, dacc_NO = self._straight_through(x_NI, dy_NO, w_OI)
+                w_OI = w_OI.w
+            if x_NI.size * len(w_OI) <= SERIAL_MACS:
+                gemm_nn(1.0, dacc_NO, w_OI, 0.0, dx_NI)
+                gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
+            else:
+                _linear_dx(dacc_NO, w_OI, dx_NI, ROWS, tile_columns(*x_NI.shape))
+                _linear_dw(dy_NO, x_NI, dw_OI, max(64, blocks(len(w_OI), 8)))
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)
         return dx_NI
+
+    def _straight_through(
+        self, x_NI: FloatArray, dy_NO: FloatArray, w_OI: BitWeight
+    ) -> tuple[FloatArray, FloatArray]:
+        """What x acts as, and the gradient of the sums of integers: dx = (dy beta) @ w."""
+        x_hat_NI, dacc_NO = self.empty(x_NI.shape, x_NI.dtype), self.empty(dy_NO.shape, dy_NO.dtype)
+        x_hat_NI[...], dacc_NO[...] = x_NI, dy_NO
+        if len(x_NI) <= ROWS_ELEMENTWISE:
+            act_as_quantised(x_hat_NI)
+            scale_columns(dacc_NO, w_OI.beta)
+        else:
+            _act_as_quantised(x_hat_NI, ROWS_ELEMENTWISE)
+            _scale_columns(dacc_NO, w_OI.beta, ROWS_ELEMENTWISE)
+        return x_hat_NI, dacc_NO
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
         """See `Operations.embedding`."""

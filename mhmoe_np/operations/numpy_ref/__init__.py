@@ -17,6 +17,7 @@ from mhmoe_np.operations.numpy_ref.linear import (
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
 from mhmoe_np.operations.numpy_ref.norm import rms_norm, rms_norm_backward
 from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, sum_of_squares
+from mhmoe_np.operations.numpy_ref.quantise import quantise_rows, quantise_weight
 from mhmoe_np.operations.numpy_ref.router import route, route_backward
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "gated_activation_backward",
     "linear",
     "linear_backward",
+    "quantise_rows",
+    "quantise_weight",
     "rms_norm",
     "rms_norm_backward",
     "rotate_in_place",

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
+from mhmoe_np.operations.numpy_ref.quantise import integers, quantise_rows, straight_through
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
 
-def linear(x_NI: FloatArray, w_OI: FloatArray, b_O: FloatArray | None) -> FloatArray:
+def linear(x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
     """See `Operations.linear`."""
-    y_NO = x_NI @ w_OI.T
+    y_NO = x_NI @ w_OI.T if isinstance(w_OI, np.ndarray) else bit_linear(x_NI, w_OI)
     return y_NO if b_O is None else y_NO + b_O
+
+
+def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
+    """y = (q @ w^T) * (beta * gamma/127).
+
+    A float32 holds every integer up to 2^24, and |q @ w^T| <= 128 I: exact in any order for
+    I <= 131,072, whether the integers came packed or not.
+    """
+    w, beta_O = integers(w_OI, x_NI.dtype)
+    q_NI, scale_N = quantise_rows(x_NI)
+    return (q_NI @ w.T) * (beta_O * scale_N[:, None])
 
 
 def linear_backward(
     dy_NO: FloatArray,
     x_NI: FloatArray,
-    w_OI: FloatArray,
+    w_OI: Weight,
     dw_OI: FloatArray,
     db_O: FloatArray | None,
 ) -> FloatArray:
@@ -24,11 +37,13 @@ def linear_backward(
 
     y[n,o] = sum_i x[n,i] w[o,i] + b[o], hence
     dx[n,i] = sum_o dy[n,o] w[o,i];  dw[o,i] = sum_n dy[n,o] x[n,i];  db[o] = sum_n dy[n,o].
+    Quantised, x and w are what they act as (`straight_through`).
     """
+    x_NI, w_hat_OI = straight_through(x_NI, w_OI)
     dw_OI += dy_NO.T @ x_NI
     if db_O is not None:
         db_O += dy_NO.sum(axis=0)
-    return dy_NO @ w_OI
+    return dy_NO @ w_hat_OI
 
 
 def embedding(id_N: IntArray, w_VD: FloatArray) -> FloatArray:

@@ -1,0 +1,103 @@
+"""The weights as the forward uses them: floats, or BitNet's integers and scales.
+
+Quantised once for each state of the parameters, not once for each use: whoever changes the parameters
+calls `requantise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from mhmoe_np.config import ModelConfig
+from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
+from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, Weight
+from mhmoe_np.types import FloatArray, IntArray
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+class Weights:
+    """Every array of the parameter table, in the form in which the forward reads it.
+
+    Attributes:
+        arrays: by the table's names.
+        blocks: for each layer its arrays, by name without `model.layers.{i}.`.
+        embedding_VD, final_norm_D, output_VD: those outside the layers, never quantised.
+    """
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, Weight]) -> None:
+        self.arrays = arrays
+        self.blocks: Sequence[LayerWeights] = blocks_of(arrays, config)
+        self.embedding_VD = _floats(arrays[EMBEDDING])
+        self.final_norm_D = _floats(arrays[FINAL_NORM])
+        self.output_VD = _floats(arrays[output_name(config)])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The float type of all that is computed."""
+        return self.embedding_VD.dtype
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> Self:
+        """Views of the parameters; what is quantised gets arrays of its own, still to be filled."""
+        arrays: dict[str, Weight] = dict(parameters.arrays)
+        for entry in parameters.table:
+            if entry.quantised:
+                dtype = parameters.flat_P.dtype
+                arrays[entry.name] = BitWeight(
+                    np.zeros(entry.shape, dtype), np.zeros(entry.shape[:-1], dtype)
+                )
+        return cls(parameters.config, arrays)
+
+
+def _floats(array: Weight) -> FloatArray:
+    assert isinstance(array, np.ndarray)
+    return array
+
+
+def matrix_starts(entry: Entry) -> IntArray:
+    """The rows at which each part of a quantised entry starts, and their number at the end."""
+    rows = np.arange(int(np.prod(entry.shape[:-1]))).reshape(entry.shape[:-1])
+    return np.array([*(rows[part.where].flat[0] for part in entry.parts), rows.size])
+
+
+class MatrixCounts(NamedTuple):
+    """One quantised matrix: its scale, how its weights are shared out, how many just changed."""
+
+    scale: float  # beta
+    minus: int
+    zero: int
+    plus: int
+    flipped: int
+
+
+def requantise(weights: Weights, parameters: Parameters, *, ops: Operations) -> dict[str, MatrixCounts]:
+    """Quantise the parameters into `weights`, in place; what became of each matrix, by tensor name.
+
+    Source   [spec 5]. Without quantised entries nothing is done.
+    """
+    quantization = parameters.config.quantization
+    counts: dict[str, MatrixCounts] = {}
+    if quantization == "none":
+        return counts
+    for entry in parameters.table:
+        weight = weights.arrays[entry.name]
+        if not isinstance(weight, BitWeight):
+            continue
+        start_Z = matrix_starts(entry)
+        beta_O = weight.beta.reshape(-1)
+        inputs = entry.shape[-1]
+        found = ops.quantise_weight(
+            parameters.arrays[entry.name].reshape(-1, inputs),
+            start_Z,
+            quantization=quantization,
+            q_OI=weight.w.reshape(-1, inputs),
+            beta_O=beta_O,
+        )
+        for part, beta, row in zip(entry.parts, beta_O[start_Z[:-1]], found.tolist(), strict=True):
+            counts[part.tensor] = MatrixCounts(float(beta), *row)
+    return counts

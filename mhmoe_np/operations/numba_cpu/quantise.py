@@ -1,0 +1,179 @@
+"""BitNet's quantisers; every function here rounds as the definition does, so the bits are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from mhmoe_np.operations.numba_cpu.arithmetic import bits_of, float_of
+from mhmoe_np.operations.numba_cpu.buffers import Buffers
+from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel
+from mhmoe_np.operations.table import Quantization
+from mhmoe_np.types import FloatArray, IntArray
+
+SERIAL_WEIGHTS = 1 << 15  # so many are quantised before a second thread has woken up
+
+
+@exact
+def _largest_magnitude(x_I: Any) -> Any:
+    """max |x|, or NaN if one is NaN. Read as integers, magnitudes keep their order and NaN is last."""
+    highest = bits_of(x_I.dtype.type(0))
+    for i in range(len(x_I)):
+        highest = max(highest, bits_of(abs(x_I[i])))
+    return float_of(highest)
+
+
+@exact
+def quantise_row(x_I: Any, q_I: Any) -> Any:
+    """Fill q_I, of any dtype and x_I itself at will, and return gamma/127.
+
+    |x * (127/gamma)| stays below 127.5 whatever the roundings: the definition's clip never acts.
+    """
+    real = x_I.dtype.type
+    gamma = _largest_magnitude(x_I)
+    if gamma < real(1e-5):
+        gamma = real(1e-5)
+    inverse = real(127) / gamma
+    for i in range(len(x_I)):
+        q_I[i] = q_I.dtype.type(np.rint(x_I[i] * inverse))
+    return gamma / real(127)
+
+
+@exact
+def quantise_block(x_NI: Any, q_NI: Any, scale_N: Any) -> None:
+    """Quantise some rows; q_NI may be x_NI."""
+    for n in range(x_NI.shape[0]):
+        scale_N[n] = quantise_row(x_NI[n], q_NI[n])
+
+
+@exact
+def scale_block(y_NO: Any, scale_N: Any, beta_O: Any) -> None:
+    """y *= beta * gamma/127: from sums of integers to the BitLinear's output."""
+    for n in range(y_NO.shape[0]):
+        y_O, scale = y_NO[n], scale_N[n]
+        for o in range(len(beta_O)):
+            y_O[o] *= beta_O[o] * scale
+
+
+@exact
+def act_as_quantised(x_NI: Any) -> None:
+    """Put q * gamma/127 in the place of x: what a BitLinear's input acts as."""
+    for n in range(x_NI.shape[0]):
+        x_I = x_NI[n]
+        scale = quantise_row(x_I, x_I)
+        for i in range(len(x_I)):
+            x_I[i] *= scale
+
+
+@exact
+def scale_columns(dy_NO: Any, beta_O: Any) -> None:
+    """dy *= beta: then dx = dy @ w with w the integers."""
+    for n in range(dy_NO.shape[0]):
+        for o in range(len(beta_O)):
+            dy_NO[n, o] *= beta_O[o]
+
+
+@exact
+def _exact_mean(x_OI: Any, magnitudes: bool) -> Any:
+    """The mean of x, or of |x|, its sum rounded once.
+
+    Each column keeps its sum in two floats, high + low; the error of an addition is recovered exactly
+    (Knuth's two-sum). What is lost is below 1e-30 of the sum, far from any rounding to 53 bits.
+    """
+    outputs, inputs = x_OI.shape
+    high_I, low_I = np.zeros(inputs), np.zeros(inputs)
+    for o in range(outputs):
+        x_I = x_OI[o]
+        for i in range(inputs):
+            x = np.float64(abs(x_I[i]) if magnitudes else x_I[i])
+            high = high_I[i]
+            total = high + x
+            part = total - high
+            low_I[i] += (high - (total - part)) + (x - part)
+            high_I[i] = total
+    total, rest = 0.0, 0.0
+    for i in range(inputs):
+        high = total
+        total = high + high_I[i]
+        part = total - high
+        rest += (high - (total - part)) + (high_I[i] - part) + low_I[i]
+    return x_OI.dtype.type((total + rest) / (outputs * inputs))
+
+
+@exact
+def _quantise_matrix(w_OI: Any, ternary: bool, q_OI: Any, beta_O: Any, count_4: Any) -> None:
+    real = w_OI.dtype.type
+    beta = max(_exact_mean(w_OI, True), real(1e-5))
+    middle = real(0) if ternary else _exact_mean(w_OI, False)
+    inverse = real(1) / beta
+    minus, plus, flipped = 0, 0, 0
+    for o in range(w_OI.shape[0]):
+        w_I, q_I = w_OI[o], q_OI[o]
+        for i in range(len(w_I)):
+            if ternary:
+                q = min(max(np.rint(w_I[i] * inverse), real(-1)), real(1))
+            else:
+                q = real(1) if w_I[i] - middle > real(0) else real(-1)
+            flipped += q != q_I[i]
+            minus += q < real(0)
+            plus += q > real(0)
+            q_I[i] = q
+        beta_O[o] = beta
+    count_4[0], count_4[2], count_4[3] = minus, plus, flipped
+    count_4[1] = w_OI.size - minus - plus
+
+
+@exact
+def _quantise_matrices(
+    w_OI: Any, start_Z: Any, ternary: bool, q_OI: Any, beta_O: Any, counts: Any, x: int
+) -> None:
+    first, last = start_Z[x], start_Z[x + 1]
+    _quantise_matrix(w_OI[first:last], ternary, q_OI[first:last], beta_O[first:last], counts[x])
+
+
+@parallel
+def _quantise_all(w_OI: Any, start_Z: Any, ternary: bool, q_OI: Any, beta_O: Any, counts: Any) -> None:
+    for x in prange(len(counts)):
+        _quantise_matrices(w_OI, start_Z, ternary, q_OI, beta_O, counts, x)
+
+
+@parallel
+def _quantise_blocks(x_NI: Any, q_NI: Any, scale_N: Any, rows: int) -> None:
+    for block in prange((x_NI.shape[0] + rows - 1) // rows):
+        n, z = block * rows, (block + 1) * rows
+        quantise_block(x_NI[n:z], q_NI[n:z], scale_N[n:z])
+
+
+class Quantise(Buffers):
+    """See `Operations`: quantisation."""
+
+    def quantise_rows(self, x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """See `Operations.quantise_rows`."""
+        q_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
+        scale_N: FloatArray = self.empty(x_NI.shape[:1], x_NI.dtype)
+        if len(x_NI) <= ROWS_ELEMENTWISE:
+            quantise_block(x_NI, q_NI, scale_N)
+        else:
+            _quantise_blocks(x_NI, q_NI, scale_N, ROWS_ELEMENTWISE)
+        return q_NI, scale_N
+
+    def quantise_weight(
+        self,
+        w_OI: FloatArray,
+        start_Z: IntArray,
+        *,
+        quantization: Quantization,
+        q_OI: FloatArray,
+        beta_O: FloatArray,
+    ) -> IntArray:
+        """See `Operations.quantise_weight`. A task for each matrix."""
+        counts = np.empty((len(start_Z) - 1, 4), np.int64)
+        arrays = (w_OI, start_Z, quantization == "bitnet_b158", q_OI, beta_O, counts)
+        if w_OI.size <= SERIAL_WEIGHTS:
+            for x in range(len(counts)):
+                _quantise_matrices(*arrays, x)
+        else:
+            _quantise_all(*arrays)
+        return counts

@@ -1,0 +1,81 @@
+"""BitNet's quantisers: 8 bits for activations, ternary or sign for weights."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
+from mhmoe_np.packing import unpack
+from mhmoe_np.types import FloatArray, IntArray
+
+SMALLEST_SCALE = 1e-5
+
+
+def quantise_rows(x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """See `Operations.quantise_rows`."""
+    real = x_NI.dtype.type
+    gamma_N = np.maximum(np.abs(x_NI).max(axis=1, initial=0), real(SMALLEST_SCALE))
+    q_NI = np.clip(np.rint(x_NI * (real(127) / gamma_N)[:, None]), -128, 127)
+    return q_NI, gamma_N / real(127)
+
+
+def quantise_weight(
+    w_OI: FloatArray,
+    start_Z: IntArray,
+    *,
+    quantization: Quantization,
+    q_OI: FloatArray,
+    beta_O: FloatArray,
+) -> IntArray:
+    """See `Operations.quantise_weight`."""
+    counts = []
+    for first, last in pairwise(start_Z):
+        matrix_OI = w_OI[first:last]
+        beta = np.maximum(_mean(np.abs(matrix_OI)), w_OI.dtype.type(SMALLEST_SCALE))
+        if quantization == "bitnet_b158":
+            quantised_OI = np.clip(np.rint(matrix_OI * (1 / beta)), -1, 1)
+        else:
+            quantised_OI = np.where(matrix_OI - _mean(matrix_OI) > 0, w_OI.dtype.type(1), -1)
+        values = [np.count_nonzero(quantised_OI == value) for value in (-1, 0, 1)]
+        counts.append([*values, np.count_nonzero(quantised_OI != q_OI[first:last])])
+        q_OI[first:last] = quantised_OI
+        beta_O[first:last] = beta
+    return np.array(counts)
+
+
+def _mean(x_OI: FloatArray) -> np.floating[Any]:
+    return x_OI.dtype.type(math.fsum(x_OI.ravel().tolist()) / x_OI.size)
+
+
+def integers(w: BitWeight | PackedWeight, dtype: np.dtype[Any]) -> BitWeight:
+    """One matrix with its integers unpacked, where they are packed."""
+    if isinstance(w, BitWeight):
+        return w
+    return BitWeight(unpack(w.w)[0].astype(dtype), w.beta[0].astype(dtype))
+
+
+def straight_through(x_NI: FloatArray, w: Weight) -> tuple[FloatArray, FloatArray]:
+    """The two factors of a linear map as its backward sees them: what x and w act as.
+
+    y = x_hat @ w_hat^T with x_hat = q gamma/127 and w_hat = beta w; the quantisers themselves count
+    as the identity and the scales as constants, so dx = dy @ w_hat and dW = dy^T @ x_hat.
+    """
+    if isinstance(w, PackedWeight):
+        raise TypeError("packed weights have no gradient")
+    if isinstance(w, BitWeight):
+        q_NI, scale_N = quantise_rows(x_NI)
+        return q_NI * scale_N[:, None], w.beta[:, None] * w.w
+    return x_NI, w
+
+
+def expert(w: Weight, e: int) -> Weight:
+    """The weight of one expert."""
+    if isinstance(w, BitWeight):
+        return BitWeight(w.w[e], w.beta[e])
+    if isinstance(w, PackedWeight):
+        return PackedWeight(w.w.matrix(e), w.beta[e : e + 1])
+    return w[e]
