@@ -44,7 +44,6 @@ def command(
     from mhmoe_np.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.data.documents import read_domain
     from mhmoe_np.evaluate import evaluate
-    from mhmoe_np.model.language_model import Model
 
     named = [_split(domain) for domain in domains]
     names = [name for name, _ in named]
@@ -54,7 +53,7 @@ def command(
     texts = [read_domain(name, path) for name, path in named]
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads, keep_buffers=True)
-    model = Model.of(load_model(found, np.float32), ops=ops)
+    model = load_model(found, np.float32, ops=ops)
     scores = {
         text.name: evaluate(model, text, tokenizer, ops=ops, batch_tokens=batch_tokens)
         for text in texts

@@ -38,12 +38,11 @@ def command(
 
     from mhmoe_np.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.generate import Sampling, generate
-    from mhmoe_np.model.language_model import Model
 
     found = find_checkpoint(checkpoint)
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads)
-    model = Model.of(load_model(found, np.float32), ops=ops)
+    model = load_model(found, np.float32, ops=ops)
     pieces = generate(
         model,
         tokenizer,

@@ -15,6 +15,9 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "init": "Write a checkpoint with random weights from a config.json.",
     "trace": "Run one forward and backward and write every tensor down.",
+    "pack": "Pack a BitNet model's weights to 1, 1.6 or 2 bits.",
+    "unpack": "Write a packed model as an ordinary checkpoint again.",
+    "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",
 }

@@ -36,15 +36,19 @@ def command(
     backend: BackendName,
 ) -> None:
     """Run one forward and backward and write every tensor: inputs, activations, losses, gradients."""
-    from mhmoe_np.checkpoint import find_checkpoint, load_model
-    from mhmoe_np.model.language_model import Model
+    from mhmoe_np.checkpoint import find_checkpoint, is_packed, load_model
     from mhmoe_np.tensors import save_tensors
     from mhmoe_np.trace import read_tokens, trace
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: its folder does not exist; create it first")
     ops = load(backend, threads=threads)
-    model = Model.of(load_model(find_checkpoint(checkpoint), dtype), ops=ops)
+    found = find_checkpoint(checkpoint)
+    if is_packed(found) and not no_grad:
+        raise UserError(
+            f"{found}: packed weights have no gradients; give --no-grad, or unpack it first"
+        )
+    model = load_model(found, dtype, ops=ops)
     token_ids = read_tokens(
         tokens,
         vocab_size=model.config.vocab_size,

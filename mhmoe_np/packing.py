@@ -109,7 +109,7 @@ def unpack(packed: PackedMatrices) -> IntArray:
     depth, lowest, step = FORMATS[name].depth, FORMATS[name].lowest, FORMATS[name].step
     experts, panels, groups, _ = code.shape
     blocks = np.empty((experts, panels, PANEL, groups, depth, PLACES), np.int8)
-    fraction = code.astype(np.uint16)
+    fraction: NDArray[Any] = code.astype(np.uint16)
     for block in range(depth):
         if name == "ternary-base3":
             fraction = 3 * (fraction & 0xFF)

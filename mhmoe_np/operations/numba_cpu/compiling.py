@@ -24,8 +24,12 @@ def task(function: Function) -> Function:
 
 
 def exact(function: Function) -> Function:
-    """A function whose every operation rounds as written: its bits are those of the definition."""
-    return _compiled(function)
+    """A function whose every operation rounds as written: its bits are those of the definition.
+
+    fastmath must be refused, not left out: Numba hands a caller's flags on to a callee that says
+    nothing, and caches what it then compiled for all later callers.
+    """
+    return _compiled(function, fastmath=False)
 
 
 def reduction(function: Function) -> Function:

@@ -1,0 +1,46 @@
+"""`mhmoe-np inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from mhmoe_cli.backend import backend_option, load, threads_option
+
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@threads_option
+@backend_option
+def command(checkpoint: Path, as_json: bool, threads: int | None, backend: BackendName) -> None:
+    """List every tensor of a checkpoint: shape, format, size; quantised ones with scale and shares.
+
+    For a checkpoint that is not packed, scale and shares are what its weights quantise to.
+    """
+    import numpy as np
+
+    from mhmoe_np.checkpoint import find_checkpoint, load_model
+    from mhmoe_np.inspection import inspect_weights
+
+    model = load_model(find_checkpoint(checkpoint), np.float32, ops=load(backend, threads=threads))
+    rows = inspect_weights(model.config, model.weights)
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    width = max(len(row.name) for row in rows)
+    shapes = ["x".join(map(str, row.shape)) for row in rows]
+    click.echo(
+        f"{'tensor':{width}s}  {'shape':>12s}  {'format':13s}{'bytes':>12s}"
+        f"{'scale':>12s}{'-1':>8s}{'0':>8s}{'+1':>8s}"
+    )
+    for row, shape in zip(rows, shapes, strict=True):
+        line = f"{row.name:{width}s}  {shape:>12s}  {row.format:13s}{row.bytes:12,d}"
+        if row.scale is not None:
+            shares = "".join(f"{share:8.2%}" for share in (row.minus, row.zero, row.plus))
+            line += f"{row.scale:12.6f}{shares}"
+        click.echo(line)
+    click.echo(f"{len(rows)} tensors, {sum(row.bytes for row in rows):,} bytes")

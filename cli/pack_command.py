@@ -1,0 +1,86 @@
+"""`mhmoe-np pack`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from mhmoe_cli.backend import backend_option, load, threads_option
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["ternary-2bit", "ternary-base3", "sign-1bit"]),
+    help="Default: sign-1bit or ternary-2bit; ternary-base3 is smaller and slower.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@threads_option
+@backend_option
+def command(
+    checkpoint: Path,
+    out: Path,
+    format_name: str | None,
+    as_json: bool,
+    threads: int | None,
+    backend: BackendName,
+) -> None:
+    """Pack a BitNet model's quantised weights to 1, 1.6 or 2 bits.
+
+    CKPT is a checkpoint, or a run folder whose last one is taken. The new directory is a checkpoint
+    that eval, generate, inspect and trace --no-grad take, with the same outputs to the bit; the float
+    weights are not in it.
+    """
+    import numpy as np
+
+    from mhmoe_np.checkpoint import (
+        find_checkpoint,
+        find_tokenizer,
+        is_packed,
+        load_parameters,
+        save_packed_model,
+    )
+    from mhmoe_np.files import write_directory_atomically
+    from mhmoe_np.inspection import sizes
+    from mhmoe_np.packed_weights import formats_for, pack_weights
+
+    found = find_checkpoint(checkpoint)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    if is_packed(found):
+        raise UserError(f"{found}: is packed already; unpack it to choose another format")
+    parameters = load_parameters(found, np.float32)
+    config, tokenizer = parameters.config, find_tokenizer(found)
+    try:
+        formats = formats_for(config)
+    except UserError as error:
+        raise UserError(f"{found}: {error}") from None
+    chosen = next((name for name in formats if format_name in (None, name)), None)
+    if chosen is None:
+        raise UserError(
+            f"--format {format_name}: does not hold quantization {config.quantization!r}; "
+            f"use {' or '.join(formats)}"
+        )
+    weights = pack_weights(parameters, chosen, ops=load(backend, threads=threads))
+    write_directory_atomically(
+        out, lambda folder: save_packed_model(folder, config, weights, tokenizer)
+    )
+    rows = sizes(config, weights)
+    if as_json:
+        values = {name: size.as_dict() for name, size in rows.items()}
+        click.echo(json.dumps({"format": chosen, "sizes": values}, indent=2))
+        return
+    click.echo(f"{out}: {chosen}")
+    click.echo(f"{'':18s}{'weights':>14s}{'float32 MB':>12s}{'packed MB':>12s}{'bits/weight':>13s}")
+    for name, size in rows.items():
+        click.echo(
+            f"{name:18s}{size.weights:14,d}{size.float32_bytes / 1e6:12.2f}"
+            f"{size.packed_bytes / 1e6:12.2f}{size.bits_per_weight:13.3f}"
+        )

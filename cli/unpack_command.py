@@ -1,0 +1,48 @@
+"""`mhmoe-np unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from mhmoe_cli.backend import backend_option, load, threads_option
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
+
+
+@click.command()
+@click.argument("checkpoint", metavar="PACKED", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@threads_option
+@backend_option
+def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendName) -> None:
+    """Write a packed checkpoint as an ordinary float32 one: the same model, to the bit.
+
+    The weights that were trained are gone: in their place stand such ones as quantise to the packed
+    integers and scales again. Packing the result gives the packed file again.
+    """
+    import numpy as np
+
+    from mhmoe_np.checkpoint import (
+        PACKED_WEIGHTS,
+        find_checkpoint,
+        find_tokenizer,
+        is_packed,
+        load_model,
+        save_model,
+    )
+    from mhmoe_np.files import write_directory_atomically
+    from mhmoe_np.packed_weights import unpack_weights
+
+    found = find_checkpoint(checkpoint)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+    if not is_packed(found):
+        raise UserError(f"{found}: is not packed: it has no {PACKED_WEIGHTS}")
+    ops = load(backend, threads=threads)
+    model = load_model(found, np.float32, ops=ops)
+    parameters = unpack_weights(model.config, model.weights, ops=ops)
+    tokenizer = find_tokenizer(found)
+    write_directory_atomically(out, lambda folder: save_model(folder, parameters, tokenizer))
+    click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

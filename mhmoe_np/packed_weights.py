@@ -1,0 +1,225 @@
+"""Packed weights of a whole model: from float parameters, to and from a file, and back to floats.
+
+`packed.safetensors` holds, for every quantised array of the parameter table, its codes under the
+array's name (uint8 [E, panels, groups, 64], see `packing`) and one scale for each of its matrices
+under the name with `_scale` (float32); all other tensors stand as in `model.safetensors`. The header
+names the version, the layout and the format, and carries a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mhmoe_np.config import ModelConfig
+from mhmoe_np.errors import UserError
+from mhmoe_np.model.parameters import Entry, Parameters, parameter_table
+from mhmoe_np.model.weights import Weights, matrix_starts, requantise
+from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
+from mhmoe_np.packing import FORMATS, LAYOUT, FormatName, PackedMatrices, code_shape, pack, unpack
+from mhmoe_np.tensors import read_into, read_metadata, save_tensors
+from mhmoe_np.types import FloatArray
+
+VERSION = "1"
+# Header keys.
+VERSION_KEY, LAYOUT_KEY, FORMAT_KEY, CHECKSUM_KEY = (
+    "mhmoe_packed_version",
+    "mhmoe_packed_layout",
+    "mhmoe_packed_format",
+    "mhmoe_packed_sha256",
+)
+
+
+def formats_for(config: ModelConfig) -> list[FormatName]:
+    """The formats that hold a model's quantised weights, the one to prefer first.
+
+    Raises UserError: it has none.
+    """
+    if config.quantization == "none":
+        raise UserError("quantization is 'none': only models with BitNet's weights can be packed")
+    values = (-1, 0, 1) if config.quantization == "bitnet_b158" else (-1, 1)
+    return [
+        name
+        for name, format in FORMATS.items()
+        if values == tuple(format.lowest + format.step * code for code in range(format.base))
+    ]
+
+
+def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
+    """Quantise and pack; what is not quantised stays as it is, as views of the parameters."""
+    weights = Weights.of(parameters)
+    requantise(weights, parameters, ops=ops)
+    arrays: dict[str, Weight] = {}
+    for name, weight in weights.arrays.items():
+        if isinstance(weight, BitWeight):
+            q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
+            beta_EO = weight.beta.reshape(q_EOI.shape[:2])
+            arrays[name] = PackedWeight(pack(q_EOI, format), beta_EO)
+        else:
+            arrays[name] = weight
+    return Weights(parameters.config, arrays)
+
+
+def _scale_name(entry: Entry) -> str:
+    return f"{entry.name}_scale"
+
+
+def packed_tensors(config: ModelConfig, weights: Weights) -> dict[str, NDArray[Any]]:
+    """Every tensor of the file by name, in the table's order."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for entry in parameter_table(config):
+        weight = weights.arrays[entry.name]
+        if isinstance(weight, PackedWeight):
+            tensors[entry.name] = weight.w.code
+            tensors[_scale_name(entry)] = weight.beta.ravel()[matrix_starts(entry)[:-1]]
+        else:
+            assert isinstance(weight, np.ndarray)
+            for part in entry.parts:
+                tensors[part.tensor] = weight[part.where]
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        digest.update(tensor.data)
+    return digest.hexdigest()
+
+
+def save_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> None:
+    """Write packed float32 weights, atomically.
+
+    Raises OSError: the disk is full or refuses; `path` is as it was.
+    """
+    tensors = packed_tensors(config, weights)
+    header = {
+        VERSION_KEY: VERSION,
+        LAYOUT_KEY: LAYOUT,
+        FORMAT_KEY: packed_format(weights),
+        CHECKSUM_KEY: _checksum(tensors),
+    }
+    save_tensors(path, tensors, header)
+
+
+def packed_format(weights: Weights) -> FormatName:
+    """The format of packed weights: one for all of them."""
+    return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
+
+
+def _header_format(path: Path, config: ModelConfig) -> FormatName:
+    header = read_metadata(path)
+    if VERSION_KEY not in header:
+        raise UserError(f"{path}: not written by mhmoe-np pack: its header has no {VERSION_KEY}")
+    for key, known in ((VERSION_KEY, VERSION), (LAYOUT_KEY, LAYOUT)):
+        if header.get(key) != known:
+            raise UserError(
+                f"{path}: {key} is {header.get(key)!r}, this release reads {known!r}; "
+                "pack the checkpoint again"
+            )
+    for format in formats_for(config):
+        if header.get(FORMAT_KEY) == format:
+            return format
+    raise UserError(
+        f"{path}: {FORMAT_KEY} is {header.get(FORMAT_KEY)!r}, "
+        f"which does not hold quantization {config.quantization!r}"
+    )
+
+
+def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> Weights:
+    """Read a packed file; nothing is unpacked. What is not quantised is converted to `dtype`.
+
+    Raises UserError: missing, damaged, of another version, layout or package, or not of `config`.
+    """
+    if config.quantization == "none":
+        raise UserError(f"{path}: packed, but quantization is 'none' in the configuration beside it")
+    format = _header_format(path, config)
+    arrays: dict[str, Weight] = {}
+    targets: dict[str, NDArray[Any]] = {}
+    for entry in parameter_table(config):
+        if entry.quantised:
+            outputs, inputs = entry.shape[-2:]
+            experts = entry.shape[0] if len(entry.shape) == 3 else 1
+            code = np.empty((experts, *code_shape(outputs, inputs, format)), np.uint8)
+            beta_EO = np.empty((experts, outputs), np.float32)
+            arrays[entry.name] = PackedWeight(PackedMatrices(code, outputs, inputs, format), beta_EO)
+            targets[entry.name] = code
+            targets[_scale_name(entry)] = np.empty(len(entry.parts), np.float32)
+        else:
+            array = arrays[entry.name] = np.empty(entry.shape, np.float32)
+            targets |= {part.tensor: array[part.where] for part in entry.parts}
+    read_into(path, targets)
+    if _checksum(targets) != read_metadata(path).get(CHECKSUM_KEY):
+        raise UserError(f"{path}: damaged: its contents do not match its checksum; pack again")
+    for entry in parameter_table(config):
+        weight = arrays[entry.name]
+        if isinstance(weight, PackedWeight):
+            rows = np.diff(matrix_starts(entry))
+            weight.beta[...] = np.repeat(targets[_scale_name(entry)], rows).reshape(weight.beta.shape)
+            arrays[entry.name] = weight._replace(beta=weight.beta.astype(dtype, copy=False))
+        elif isinstance(weight, np.ndarray):
+            arrays[entry.name] = weight.astype(dtype, copy=False)
+    return Weights(config, arrays)
+
+
+def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) -> Parameters:
+    """Float32 parameters that are the same model: quantised again, they give these very weights.
+
+    The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
+    mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
+
+    Raises UserError: no floats quantise to these weights, so no checkpoint was packed into them.
+    """
+    parameters = Parameters(config, np.float32)
+    for entry in parameters.table:
+        weight, target = weights.arrays[entry.name], parameters.arrays[entry.name]
+        if not isinstance(weight, PackedWeight):
+            target[...] = weight
+            continue
+        q_OI = unpack(weight.w).reshape(-1, entry.shape[-1]).astype(np.float32)
+        beta_O = weight.beta.ravel()
+        target_OI = target.reshape(q_OI.shape)
+        for first, last in pairwise(matrix_starts(entry)):
+            target_OI[first:last] = _floats_of(q_OI[first:last], beta_O[first])
+    again = Weights.of(parameters)
+    requantise(again, parameters, ops=ops)
+    for entry in parameters.table:
+        weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]
+        if isinstance(weight, PackedWeight) and isinstance(quantised, BitWeight):
+            same = np.array_equal(unpack(weight.w).ravel(), quantised.w.ravel())
+            if not same or not np.array_equal(weight.beta.ravel(), quantised.beta.ravel()):
+                raise UserError(f"{entry.name}: no float weights quantise to what is packed here")
+    return parameters
+
+
+def _floats_of(q_OI: FloatArray, beta: np.float32) -> FloatArray:
+    """Float32 weights of one matrix whose exact mean magnitude rounds to beta and whose signs are q's.
+
+    One magnitude m for all that is not 0 leaves |mean - beta| up to half a step of m, which may be a
+    whole step of beta. Where it rounds to another float, some weights take the next float above m, and
+    one that stands for 0 the small rest.
+    """
+    used = q_OI != 0
+    count = int(np.count_nonzero(used))
+    if count == 0:
+        return q_OI
+    wanted = float(beta) * q_OI.size  # exact: 24 bits times the size
+    m = np.float32(wanted / count)
+    if np.float32(float(m) * count / q_OI.size) == beta:
+        return q_OI * m
+    if float(m) * count > wanted:
+        m = np.nextafter(m, np.float32(0))
+    step = float(np.nextafter(m, np.float32(np.inf))) - float(m)
+    raised, rest = divmod(wanted - float(m) * count, step)
+    w_OI = q_OI * m
+    w_OI[used] += (q_OI[used] * np.float32(step)) * (np.arange(count) < raised)
+    if count < q_OI.size:
+        w_OI.ravel()[np.flatnonzero(~used)[0]] = rest
+    return w_OI
