@@ -3,7 +3,7 @@
     python -m benchmarks.bitnet [--steps 450] [--threads N] [--out runs/bitnet] [--json]
 
 Trains each `small-...` preset and its `-bitnet` sibling on the embedded corpus for the same number of
-steps, each with its own recipe, scores the held-out text, packs every ternary model and looks at what is
+steps, each with its own recipe, scores the held-out text, packs every ternary model and checks what is
 packed. Finished and interrupted runs in the folder are taken up where they are.
 """
 

@@ -15,7 +15,7 @@ from numba import prange
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import SERIAL_MACS, blocks, parallel, task
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn, product_nn, product_nt
 from mhmoe_np.types import FloatArray
 
 QUERY_ROWS = 64
@@ -70,9 +70,9 @@ def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) ->
     real = q_TC.dtype.type
     T, S = q_TC.shape[0], k_SC.shape[0]
     scores_TS = np.empty((T, S), q_TC.dtype)
-    gemm_nt(q_TC.shape[1] ** -0.5, q_TC, k_SC, 0.0, scores_TS)
+    product_nt(q_TC.shape[1] ** -0.5, q_TC, k_SC, scores_TS)
     sum_T = _exponentials(scores_TS, S - T + 1, log_sum_exp_T)
-    gemm_nn(1.0, scores_TS, v_SC, 0.0, out_TC)
+    product_nn(scores_TS, v_SC, out_TC)
     for t in range(T):
         inverse = real(1) / sum_T[t]
         for c in range(out_TC.shape[1]):
@@ -104,6 +104,20 @@ def _attend_task(
         out_BTAC[b, first:last, a],
         log_sum_exp_BAT[b, a, first:last],
     )
+
+
+@task
+def _attend_in_turn(
+    tasks: int,
+    q_BTAC: Any,
+    k_BSGC: Any,
+    v_BSGC: Any,
+    out_BTAC: Any,
+    log_sum_exp_BAT: Any,
+    rows: int,
+) -> None:
+    for index in range(tasks):
+        _attend_task(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, rows)
 
 
 @parallel
@@ -220,8 +234,7 @@ class Attention(Buffers):
         arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
         tasks = B * A * blocks(T, QUERY_ROWS)
         if 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS:
-            for index in range(tasks):
-                _attend_task(index, *arrays, QUERY_ROWS)
+            _attend_in_turn(tasks, *arrays, QUERY_ROWS)
         else:
             _attention(tasks, *arrays, QUERY_ROWS)
         return out_BTAC, log_sum_exp_BAT

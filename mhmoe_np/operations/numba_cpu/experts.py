@@ -22,7 +22,7 @@ from mhmoe_np.operations.numba_cpu.compiling import (
     task,
 )
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
 from mhmoe_np.operations.numba_cpu.packed import (
     SERIAL_PACKED_MACS,
@@ -102,10 +102,10 @@ def _project_floats(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
     if len(beta_O) > 0:
         scale_R = np.empty(len(x_RI), x_RI.dtype)
         quantise_block(x_RI, x_RI, scale_R)
-        gemm_nt(1.0, x_RI, weight.w[e], 0.0, y_RO)
+        product_nt(1.0, x_RI, weight.w[e], y_RO)
         scale_block(y_RO, scale_R, beta_O)
     else:
-        gemm_nt(1.0, x_RI, weight.w[e], 0.0, y_RO)
+        product_nt(1.0, x_RI, weight.w[e], y_RO)
 
 
 @task

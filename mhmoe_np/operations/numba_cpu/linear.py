@@ -15,7 +15,7 @@ from mhmoe_np.operations.numba_cpu.compiling import (
     parallel,
     task,
 )
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.packed import (
     SERIAL_PACKED_MACS,
     PackedProducts,
@@ -57,14 +57,12 @@ def _linear(x_NI: Any, w_OI: Any, y_NO: Any, rows: int, columns: int) -> None:
     down = (y_NO.shape[0] + rows - 1) // rows
     for tile in prange(down * across):
         n, o = tile // across * rows, tile % across * columns
-        gemm_nt(
-            1.0, x_NI[n : n + rows], w_OI[o : o + columns], 0.0, y_NO[n : n + rows, o : o + columns]
-        )
+        product_nt(1.0, x_NI[n : n + rows], w_OI[o : o + columns], y_NO[n : n + rows, o : o + columns])
 
 
 @task
 def _bit_tile(q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any) -> None:
-    gemm_nt(1.0, q_NI, w_OI, 0.0, y_NO)
+    product_nt(1.0, q_NI, w_OI, y_NO)
     scale_block(y_NO, scale_N, beta_O)
 
 
@@ -139,7 +137,7 @@ class Linear(Quantise, PackedProducts):
         elif isinstance(w_OI, PackedWeight):
             self._packed_linear(x_NI, w_OI, y_NO)
         elif x_NI.size * outputs <= SERIAL_MACS:
-            gemm_nt(1.0, x_NI, w_OI, 0.0, y_NO)
+            product_nt(1.0, x_NI, w_OI, y_NO)
         else:
             _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(rows, outputs))
         if b_O is not None:

@@ -1,0 +1,316 @@
+"""Packed products beside float32: single matrices, experts, whole models.
+
+    python -m benchmarks.packed [--only matrices|experts|models] [--threads 1 2] [--isa NAME] [--json]
+
+Everything of one row of the report runs in one process, in short bursts by turns; figures are minima, so
+weights that fit a cache are found there, on both sides. Our side always
+includes the quantisation of the activations, and for experts the gathering of rows, the activation and
+the gated sum as well, where the other side is the bare matrix products of NumPy. PyTorch, where it is
+installed, is measured in float32 and with its dynamically quantised int8 linear. A model's packed and
+float32 sides are our own decoding of one token at a time, and of a prompt of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numba
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from mhmoe_np.config import ModelConfig
+from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.operations.load import cores
+from mhmoe_np.operations.numba_cpu import NumbaOperations
+from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet, choose
+from mhmoe_np.operations.table import PackedWeight
+from mhmoe_np.packed_weights import formats_for, pack_weights
+from mhmoe_np.packing import FORMATS, FormatName, pack
+from mhmoe_np.presets import MODEL_PRESETS, PAPER_MODELS
+from mhmoe_np.run_folder import environment
+
+SIZES = (768, 2048, 4096)
+ROWS = (1, 16, 64, 256)
+EXPERTS = {"384x768": (384, 768), "256x512": (256, 512)}  # U x F of the paper's MH-MoE
+EXPERT_COUNT = 16
+ROWS_OF_AN_EXPERT = (1, 16, 256)
+PROMPT, DECODED = 512, 24
+BURST_SECONDS = 3e-3
+
+Row = dict[str, Any]
+Call = Callable[[], object]
+
+
+def fastest(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    """The shortest time of each call, in bursts by turns, for about `seconds` each."""
+    for call in calls.values():
+        call()
+    best = dict.fromkeys(calls, float("inf"))
+    end = time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < end:
+        for name, call in calls.items():
+            burst = time.perf_counter() + BURST_SECONDS
+            before = 0.0
+            while before < burst:
+                before = time.perf_counter()
+                call()
+                best[name] = min(best[name], time.perf_counter() - before)
+        rounds += 1
+    return best
+
+
+def packed_matrices(
+    rng: np.random.Generator, shape: tuple[int, int, int], format: FormatName
+) -> PackedWeight:
+    """Random integers of a format, and scales."""
+    _, _, base, lowest, step = FORMATS[format]
+    q_EOI = lowest + step * rng.integers(0, base, shape, dtype=np.int8)
+    return PackedWeight(pack(q_EOI, format), rng.random(shape[:2], dtype=np.float32))
+
+
+def torch_calls(x: np.ndarray, w: np.ndarray, threads: int) -> dict[str, Call]:
+    """PyTorch's float32 and int8 linear maps, if it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import torch
+
+    torch.set_num_threads(threads)
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    linear.weight.data[...] = torch.from_numpy(w)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eight_bit = torch.ao.quantization.quantize_dynamic(
+            torch.nn.Sequential(linear), {torch.nn.Linear}, dtype=torch.qint8
+        )
+    given = torch.from_numpy(x)
+
+    def run(module: Any) -> Call:
+        def call() -> object:
+            with torch.inference_mode():
+                return module(given)
+
+        return call
+
+    return {"torch-float32": run(linear), "torch-int8": run(eight_bit)}
+
+
+def report(case: str, rows: int, threads: int, isa: str, format: str, ratio: float, gops: float) -> Row:
+    return {
+        "case": case,
+        "rows": rows,
+        "threads": threads,
+        "isa": isa,
+        "format": format,
+        "ratio_to_sgemm": round(ratio, 2),
+        "gops": round(gops, 1),
+    }
+
+
+def matrices(
+    backends: dict[InstructionSet, NumbaOperations], threads: int, seconds: float
+) -> Iterator[Row]:
+    """K = N in SIZES: one linear map."""
+    rng = np.random.default_rng(0)
+    for size in SIZES:
+        w = rng.standard_normal((size, size), dtype=np.float32)
+        packed = {name: packed_matrices(rng, (1, size, size), name) for name in FORMATS}
+        for rows in ROWS:
+            x = rng.standard_normal((rows, size), dtype=np.float32)
+            y = np.empty_like(x)
+            calls: dict[str, Call] = {"sgemm": partial(np.matmul, x, w.T, out=y)}
+            for isa, ops in backends.items():
+                for name, weight in packed.items():
+                    calls[f"{isa} {name}"] = partial(ops.linear, x, weight, None)
+            calls |= {f"- {name}": call for name, call in torch_calls(x, w, threads).items()}
+            best = fastest(calls, seconds)
+            for name, spent in best.items():
+                if name != "sgemm":
+                    isa_name, _, format = name.partition(" ")
+                    gops = 2 * rows * size * size / spent / 1e9
+                    ratio = best["sgemm"] / spent
+                    yield report(f"linear {size}", rows, threads, isa_name, format, ratio, gops)
+
+
+def expert_products(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> None:
+    """The bare float32 products of an equal number of rows for each expert."""
+    for rows, w_in, w_out in zip(np.split(x, len(down)), gate_up, down, strict=True):
+        h = np.matmul(rows, w_in.T)
+        np.matmul(h[:, : w_out.shape[1]], w_out.T)
+
+
+def experts(
+    backends: dict[InstructionSet, NumbaOperations], threads: int, seconds: float
+) -> Iterator[Row]:
+    """The paper's experts, each with the same number of rows."""
+    rng = np.random.default_rng(0)
+    E = EXPERT_COUNT
+    for name, (U, F) in EXPERTS.items():
+        gate_up = rng.standard_normal((E, 2 * F, U), dtype=np.float32)
+        down = rng.standard_normal((E, U, F), dtype=np.float32)
+        sub_norm = np.ones((E, F), np.float32)
+        packed = {
+            format: (
+                packed_matrices(rng, gate_up.shape, format),
+                packed_matrices(rng, down.shape, format),
+            )
+            for format in FORMATS
+        }
+        for rows in ROWS_OF_AN_EXPERT:
+            x = rng.standard_normal((E * rows, U), dtype=np.float32)
+            expert_MK = (np.arange(E * rows) % E)[:, None]
+            gate_MK = np.ones((E * rows, 1), np.float32)
+
+            calls: dict[str, Call] = {"sgemm": partial(expert_products, x, gate_up, down)}
+            for isa, ops in backends.items():
+                sent = ops.dispatch(expert_MK, experts=E, capacity=None)
+                for format, weights in packed.items():
+                    calls[f"{isa} {format}"] = partial(
+                        ops.expert_ffn,
+                        *(x, gate_MK, sent, *weights, sub_norm),
+                        activation="silu",
+                        eps=1e-5,
+                    )
+            best = fastest(calls, seconds)
+            for key, spent in best.items():
+                if key != "sgemm":
+                    isa_name, _, format_name = key.partition(" ")
+                    gops = 2 * E * rows * 3 * U * F / spent / 1e9
+                    ratio = best["sgemm"] / spent
+                    yield report(f"experts {name}", rows, threads, isa_name, format_name, ratio, gops)
+
+
+def model_of(preset: str, format: FormatName | None, ops: NumbaOperations) -> Model:
+    """A paper-sized model with random weights, packed or in float32."""
+    settings = MODEL_PRESETS[preset].model_dump(exclude_unset=True)
+    if format is not None:
+        settings["quantization"] = "bitnet" if format == "sign-1bit" else "bitnet_b158"
+    config = ModelConfig.model_validate(settings)
+    parameters = Parameters(config, np.float32)
+    initialise(parameters, seed=0)
+    if format is None:
+        return Model.of(parameters, ops=ops)
+    assert format in formats_for(config)
+    return Model.with_weights(config, pack_weights(parameters, format, ops=ops))
+
+
+def seconds_a_token(model: Model, ops: NumbaOperations) -> tuple[float, float]:
+    """Of decoding after a prompt (the fastest token), and of the prompt itself."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocab_size, (1, PROMPT + DECODED))
+    cache = KeyValueCache(model, sequences=1, positions=PROMPT + DECODED)
+    start = time.perf_counter()
+    decode(model, cache, ids[:, :PROMPT], ops=ops)
+    prefill = (time.perf_counter() - start) / PROMPT
+    tokens = []
+    for position in range(PROMPT, PROMPT + DECODED):
+        start = time.perf_counter()
+        decode(model, cache, ids[:, position : position + 1], ops=ops)
+        tokens.append(time.perf_counter() - start)
+    return min(tokens), prefill
+
+
+def multiply_adds(config: ModelConfig, *, head: bool) -> int:
+    """Of the matrices that one token meets, attention's scores left out; with or without the head."""
+    D, C = config.hidden_size, config.head_dim
+    attention = D * C * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    total = config.vocab_size * D if head else 0
+    for layer in range(config.num_hidden_layers):
+        total += attention
+        if not config.is_moe_layer(layer):
+            total += 3 * D * config.intermediate_size
+            continue
+        inner = config.num_experts_per_tok * config.moe_intermediate_size
+        total += 3 * D * inner + D * config.num_experts
+        total += D * D * (config.moe_head_layer + config.moe_merge_layer)
+    return total
+
+
+def models(
+    backends: dict[InstructionSet, NumbaOperations], threads: int, repeats: int
+) -> Iterator[Row]:
+    """The presets of the paper's size, one after the other."""
+    ops = next(iter(backends.values()))
+    for kind in PAPER_MODELS:
+        preset = f"paper-{kind}"
+        float32 = model_of(preset, None, ops)
+        for format in FORMATS:
+            packed = model_of(preset, format, ops)
+            turns = [
+                (seconds_a_token(packed, ops), seconds_a_token(float32, ops)) for _ in range(repeats)
+            ]
+            for i, (what, rows) in enumerate((("decode", 1), ("prefill", PROMPT))):
+                ours, theirs = (min(turn[side][i] for turn in turns) for side in (0, 1))
+                macs = multiply_adds(float32.config, head=what == "decode")
+                isa = next(iter(backends))
+                row = report(
+                    f"{what} {preset}", rows, threads, isa, format, theirs / ours, 2 * macs / ours / 1e9
+                )
+                yield row | {
+                    "tokens_per_s": round(1 / ours, 1),
+                    "float32_tokens_per_s": round(1 / theirs, 1),
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["matrices", "experts", "models"], action="append")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores()}))
+    parser.add_argument("--isa", nargs="+", default=[choose()], help="names of instruction sets")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of a whole model")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    only = arguments.only or ["matrices", "experts", "models"]
+    rows: list[Row] = []
+    if not arguments.json:
+        print(f"{environment(threads=max(arguments.threads), backend='numba')['processor']}")
+        print(
+            f"{'case':32s}{'rows':>5s}{'threads':>8s}  {'isa':12s}{'format':14s}"
+            f"{'ratio':>7s}{'gops':>9s}"
+        )
+    for threads in arguments.threads:
+        backends = {isa: NumbaOperations(instruction_set=isa) for isa in arguments.isa}
+        numba.set_num_threads(threads)
+        # After the backends, which limit BLAS to one thread: our side has its own parallelism.
+        with threadpool_limits(threads, user_api="blas"):
+            found: list[Iterator[Row]] = []
+            if "matrices" in only:
+                found.append(matrices(backends, threads, arguments.seconds))
+            if "experts" in only:
+                found.append(experts(backends, threads, arguments.seconds))
+            for row in (row for part in found for row in part):
+                rows.append(row)
+                show(row, arguments.json)
+        if "models" in only:
+            for row in models(backends, threads, arguments.repeats):
+                rows.append(row)
+                show(row, arguments.json)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+
+
+def show(row: Row, as_json: bool) -> None:
+    """A line of the table, unless everything comes as JSON at the end."""
+    if as_json:
+        return
+    line = (
+        f"{row['case']:32s}{row['rows']:5d}{row['threads']:8d}  {row['isa']:12s}{row['format']:14s}"
+        f"{row['ratio_to_sgemm']:7.2f}{row['gops']:9.1f}"
+    )
+    if "tokens_per_s" in row:
+        line += f"  {row['tokens_per_s']:.1f} against {row['float32_tokens_per_s']:.1f} tokens/s"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
