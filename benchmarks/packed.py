@@ -2,12 +2,12 @@
 
     python -m benchmarks.packed [--only matrices|experts|models] [--threads 1 2] [--isa NAME] [--json]
 
-Everything of one row of the report runs in one process, in short bursts by turns; figures are minima, so
-weights that fit a cache are found there, on both sides. Our side always
-includes the quantisation of the activations, and for experts the gathering of rows, the activation and
-the gated sum as well, where the other side is the bare matrix products of NumPy. PyTorch, where it is
-installed, is measured in float32 and with its dynamically quantised int8 linear. A model's packed and
-float32 sides are our own decoding of one token at a time, and of a prompt of 512 tokens.
+Everything of one row of the report runs in one process, in short bursts by turns; figures are minima,
+so weights that fit a cache are found there, on both sides. Our side always includes the quantisation of
+the activations, and for experts the gathering of rows, the activation and the gated sum as well, where
+the other side is the bare matrix products of NumPy. PyTorch, where it is installed, is measured in
+float32 and with its dynamically quantised int8 linear. A model's two sides are our own decoding, packed
+and in float32, of one token at a time and of a prompt of 512.
 """
 
 from __future__ import annotations

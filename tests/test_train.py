@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mhmoe_np.checkpoint import load_model
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.table import PackedWeight
+from mhmoe_np.packing import unpack
 from tests.conftest import Run
 from tests.resume import command, digests, killed, prepare, straight
 
@@ -42,6 +48,59 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_run(tmp_path: Path) -> No
     finished = subprocess.run(command(tmp_path, "killed"), capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0
     assert "is finished" in finished.stderr
+
+
+@pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
+def test_a_quantised_run_logs_its_weights_and_resumes_with_the_same_bits(
+    mhmoe: Run, tmp_path: Path, quantization: str
+) -> None:
+    prepare(tmp_path, steps=9)
+    options = ("--set", f"quantization={quantization}", "--set", "schedule=two-stage")
+    options += ("--set", "learning_rate=0.01", "--set", "keep_checkpoints=9")
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "straight", *options)
+    straight = tmp_path / "straight"
+    shutil.copytree(straight, tmp_path / "again")
+    for step in (6, 9):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{step:08d}")
+    mhmoe("train", "--resume", "again")
+    assert digests(tmp_path / "again") == digests(straight)
+
+    for run in (straight, tmp_path / "again"):
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [step["step"] for step in steps] == list(range(1, 10))
+        for step in steps:
+            shares = step["quantised"]
+            assert shares["minus"] + shares["zero"] + shares["plus"] == pytest.approx(1)
+            assert (shares["zero"] == 0) == (quantization == "bitnet")
+        assert sum(step["quantised"]["flipped"] for step in steps) > 0
+        matrices = [json.loads(line) for line in (run / "quantization.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in matrices] == [3, 6, 9]
+        last = matrices[-1]["matrices"]
+        assert sum(matrix["flipped"] for matrix in last.values()) == steps[-1]["quantised"]["flipped"]
+        rows = {row["name"]: row for row in json.loads(mhmoe("inspect", run, "--json").stdout)}
+        assert set(last) == {name for name, row in rows.items() if row["scale"] is not None}
+        for name, matrix in last.items():
+            size = matrix["minus"] + matrix["zero"] + matrix["plus"]
+            assert rows[name]["scale"] == matrix["scale"]
+            assert rows[name]["plus"] == matrix["plus"] / size
+
+
+def test_flips_are_the_quantised_weights_that_a_step_changed(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=2)
+    options = ("--set", "quantization=bitnet_b158", "--set", "learning_rate=0.01")
+    options += ("--set", "warmup_steps=0", "--set", "schedule=constant", "--checkpoint-every", "1")
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run", *options)
+    integers = []
+    for step in (1, 2):
+        checkpoint = f"run/checkpoints/step-{step:08d}"
+        mhmoe("pack", checkpoint, "--out", f"packed-{step}")
+        weights = load_model(tmp_path / f"packed-{step}", np.float32, ops=load_operations("numpy"))
+        integers.append(
+            [unpack(w.w) for w in weights.weights.arrays.values() if isinstance(w, PackedWeight)]
+        )
+    changed = sum(np.count_nonzero(a != b) for a, b in zip(*integers, strict=True))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["quantised"]["flipped"] == changed > 0
 
 
 def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:

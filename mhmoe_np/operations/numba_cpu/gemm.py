@@ -130,9 +130,9 @@ FEW_ROWS = 8
 
 
 @reduction
-def _four_dots(alpha: float, x_I: Any, w_4I: Any, y_4: Any) -> None:
+def _four_dots(alpha: float, x_I: Any, four: Any, y: Any) -> None:
     """y = alpha w x: four outputs at a time share each load of x."""
-    first, second, third, fourth = w_4I[0], w_4I[1], w_4I[2], w_4I[3]
+    first, second, third, fourth = four[0], four[1], four[2], four[3]
     a = b = c = d = x_I.dtype.type(0)
     for i in range(len(x_I)):
         a += first[i] * x_I[i]
@@ -140,7 +140,7 @@ def _four_dots(alpha: float, x_I: Any, w_4I: Any, y_4: Any) -> None:
         c += third[i] * x_I[i]
         d += fourth[i] * x_I[i]
     scale = x_I.dtype.type(alpha)
-    y_4[0], y_4[1], y_4[2], y_4[3] = scale * a, scale * b, scale * c, scale * d
+    y[0], y[1], y[2], y[3] = scale * a, scale * b, scale * c, scale * d
 
 
 @task
