@@ -22,7 +22,7 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Entry, Parameters, parameter_table
 from mhmoe_np.model.weights import Weights, matrix_starts, requantise
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
-from mhmoe_np.packing import FORMATS, LAYOUT, FormatName, PackedMatrices, code_shape, pack, unpack
+from mhmoe_np.packing import FORMATS, LAYOUT, FormatName, PackedMatrices, empty_code, pack, unpack
 from mhmoe_np.tensors import read_into, read_metadata, save_tensors
 from mhmoe_np.types import FloatArray
 
@@ -147,7 +147,7 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
         if entry.quantised:
             outputs, inputs = entry.shape[-2:]
             experts = entry.shape[0] if len(entry.shape) == 3 else 1
-            code = np.empty((experts, *code_shape(outputs, inputs, format)), np.uint8)
+            code = empty_code(experts, outputs, inputs, format)
             beta_EO = np.empty((experts, outputs), np.float32)
             arrays[entry.name] = PackedWeight(PackedMatrices(code, outputs, inputs, format), beta_EO)
             targets[entry.name] = code

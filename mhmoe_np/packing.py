@@ -17,6 +17,7 @@ Departs from HF's layout, which is made for unpacking whole matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -74,6 +75,15 @@ def code_shape(outputs: int, inputs: int, format: FormatName) -> tuple[int, int,
     return -(-outputs // PANEL), -(-inputs // FORMATS[format].group), PANEL * PLACES
 
 
+def empty_code(experts: int, outputs: int, inputs: int, format: FormatName) -> NDArray[np.uint8]:
+    """Room for the codes of a stack, at a multiple of 64 bytes: no group straddles two cache lines."""
+    shape = (experts, *code_shape(outputs, inputs, format))
+    size = math.prod(shape)
+    room = np.empty(size + PANEL * PLACES, np.uint8)
+    start = -room.ctypes.data % (PANEL * PLACES)
+    return room[start : start + size].reshape(shape)
+
+
 def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:
     """Pack integers, of any dtype.
 
@@ -91,13 +101,14 @@ def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:
         blocks[..., block, :].swapaxes(2, 3).reshape(experts, panels, groups, width)
         for block in range(depth)
     ]
-    packed = np.zeros((experts, panels, groups, width), np.uint8)
+    packed = empty_code(experts, outputs, inputs, format)
     if format == "ternary-base3":
         value = np.zeros(packed.shape, np.uint16)
         for codes in by_block:
             value = 3 * value + codes
         packed[...] = (256 * value.astype(np.uint32) + 242) // 243
     else:
+        packed[...] = 0
         for block, codes in enumerate(by_block):
             packed |= codes << np.uint8(8 // depth * block)
     return PackedMatrices(packed, outputs, inputs, format)

@@ -17,6 +17,8 @@ sum_i q (lowest + step code) = lowest * sum_i q + step * sum_i q code is left to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -39,7 +41,7 @@ class Tiles(NamedTuple):
     lanes: int  # int32 sums of a vector
     many: int  # rows of the largest tile
     across: int  # vectors of a tile
-    alone: dict[FormatName, int]  # vectors of a tile of a single row
+    alone: dict[FormatName, int]  # vectors of a tile of a single row; whole panels
 
     def rows_and_vectors(self, kind: int, format: FormatName) -> tuple[int, int]:
         """The size of a tile."""
@@ -57,8 +59,8 @@ class Tiles(NamedTuple):
 # Measured (benchmarks.packed): larger tiles spill registers, smaller ones unpack too often.
 TILES: dict[InstructionSet, Tiles] = {
     "avx512vnni": Tiles(16, 6, 4, {"ternary-2bit": 4, "ternary-base3": 8, "sign-1bit": 2}),
-    "avxvnni": Tiles(8, 6, 2, {"ternary-2bit": 2, "ternary-base3": 4, "sign-1bit": 1}),
-    "avx2": Tiles(8, 8, 1, {"ternary-2bit": 4, "ternary-base3": 4, "sign-1bit": 4}),
+    "avxvnni": Tiles(8, 6, 2, {"ternary-2bit": 2, "ternary-base3": 4, "sign-1bit": 2}),
+    "avx2": Tiles(8, 8, 1, {"ternary-2bit": 2, "ternary-base3": 4, "sign-1bit": 2}),
     "portable": Tiles(8, 4, 1, {"ternary-2bit": 2, "ternary-base3": 2, "sign-1bit": 2}),
 }
 MOST_SUMS = 6 * 4 * 16  # of one tile, over all instruction sets
@@ -120,6 +122,22 @@ class _Emitter:
             for block in range(self.format.depth)
         ]
 
+    def scaled_down(self, sums: list[ir.Value], bits: int) -> ir.Value:
+        """sum_f sums[f] / 2^(bits f), all of them exact."""
+        total = sums[0]
+        for factor, value in enumerate(sums[1:], start=1):
+            total = self.b.add(total, self.b.ashr(value, _constant(self.v32, bits * factor)))
+        return total
+
+    def pair_sums(self, code: ir.Value, activation: ir.Value) -> ir.Value:
+        """Products of neighbouring bytes, unsigned by signed, summed to int16."""
+        return self.call(
+            "llvm.x86.avx2.pmadd.ub.sw",
+            self.v16,
+            self.b.bitcast(code, self.v8),
+            self.b.bitcast(activation, self.v8),
+        )
+
     def _digits(self, raw: ir.Value) -> list[ir.Value]:
         """Base 3: triple the byte, kept in the upper half of 16 bits; the digit comes out on top."""
         eight, three = _constant(self.v16, 8), _constant(self.v16, 3)
@@ -149,15 +167,7 @@ class _Emitter:
                 sums = self.call(name, self.v32, sums, code, activation)
             return sums
         if self.instruction_set == "avx2":
-            pairs = [
-                self.call(
-                    "llvm.x86.avx2.pmadd.ub.sw",
-                    self.v16,
-                    self.b.bitcast(code, self.v8),
-                    self.b.bitcast(activation, self.v8),
-                )
-                for code, activation in zip(codes, activations, strict=True)
-            ]
+            pairs = [self.pair_sums(*pair) for pair in zip(codes, activations, strict=True)]
             total = pairs[0]
             for pair in pairs[1:]:
                 total = self.b.add(total, pair)
@@ -178,68 +188,147 @@ class _Emitter:
         return sums
 
 
-def _emit_tile(
-    emit: _Emitter,
-    size: tuple[int, int],
-    in_place: bool,
-    activation_rows: list[ir.Value],
-    code_vectors: list[ir.Value],
-    groups: ir.Value,
-) -> list[list[ir.Value]]:
-    """The loop over groups; the sums of each row and vector.
-
-    in_place: each block has sums of its own, 2^(bits b) times too large; shifting them down once at the
-    end saves the shifts inside. The largest, 128 * 128 * I / depth, fits for all I that are exact.
-    """
-    b, (rows, vectors), depth = emit.b, size, emit.format.depth
-    parts = depth if in_place else 1
-    zero = _constant(emit.v32, 0)
+def _loop(
+    b: ir.IRBuilder,
+    first: ir.Value,
+    end: ir.Value,
+    step: int,
+    sums: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """While `step` more groups fit before `end`: sums = body(group, sums). Return both."""
     before = b.block
-    loop, after = b.append_basic_block("groups"), b.append_basic_block("sums")
-    b.branch(loop)
-    b.position_at_end(loop)
+    test, inside, after = (b.append_basic_block(name) for name in ("test", "groups", "after"))
+    b.branch(test)
+    b.position_at_end(test)
     group = b.phi(I64)
-    group.add_incoming(ir.Constant(I64, 0), before)
-    sums = [[[b.phi(emit.v32) for _ in range(parts)] for _ in range(vectors)] for _ in range(rows)]
-    for phi in (part for row in sums for vector in row for part in vector):
-        phi.add_incoming(zero, before)
-    code_offset = b.mul(group, ir.Constant(I64, PANEL * PLACES))
-    row_offset = b.mul(group, ir.Constant(I64, emit.format.group))
-    raw = [emit.load(pointer, code_offset, emit.v32) for pointer in code_vectors]
-
-    def activations(row: int) -> list[ir.Value]:
-        offsets = [b.add(row_offset, ir.Constant(I64, PLACES * block)) for block in range(depth)]
-        return [emit.spread(emit.load(activation_rows[row], offset, I32)) for offset in offsets]
-
-    new: dict[tuple[int, int, int], ir.Value] = {}
-    codes = [emit.scaled_blocks(x) if in_place else emit.blocks(x) for x in raw]
-    for row in range(rows):
-        met = activations(row)
-        for vector in range(vectors):
-            if in_place:
-                for block in range(depth):
-                    new[row, vector, block] = emit.dot(
-                        sums[row][vector][block], [codes[vector][block]], [met[block]]
-                    )
-            else:
-                new[row, vector, 0] = emit.dot(sums[row][vector][0], codes[vector], met)
-    following = b.add(group, ir.Constant(I64, 1))
+    group.add_incoming(first, before)
+    phis = [b.phi(value.type) for value in sums]
+    for phi, value in zip(phis, sums, strict=True):
+        phi.add_incoming(value, before)
+    following = b.add(group, ir.Constant(I64, step))
+    b.cbranch(b.icmp_signed("<=", following, end), inside, after)
+    b.position_at_end(inside)
+    new = body(group, phis)
     group.add_incoming(following, b.block)
-    for (row, vector, part), value in new.items():
-        sums[row][vector][part].add_incoming(value, b.block)
-    b.cbranch(b.icmp_signed("<", following, groups), loop, after)
+    for phi, value in zip(phis, new, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(test)
     b.position_at_end(after)
-    bits = 8 // depth
-    totals: list[list[ir.Value]] = []
-    for row in range(rows):
-        totals.append([])
-        for vector in range(vectors):
-            total = new[row, vector, 0]
-            for block in range(1, parts):
-                down = _constant(emit.v32, bits * block)
-                total = b.add(total, b.ashr(new[row, vector, block], down))
-            totals[row].append(total)
-    return totals
+    return group, phis
+
+
+class _Operands(NamedTuple):
+    """Where a tile reads: the first byte of each row of activations and of each vector of codes."""
+
+    activation_rows: list[ir.Value]
+    code_vectors: list[ir.Value]
+    groups: ir.Value
+
+    def codes(self, emit: _Emitter, group: ir.Value) -> list[ir.Value]:
+        """One group of each vector, still packed."""
+        offset = emit.b.mul(group, ir.Constant(I64, PANEL * PLACES))
+        return [emit.load(pointer, offset, emit.v32) for pointer in self.code_vectors]
+
+    def activations(self, emit: _Emitter, group: ir.Value, row: int) -> list[ir.Value]:
+        """The four activations that each block of a group meets, in all lanes."""
+        start = emit.b.mul(group, ir.Constant(I64, emit.format.group))
+        return [
+            emit.spread(
+                emit.load(
+                    self.activation_rows[row],
+                    emit.b.add(start, ir.Constant(I64, PLACES * block)),
+                    I32,
+                )
+            )
+            for block in range(emit.format.depth)
+        ]
+
+
+def _emit_tile(emit: _Emitter, operands: _Operands) -> list[ir.Value]:
+    """The sums of each row and vector, row by row."""
+    rows, vectors = len(operands.activation_rows), len(operands.code_vectors)
+
+    def body(group: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        codes = [emit.blocks(raw) for raw in operands.codes(emit, group)]
+        met = [operands.activations(emit, group, row) for row in range(rows)]
+        return [
+            emit.dot(total, codes[place % vectors], met[place // vectors])
+            for place, total in enumerate(sums)
+        ]
+
+    zeros = [_constant(emit.v32, 0)] * (rows * vectors)
+    return _loop(emit.b, ir.Constant(I64, 0), operands.groups, 1, zeros, body)[1]
+
+
+def _emit_row_in_place(emit: _Emitter, operands: _Operands) -> list[ir.Value]:
+    """A single row with vpdpbusd: each block has sums of its own, 2^(bits b) times too large.
+
+    Shifting those down once at the end saves the shifts inside. The largest, 128 * 128 * I / depth,
+    fits an int32 for every I that is exact.
+    """
+    depth, bits = emit.format.depth, 8 // emit.format.depth
+
+    def body(group: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        met = operands.activations(emit, group, 0)
+        new = []
+        for vector, raw in enumerate(operands.codes(emit, group)):
+            for block, code in enumerate(emit.scaled_blocks(raw)):
+                new.append(emit.dot(sums[vector * depth + block], [code], [met[block]]))
+        return new
+
+    zeros = [_constant(emit.v32, 0)] * (len(operands.code_vectors) * depth)
+    _, sums = _loop(emit.b, ir.Constant(I64, 0), operands.groups, 1, zeros, body)
+    return [emit.scaled_down(sums[first : first + depth], bits) for first in range(0, len(sums), depth)]
+
+
+def _emit_row_by_nibbles(emit: _Emitter, operands: _Operands) -> list[ir.Value]:
+    """A single row with vpmaddubsw: one shift for a byte instead of one for each block.
+
+    Blocks stay where they are in the lower and the upper nibble, 1, 2, 4 or 8 times too large; blocks
+    of the same factor share their sums. A sum of one group is at most 2 * 2 * 8 * 128 = 4096 in
+    magnitude, so four groups are added up in int16 before they are widened.
+    """
+    b, depth = emit.b, emit.format.depth
+    factors, bits = depth // 2, 8 // depth
+    masks = [
+        _constant(emit.v32, 0x01010101 * (2**bits - 1) << bits * factor) for factor in range(factors)
+    ]
+    ones = _constant(emit.v16, 1)
+
+    def body(step: int, group: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        narrow: list[ir.Value | None] = [None] * len(sums)
+        for further in range(step):
+            here = b.add(group, ir.Constant(I64, further))
+            met = operands.activations(emit, here, 0)
+            for vector, raw in enumerate(operands.codes(emit, here)):
+                nibbles = (raw, b.lshr(raw, _constant(emit.v32, 4)))
+                for block in range(depth):
+                    place = vector * factors + block % factors
+                    code = b.and_(nibbles[block // factors], masks[block % factors])
+                    pair = emit.pair_sums(code, met[block])
+                    earlier = narrow[place]
+                    narrow[place] = pair if earlier is None else b.add(earlier, pair)
+        return [
+            b.add(total, emit.call("llvm.x86.avx2.pmadd.wd", emit.v32, part, ones))
+            for total, part in zip(sums, narrow, strict=True)
+        ]
+
+    sums = [_constant(emit.v32, 0)] * (len(operands.code_vectors) * factors)
+    group: ir.Value = ir.Constant(I64, 0)
+    for step in (4, 1):
+        group, sums = _loop(b, group, operands.groups, step, sums, partial(body, step))
+    return [
+        emit.scaled_down(sums[first : first + factors], bits) for first in range(0, len(sums), factors)
+    ]
+
+
+# What beats `_emit_tile` for a single row.
+_ROW_EMITTERS = {
+    "avx512vnni": _emit_row_in_place,
+    "avxvnni": _emit_row_in_place,
+    "avx2": _emit_row_by_nibbles,
+}
 
 
 def _intrinsic(definition: Any) -> Any:
@@ -269,9 +358,9 @@ def dot_tile(
     format = FORMATS[weight.instance_class.format]
     tiles = TILES[instruction_set]
     rows, vectors = tiles.rows_and_vectors(kind.literal_value, format.name)
-    in_place = (
-        kind.literal_value == ALONE and "vnni" in instruction_set and format.name != "ternary-base3"
-    )
+    emit_sums = _emit_tile
+    if kind.literal_value == ALONE and format.name != "ternary-base3":
+        emit_sums = _ROW_EMITTERS.get(instruction_set, _emit_tile)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weight, _, q, first_row, code_offset, groups, tile = arguments
@@ -300,15 +389,11 @@ def dot_tile(
             inside = number(vector % halves * tiles.lanes * PLACES)
             start = builder.add(builder.mul(panel_bytes, number(vector // halves)), inside)
             code_vectors.append(builder.gep(code_bytes, [builder.add(code_offset, start)]))
-        totals = _emit_tile(emit, (rows, vectors), in_place, activation_rows, code_vectors, groups)
-        for row in range(rows):
-            for vector in range(vectors):
-                place = number((row * vectors + vector) * tiles.lanes * 4)
-                pointer = builder.gep(tile_bytes, [place])
-                store = builder.store(
-                    totals[row][vector], builder.bitcast(pointer, emit.v32.as_pointer())
-                )
-                store.align = 4
+        sums = emit_sums(emit, _Operands(activation_rows, code_vectors, groups))
+        for place, value in enumerate(sums):
+            pointer = builder.gep(tile_bytes, [number(place * tiles.lanes * 4)])
+            store = builder.store(value, builder.bitcast(pointer, emit.v32.as_pointer()))
+            store.align = 4
         return context.get_dummy_value()
 
     return signature, generate

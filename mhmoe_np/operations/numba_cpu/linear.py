@@ -132,10 +132,10 @@ class Linear(Quantise, PackedProducts):
         rows = len(x_NI)
         outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
-        if isinstance(w_OI, BitWeight):
-            self._bit_linear(x_NI, w_OI, y_NO)
-        elif isinstance(w_OI, PackedWeight):
+        if isinstance(w_OI, PackedWeight):
             self._packed_linear(x_NI, w_OI, y_NO)
+        elif isinstance(w_OI, BitWeight):
+            self._bit_linear(x_NI, w_OI, y_NO)
         elif x_NI.size * outputs <= SERIAL_MACS:
             product_nt(1.0, x_NI, w_OI, y_NO)
         else:
