@@ -6,13 +6,17 @@ gradient under ones is 0 and hides errors. The derivative is taken by the fourth
 stencil (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h, with h made smaller until two in a row agree:
 a norm of small numbers curves strongly, squared ReLU has kinks in its slope, and where the router's
 choice switches there is no derivative at all.
+
+A quantiser has none either: the straight-through gradients of quantised layers are compared with the
+derivatives of the surrogate whose gradients they are (see `surrogate`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,12 +30,21 @@ from mhmoe_np.model.language_model import (
     losses_of,
 )
 from mhmoe_np.model.parameters import Parameters, initialise
-from mhmoe_np.operations.table import Activation, Operations, Routing
+from mhmoe_np.operations.table import (
+    Activation,
+    BitWeight,
+    Dispatch,
+    Operations,
+    Quantization,
+    Routing,
+)
+from mhmoe_np.surrogate import ActingWeight, ChoiceSwitchedError, Surrogate, acting_weights
 from mhmoe_np.types import BoolArray, FloatArray
 
 OPERATION_BOUND, MODEL_BOUND = 1e-7, 1e-6
 FIRST_STEP, LAST_STEP = 4e-3, 1e-7
 AGREEMENT = 1e-9  # of two steps in a row, relative
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu2")
 DIRECTIONS = 3  # for each input of an operation; a model has one for each of its many tensors
 
 
@@ -179,8 +192,7 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
     )
 
     gate_up = draw(7, 8)
-    activations: tuple[Activation, ...] = ("silu", "relu2")
-    for activation in activations:
+    for activation in ACTIVATIONS:
         yield check_operation(
             f"gated_activation[{activation}]",
             (gate_up,),
@@ -211,7 +223,7 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
     experts = ops.route(logits, top_k=2, normalise=True).expert_MK
     dispatch = ops.dispatch(experts, experts=6, capacity=2)
     weights = draw(6, 6, 4), draw(6, 4, 3), draw(6, 3)
-    for activation in activations:
+    for activation in ACTIVATIONS:
         for normed in (False, True):
             inputs = sub_tokens, gate, *weights[: 3 if normed else 2]
 
@@ -238,6 +250,8 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
             name = f"expert_ffn[{activation}{', sub-norm' if normed else ''}, capacity]"
             yield check_operation(name, inputs, lambda *a, run=run: run(*a)[:1], back, rng)
 
+    yield from check_quantised_operations(ops, rng)
+
     hidden, head = draw(6, 5), draw(9, 5)
     target = np.array([3, 0, IGNORED, 8, 3, 1])
 
@@ -255,6 +269,103 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
     )
 
 
+def _quantised(ops: Operations, w: FloatArray, quantization: Quantization) -> BitWeight:
+    """One matrix, or each of a stack of them, quantised."""
+    quantised = BitWeight(np.zeros_like(w), np.zeros(w.shape[:-1]))
+    rows, matrices = math.prod(w.shape[:-1]), w.shape[0] if w.ndim == 3 else 1
+    ops.quantise_weight(
+        w.reshape(rows, -1),
+        np.arange(0, rows + 1, rows // matrices),
+        quantization=quantization,
+        q_OI=quantised.w.reshape(rows, -1),
+        beta_O=quantised.beta.reshape(-1),
+    )
+    return quantised
+
+
+def check_quantised_operations(ops: Operations, rng: np.random.Generator) -> Iterator[GradientCheck]:
+    """The linear map and the experts with BitNet's weights, against their surrogates."""
+    quantizations: tuple[Quantization, ...] = ("bitnet_b158", "bitnet")
+    x, w, b = rng.standard_normal((7, 5)), rng.standard_normal((6, 5)), rng.standard_normal(6)
+    logits = rng.standard_normal((7, 6))
+    sub_tokens, gate = rng.standard_normal((7, 4)), rng.standard_normal((7, 2))
+    experts = ops.route(logits, top_k=2, normalise=True).expert_MK
+    dispatch = ops.dispatch(experts, experts=6, capacity=2)
+    stacks = rng.standard_normal((6, 6, 4)), rng.standard_normal((6, 4, 3))
+    norm = rng.standard_normal((6, 3))
+    for quantization in quantizations:
+        yield _check_bit_linear(ops, (x, w, b), _quantised(ops, w, quantization), quantization, rng)
+        weights = (
+            _quantised(ops, stacks[0], quantization),
+            _quantised(ops, stacks[1], quantization),
+        )
+        for activation in ACTIVATIONS:
+            for inputs in ((sub_tokens, gate, *stacks), (sub_tokens, gate, *stacks, norm)):
+                yield _check_bit_experts(ops, dispatch, inputs, weights, activation, quantization, rng)
+
+
+def _check_bit_linear(
+    ops: Operations,
+    inputs: tuple[FloatArray, FloatArray, FloatArray],
+    quantised: BitWeight,
+    quantization: Quantization,
+    rng: np.random.Generator,
+) -> GradientCheck:
+    x, w, b = inputs
+    surrogate = Surrogate(ops)
+
+    def run(moved_x: FloatArray, moved_w: FloatArray, moved_b: FloatArray) -> Outputs:
+        surrogate.rewind()
+        return (surrogate.linear(moved_x, ActingWeight.of(quantised, w, moved_w), moved_b),)
+
+    def back(dy: Outputs) -> Outputs:
+        dw, db = np.zeros_like(w), np.zeros_like(b)
+        return ops.linear_backward(dy[0], x, quantised, dw, db), dw, db
+
+    return check_operation(f"linear[{quantization}]", inputs, run, back, rng)
+
+
+def _check_bit_experts(
+    ops: Operations,
+    dispatch: Dispatch,
+    inputs: tuple[FloatArray, ...],
+    quantised: tuple[BitWeight, BitWeight],
+    activation: Activation,
+    quantization: Quantization,
+    rng: np.random.Generator,
+) -> GradientCheck:
+    x, gate, gate_up, down, *norms = inputs
+    sub_norm = norms[0] if norms else None
+    surrogate = Surrogate(ops)
+
+    def run(
+        x: FloatArray, gate: FloatArray, moved_in: FloatArray, moved_out: FloatArray, *norms: FloatArray
+    ) -> Outputs:
+        surrogate.rewind()
+        acting_in = ActingWeight.of(quantised[0], gate_up, moved_in)
+        acting_out = ActingWeight.of(quantised[1], down, moved_out)
+        norm = norms[0] if norms else None
+        y, _ = surrogate.expert_ffn(
+            x, gate, dispatch, acting_in, acting_out, norm, activation=activation, eps=1e-5
+        )
+        return (y,)
+
+    def back(dy: Outputs) -> Outputs:
+        dw_in, dw_out = np.zeros_like(gate_up), np.zeros_like(down)
+        dnorms = [np.zeros_like(norm) for norm in norms]
+        _, cache = ops.expert_ffn(
+            x, gate, dispatch, *quantised, sub_norm, activation=activation, eps=1e-5
+        )
+        dx, dgate = ops.expert_ffn_backward(
+            dy[0], x, gate, dispatch, *quantised, sub_norm, cache,
+            dw_in, dw_out, dnorms[0] if dnorms else None, activation=activation,
+        )  # fmt: skip
+        return dx, dgate, dw_in, dw_out, *dnorms
+
+    kind = f"{quantization}, {activation}{', sub-norm' if norms else ''}, capacity"
+    return check_operation(f"expert_ffn[{kind}]", inputs, run, back, rng)
+
+
 _BASE = {
     "vocab_size": 19,
     "hidden_size": 12,
@@ -267,6 +378,7 @@ _BASE = {
 _SMOE = {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 7}
 _FINE = {**_SMOE, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
 _MH2 = {**_FINE, "moe_heads": 2}
+_TERNARY, _SIGN = {"quantization": "bitnet_b158"}, {"quantization": "bitnet"}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense, grouped heads, relu2, sub-norm, untied": {
@@ -291,6 +403,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "mh-moe-2, capacity": {**_MH2, "moe_capacity_factor": 0.6},
     "mh-moe-2, balance over all choices": {**_MH2, "router_aux_loss_type": "topk"},
     "mh-moe-2, z-loss": {**_MH2, "router_z_loss_coef": 0.1},
+    "dense, ternary": _TERNARY,
+    "dense, sign, grouped heads, relu2": {**_SIGN, "num_key_value_heads": 1, "hidden_act": "relu2"},
+    "smoe, ternary": {**_SMOE, **_TERNARY, "decoder_sparse_step": 1},
+    "fine-grained-smoe, sign, grouped heads": {**_FINE, **_SIGN, "num_key_value_heads": 1},
+    "mh-moe-2, ternary": {**_MH2, **_TERNARY},
+    "mh-moe-2, ternary, no sub-norm": {**_MH2, **_TERNARY, "use_sub_norm": False},
+    "mh-moe-2, sign, projections too": {
+        **_MH2,
+        **_SIGN,
+        "quantize_moe_projections": True,
+        "moe_projection_bias": True,
+    },
+    "mh-moe-3, ternary, shared expert, capacity": {
+        **_FINE,
+        **_TERNARY,
+        "moe_heads": 3,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 6,
+        "moe_capacity_factor": 0.6,
+    },
 }
 """Small models of every kind; all batches have padding."""
 
@@ -308,7 +440,20 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
     batch = Batch(np.ascontiguousarray(tokens[:, :-1]), target_BT)
     loss_and_gradient(model, gradient, [batch], ops=ops)
 
-    origin = _loss_and_choice(model, batch, ops)
+    at = Parameters(config, np.float64)
+    at.flat_P[...] = parameters.flat_P
+    surrogate = Surrogate(ops)
+
+    def loss_and_choice() -> tuple[float, bytes]:
+        """Of the parameters as they are now; without quantised ones the surrogate is the model."""
+        surrogate.rewind()
+        acting = model._replace(weights=acting_weights(model.weights, at, parameters))
+        try:
+            return _loss_and_choice(acting, batch, cast(Operations, surrogate))
+        except ChoiceSwitchedError:
+            return np.nan, b""
+
+    origin = loss_and_choice()
     worst = 0.0
     for tensor_name, tensor in parameters.tensors.items():
         start, v = tensor.copy(), rng.standard_normal(tensor.shape)
@@ -317,7 +462,7 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
             t: float, tensor: FloatArray = tensor, start: FloatArray = start, v: FloatArray = v
         ) -> float:
             tensor[...] = start + t * v
-            loss, choice = _loss_and_choice(model, batch, ops)
+            loss, choice = loss_and_choice()
             # A step across a switch of the choice must not agree with any other.
             return loss - origin[0] if choice == origin[1] else np.nan
 
