@@ -11,7 +11,8 @@ from hypothesis import example, settings
 from hypothesis import strategies as st
 
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations, PackedWeight
+from mhmoe_np.packing import FormatName, pack
 
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")
@@ -115,6 +116,12 @@ def same_bits(actual: Any, expected: Any) -> None:
         assert a.tobytes() == e.tobytes()
 
 
+def packed_weight(bits: BitWeight, format: FormatName) -> PackedWeight:
+    """The same integers packed; one matrix is a stack of one."""
+    w = bits.w.reshape(-1, *bits.w.shape[-2:])
+    return PackedWeight(pack(w, format), bits.beta.reshape(w.shape[:2]))
+
+
 def copies(arrays: Any) -> list[Any]:
     return [None if array is None else array.copy() for array in arrays]
 
@@ -140,6 +147,17 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     done["linear"] = flat(ops.linear(x, w, b))
     dw, db = r(V, D), r(V)
     done["linear_backward"] = [ops.linear_backward(dy, x, w, dw, db), dw, db]
+
+    bits = BitWeight(r.rng.integers(-1, 2, (V, D)).astype(dtype), abs(r(V)))
+    packed = packed_weight(bits, "ternary-2bit")
+    dw, db = r(V, D), r(V)
+    done["linear"] += [ops.linear(x, bits, b), ops.linear(x, packed, b)]
+    done["linear_backward"] += [ops.linear_backward(dy, x, bits, dw, db), dw, db]
+    done["quantise_rows"] = flat(ops.quantise_rows(x))
+    q, beta = np.zeros((V, 70), dtype), np.zeros(V, dtype)
+    start = np.array([0, 1, 200, V])
+    counts = ops.quantise_weight(r(V, 70), start, quantization="bitnet_b158", q_OI=q, beta_O=beta)
+    done["quantise_weight"] = [counts, q, beta]
 
     ids, dw = r.rng.integers(0, V, N), r(V, D)
     done["embedding"] = [ops.embedding(ids, w)]
@@ -179,6 +197,23 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     dweights = [r(E, 2 * F, U), r(E, U, F), r(E, F)]
     gradients = ops.expert_ffn_backward(r(M, U), *given, cache, *dweights, activation="silu")
     done["expert_ffn_backward"] = [*gradients, *dweights]
+
+    # Between the two maps nothing rounds differently on the two backends: squared ReLU multiplies
+    # alone, and there is no sub-norm. So no quantiser can see other bits and round to a neighbour.
+    stacks = [
+        BitWeight(r.rng.integers(-1, 2, (E, *shape)).astype(dtype), abs(r(E, shape[0])))
+        for shape in ((2 * F, U), (U, F))
+    ]
+    given = (r(M, U), routing.gate_MK, sent)
+    y, cache = ops.expert_ffn(*given, *stacks, None, activation="relu2", eps=1e-5)
+    done["expert_ffn"] += [y, cache.gate_up_R2F]
+    packs = [packed_weight(stack, "ternary-base3") for stack in stacks]
+    done["expert_ffn"] += [ops.expert_ffn(*given, *packs, None, activation="relu2", eps=1e-5)[0]]
+    dweights = [r(E, 2 * F, U), r(E, U, F)]
+    gradients = ops.expert_ffn_backward(
+        r(M, U), *given, *stacks, None, cache, *dweights, None, activation="relu2"
+    )
+    done["expert_ffn_backward"] += [*gradients, *dweights]
 
     target = r.rng.integers(0, V, N)
     target[::5] = -100

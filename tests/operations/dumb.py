@@ -55,6 +55,37 @@ def route(logits_ME: Any, top_k: int, normalise: bool) -> tuple[Any, Any, Any, A
     return p_ME, lse_M, expert_MK, gate_MK
 
 
+def quantise_row(x_I: Any) -> tuple[list[int], float]:
+    """Integers and gamma/127; Python rounds halves to even."""
+    gamma = max(1e-5, *(abs(x) for x in x_I))
+    q = [min(max(round(x * (127 / gamma)), -128), 127) for x in x_I]
+    return q, gamma / 127
+
+
+def quantise_matrix(w_OI: Any, quantization: str) -> tuple[list[list[int]], float]:
+    """Integers and beta."""
+    numbers = [w for row in w_OI for w in row]
+    beta = max(math.fsum(abs(w) for w in numbers) / len(numbers), 1e-5)
+    mean = math.fsum(numbers) / len(numbers)
+
+    def one(w: float) -> int:
+        if quantization == "bitnet":
+            return 1 if w - mean > 0 else -1
+        return min(max(round(w * (1 / beta)), -1), 1)
+
+    return [[one(w) for w in row] for row in w_OI], beta
+
+
+def bit_linear(x_NI: Any, w_OI: Any, beta_O: Any) -> list[list[float]]:
+    """Integer products, then one scale."""
+    y_NO = []
+    for x in x_NI:
+        q, scale = quantise_row(x)
+        sums = [sum(int(a) * int(b) for a, b in zip(q, w, strict=True)) for w in w_OI]
+        y_NO.append([total * (beta * scale) for total, beta in zip(sums, beta_O, strict=True)])
+    return y_NO
+
+
 def dot(x: Any, y: Any) -> float:
     return math.fsum(a * b for a, b in zip(x, y, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhmoe_np.operations.table import BitWeight
 from tests.operations import dumb
-from tests.operations.cases import ACTIVATIONS, ADAMW, NUMPY, SEEDS, Inputs, quick
+from tests.operations.cases import ACTIVATIONS, ADAMW, NUMPY, SEEDS, Inputs, packed_weight, quick
 
 TINY = st.integers(1, 6)
 
@@ -152,3 +154,45 @@ def test_adamw_updates_every_parameter_by_the_formula(step: int, scale: float, s
     parameter, gradient, first, second = state
     near(np.stack([parameter, first, second], axis=1), expected)
     assert not gradient.any()
+
+
+@given(N=TINY, I=TINY, spread=st.sampled_from([0.0, 1e-7, 1.0, 1e6]), seed=SEEDS)
+@quick(60)
+def test_rows_are_quantised_by_their_largest_number(N: int, I: int, spread: float, seed: int) -> None:
+    x = Inputs(seed, float)(N, I, spread=spread)
+    q, scale = NUMPY.quantise_rows(x)
+    expected = [dumb.quantise_row(row) for row in x.tolist()]
+    assert q.tolist() == [row for row, _ in expected]
+    assert scale.tolist() == [value for _, value in expected]
+
+
+@pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
+@given(heights=st.lists(TINY, min_size=1, max_size=4), I=TINY, seed=SEEDS)
+@quick(60)
+def test_each_joined_matrix_is_quantised_by_itself(
+    quantization: Any, heights: list[int], I: int, seed: int
+) -> None:
+    r = Inputs(seed, float)
+    start = np.cumsum([0, *heights])
+    w = r(start[-1], I) * np.repeat(np.abs(r(len(heights))), heights)[:, None]
+    before = r.rng.integers(-1, 2, w.shape).astype(float)
+    q, beta = before.copy(), np.zeros(len(w))
+    counts = NUMPY.quantise_weight(w, start, quantization=quantization, q_OI=q, beta_O=beta)
+    for x, (first, last) in enumerate(pairwise(start)):
+        expected, scale = dumb.quantise_matrix(w[first:last].tolist(), quantization)
+        assert q[first:last].tolist() == expected
+        assert beta[first:last].tolist() == [scale] * (last - first)
+        flat = [value for row in expected for value in row]
+        flips = sum(a != b for a, b in zip(flat, before[first:last].ravel(), strict=True))
+        assert counts[x].tolist() == [flat.count(-1), flat.count(0), flat.count(1), flips]
+
+
+@given(N=TINY, I=TINY, O=TINY, seed=SEEDS)
+@quick(60)
+def test_bit_linear_multiplies_integers(N: int, I: int, O: int, seed: int) -> None:
+    r = Inputs(seed, float)
+    w = BitWeight(r.rng.integers(-1, 2, (O, I)).astype(float), np.abs(r(O)))
+    x = r(N, I)
+    expected = dumb.bit_linear(x.tolist(), w.w.tolist(), w.beta.tolist())
+    np.testing.assert_array_equal(NUMPY.linear(x, w, None), expected)
+    np.testing.assert_array_equal(NUMPY.linear(x, packed_weight(w, "ternary-base3"), None), expected)
