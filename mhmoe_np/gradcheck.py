@@ -406,8 +406,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense, ternary": _TERNARY,
     "dense, sign, grouped heads, relu2": {**_SIGN, "num_key_value_heads": 1, "hidden_act": "relu2"},
     "smoe, ternary": {**_SMOE, **_TERNARY, "decoder_sparse_step": 1},
+    "fine-grained-smoe, ternary": {**_FINE, **_TERNARY},
     "fine-grained-smoe, sign, grouped heads": {**_FINE, **_SIGN, "num_key_value_heads": 1},
     "mh-moe-2, ternary": {**_MH2, **_TERNARY},
+    "mh-moe-2, sign": {**_MH2, **_SIGN},
     "mh-moe-2, ternary, no sub-norm": {**_MH2, **_TERNARY, "use_sub_norm": False},
     "mh-moe-2, sign, projections too": {
         **_MH2,

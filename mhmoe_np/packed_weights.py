@@ -3,12 +3,13 @@
 `packed.safetensors` holds, for every quantised array of the parameter table, its codes under the
 array's name (uint8 [E, panels, groups, 64], see `packing`) and one scale for each of its matrices
 under the name with `_scale` (float32); all other tensors stand as in `model.safetensors`. The header
-names the version, the layout and the format, and carries a checksum.
+names version, layout and format and carries a checksum, as JSON under the key `mhmoe_packed`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -26,14 +27,8 @@ from mhmoe_np.packing import FORMATS, LAYOUT, FormatName, PackedMatrices, empty_
 from mhmoe_np.tensors import read_into, read_metadata, save_tensors
 from mhmoe_np.types import FloatArray
 
-VERSION = "1"
-# Header keys.
-VERSION_KEY, LAYOUT_KEY, FORMAT_KEY, CHECKSUM_KEY = (
-    "mhmoe_packed_version",
-    "mhmoe_packed_layout",
-    "mhmoe_packed_format",
-    "mhmoe_packed_sha256",
-)
+VERSION = 1
+HEADER_KEY = "mhmoe_packed"
 
 
 def formats_for(config: ModelConfig) -> list[FormatName]:
@@ -101,12 +96,12 @@ def save_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> No
     """
     tensors = packed_tensors(config, weights)
     header = {
-        VERSION_KEY: VERSION,
-        LAYOUT_KEY: LAYOUT,
-        FORMAT_KEY: packed_format(weights),
-        CHECKSUM_KEY: _checksum(tensors),
+        "version": VERSION,
+        "layout": LAYOUT,
+        "format": packed_format(weights),
+        "sha256": _checksum(tensors),
     }
-    save_tensors(path, tensors, header)
+    save_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
 
 
 def packed_format(weights: Weights) -> FormatName:
@@ -114,23 +109,26 @@ def packed_format(weights: Weights) -> FormatName:
     return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
 
 
-def _header_format(path: Path, config: ModelConfig) -> FormatName:
-    header = read_metadata(path)
-    if VERSION_KEY not in header:
-        raise UserError(f"{path}: not written by mhmoe-np pack: its header has no {VERSION_KEY}")
-    for key, known in ((VERSION_KEY, VERSION), (LAYOUT_KEY, LAYOUT)):
-        if header.get(key) != known:
+def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, str]:
+    """The format of a file that this release reads, and its checksum."""
+    try:
+        header = json.loads(read_metadata(path).get(HEADER_KEY, ""))
+        version, layout, name, checksum = (
+            header[key] for key in ("version", "layout", "format", "sha256")
+        )
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: not written by mhmoe-np pack: its header says nothing under {HEADER_KEY!r}"
+        ) from None
+    for key, found, known in (("version", version, VERSION), ("layout", layout, LAYOUT)):
+        if found != known:
             raise UserError(
-                f"{path}: {key} is {header.get(key)!r}, this release reads {known!r}; "
-                "pack the checkpoint again"
+                f"{path}: {key} is {found!r}, this release reads {known!r}; pack the checkpoint again"
             )
     for format in formats_for(config):
-        if header.get(FORMAT_KEY) == format:
-            return format
-    raise UserError(
-        f"{path}: {FORMAT_KEY} is {header.get(FORMAT_KEY)!r}, "
-        f"which does not hold quantization {config.quantization!r}"
-    )
+        if name == format:
+            return format, checksum
+    raise UserError(f"{path}: {name!r} does not hold quantization {config.quantization!r}")
 
 
 def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> Weights:
@@ -140,7 +138,7 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
     """
     if config.quantization == "none":
         raise UserError(f"{path}: packed, but quantization is 'none' in the configuration beside it")
-    format = _header_format(path, config)
+    format, checksum = _read_header(path, config)
     arrays: dict[str, Weight] = {}
     targets: dict[str, NDArray[Any]] = {}
     for entry in parameter_table(config):
@@ -156,7 +154,7 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
             array = arrays[entry.name] = np.empty(entry.shape, np.float32)
             targets |= {part.tensor: array[part.where] for part in entry.parts}
     read_into(path, targets)
-    if _checksum(targets) != read_metadata(path).get(CHECKSUM_KEY):
+    if _checksum(targets) != checksum:
         raise UserError(f"{path}: damaged: its contents do not match its checksum; pack again")
     for entry in parameter_table(config):
         weight = arrays[entry.name]

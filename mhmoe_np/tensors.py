@@ -21,7 +21,8 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file, atomically; the same tensors give the same bytes.
 
-    metadata: what else its header says.
+    metadata: one key and what the header says under it; with more, the library would write them in an
+    order that changes from run to run.
 
     safetensors 0.8.0 writes wrong data, silently, for arrays that are not C-contiguous; so every
     array passes through `ascontiguousarray` here, and nothing else in the package calls save_file.
@@ -29,7 +30,7 @@ def save_tensors(
     Raises OSError: the disk is full or refuses; `path` is as it was.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    header = {"format": "np", **(metadata or {})}
+    header = dict(metadata or {"format": "np"})
     try:
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, header))
     except SafetensorError as error:

@@ -29,7 +29,7 @@ from mhmoe_np.operations.numba_cpu.compiling import exact, parallel
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
 from mhmoe_np.operations.numba_cpu.quantise import quantise_row
 from mhmoe_np.operations.table import PackedWeight
-from mhmoe_np.packing import FORMATS, FormatName
+from mhmoe_np.packing import FORMATS, PANEL, PLACES, FormatName
 
 # One thread is done with so many before a second one has woken up (see `SERIAL_MACS`).
 SERIAL_PACKED_MACS = 1 << 22
@@ -123,7 +123,7 @@ def padded_inputs(weight: Any) -> int:
 @exact
 def _finish(
     weight: Any,
-    e: int,
+    e: Any,
     tile: Any,
     rows: int,
     columns: int,
@@ -150,56 +150,52 @@ def _finish(
 @exact
 def packed_product(
     weight: Any,
-    e: int,
+    e: Any,
     q_RI: Any,
     scale_R: Any,
     sum_R: Any,
     y_RO: Any,
-    first_panel: int,
-    last_panel: int,
+    first_panel: Any,
+    last_panel: Any,
 ) -> None:
     """y[:, outputs of the panels] = (q @ w[e]^T) * (beta * gamma/127)."""
     lanes, many, across, alone = _shape_of(weight)[:4]
     _, panels, groups, width = weight.code.shape
-    halves = 16 // lanes
+    halves = PANEL // lanes
     rows = len(q_RI)
     tile = np.empty(MOST_SUMS, np.int32)
     v, last = first_panel * halves, last_panel * halves
     while v < last:
-        start = ((e * panels + v // halves) * groups) * width + v % halves * lanes * 4
-        c, r = v * lanes, 0
-        if rows == 1 and v + alone <= last:
-            dot_tile(weight, ALONE, q_RI, 0, start, groups, tile)
-            _finish(weight, e, tile, 1, alone * lanes, 0, c, scale_R, sum_R, y_RO)
-            v += alone
-        elif v + across <= last:
-            columns = across * lanes
-            while r + many <= rows:
+        start = ((e * panels + v // halves) * groups) * width + v % halves * lanes * PLACES
+        vectors = alone if rows == 1 and v + alone <= last else across if v + across <= last else 1
+        r = 0
+        while r < rows:
+            left = rows - r
+            if vectors == alone and rows == 1:
+                dot_tile(weight, ALONE, q_RI, r, start, groups, tile)
+                done = 1
+            elif vectors < across:
+                if left >= 4:
+                    dot_tile(weight, FOUR_BY_ONE, q_RI, r, start, groups, tile)
+                    done = 4
+                else:
+                    dot_tile(weight, ONE_BY_ONE, q_RI, r, start, groups, tile)
+                    done = 1
+            elif left >= many:
                 dot_tile(weight, MANY, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, many, columns, r, c, scale_R, sum_R, y_RO)
-                r += many
-            while r + 4 <= rows:
+                done = many
+            elif left >= 4:
                 dot_tile(weight, FOUR, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, 4, columns, r, c, scale_R, sum_R, y_RO)
-                r += 4
-            while r + 2 <= rows:
+                done = 4
+            elif left >= 2:
                 dot_tile(weight, TWO, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, 2, columns, r, c, scale_R, sum_R, y_RO)
-                r += 2
-            if r < rows:
+                done = 2
+            else:
                 dot_tile(weight, ONE, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, 1, columns, r, c, scale_R, sum_R, y_RO)
-            v += across
-        else:
-            while r + 4 <= rows:
-                dot_tile(weight, FOUR_BY_ONE, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, 4, lanes, r, c, scale_R, sum_R, y_RO)
-                r += 4
-            while r < rows:
-                dot_tile(weight, ONE_BY_ONE, q_RI, r, start, groups, tile)
-                _finish(weight, e, tile, 1, lanes, r, c, scale_R, sum_R, y_RO)
-                r += 1
-            v += 1
+                done = 1
+            _finish(weight, e, tile, done, vectors * lanes, r, v * lanes, scale_R, sum_R, y_RO)
+            r += done
+        v += vectors
 
 
 @exact
@@ -209,7 +205,9 @@ def project_packed(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
     q_RI = np.empty((rows, padded_inputs(weight)), np.int8)
     scale_R, sum_R = np.empty(rows, x_RI.dtype), np.empty(rows, np.int32)
     quantise_for(weight, x_RI, q_RI, scale_R, sum_R)
-    packed_product(weight, e, q_RI, scale_R, sum_R, y_RO, 0, weight.code.shape[1])
+    # A literal 0 would be a type of its own and compile everything once more.
+    first = np.intp(0)
+    packed_product(weight, e, q_RI, scale_R, sum_R, y_RO, first, weight.code.shape[1])
 
 
 @parallel
@@ -231,4 +229,4 @@ def packed_tiles(
         n, z = tile // across * rows, (tile // across + 1) * rows
         first = tile % across * panels
         last = min(first + panels, weight.code.shape[1])
-        packed_product(weight, 0, q_NI[n:z], scale_N[n:z], sum_N[n:z], y_NO[n:z], first, last)
+        packed_product(weight, np.intp(0), q_NI[n:z], scale_N[n:z], sum_N[n:z], y_NO[n:z], first, last)
