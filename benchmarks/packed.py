@@ -236,29 +236,31 @@ def multiply_adds(config: ModelConfig, *, head: bool) -> int:
 
 
 def models(
-    backends: dict[InstructionSet, NumbaOperations], threads: int, repeats: int
+    ops: NumbaOperations, isa: str, threads: list[int], formats: list[FormatName], repeats: int
 ) -> Iterator[Row]:
     """The presets of the paper's size, one after the other."""
-    ops = next(iter(backends.values()))
     for kind in PAPER_MODELS:
         preset = f"paper-{kind}"
         float32 = model_of(preset, None, ops)
-        for format in FORMATS:
+        for format in formats:
             packed = model_of(preset, format, ops)
-            turns = [
-                (seconds_a_token(packed, ops), seconds_a_token(float32, ops)) for _ in range(repeats)
-            ]
-            for i, (what, rows) in enumerate((("decode", 1), ("prefill", PROMPT))):
-                ours, theirs = (min(turn[side][i] for turn in turns) for side in (0, 1))
-                macs = multiply_adds(float32.config, head=what == "decode")
-                isa = next(iter(backends))
-                row = report(
-                    f"{what} {preset}", rows, threads, isa, format, theirs / ours, 2 * macs / ours / 1e9
-                )
-                yield row | {
-                    "tokens_per_s": round(1 / ours, 1),
-                    "float32_tokens_per_s": round(1 / theirs, 1),
-                }
+            for count in threads:
+                numba.set_num_threads(count)
+                turns = [
+                    [seconds_a_token(model, ops) for model in (packed, float32)] for _ in range(repeats)
+                ]
+                for i, (what, rows) in enumerate((("decode", 1), ("prefill", PROMPT))):
+                    ours, theirs = (min(turn[side][i] for turn in turns) for side in (0, 1))
+                    macs = multiply_adds(float32.config, head=what == "decode")
+                    row = report(
+                        *(f"{what} {preset}", rows, count, isa, format),
+                        theirs / ours,
+                        2 * macs / ours / 1e9,
+                    )
+                    yield row | {
+                        "tokens_per_s": round(1 / ours, 1),
+                        "float32_tokens_per_s": round(1 / theirs, 1),
+                    }
 
 
 def main() -> None:
@@ -268,9 +270,9 @@ def main() -> None:
     parser.add_argument("--isa", nargs="+", default=[choose()], help="names of instruction sets")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each figure")
     parser.add_argument("--repeats", type=int, default=3, help="turns of a whole model")
+    parser.add_argument("--model-formats", nargs="+", default=["ternary-2bit"], choices=FORMATS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    only = arguments.only or ["matrices", "experts", "models"]
     rows: list[Row] = []
     if not arguments.json:
         print(f"{environment(threads=max(arguments.threads), backend='numba')['processor']}")
@@ -278,31 +280,33 @@ def main() -> None:
             f"{'case':32s}{'rows':>5s}{'threads':>8s}  {'isa':12s}{'format':14s}"
             f"{'ratio':>7s}{'gops':>9s}"
         )
-    for threads in arguments.threads:
-        backends = {isa: NumbaOperations(instruction_set=isa) for isa in arguments.isa}
-        numba.set_num_threads(threads)
-        # After the backends, which limit BLAS to one thread: our side has its own parallelism.
-        with threadpool_limits(threads, user_api="blas"):
-            found: list[Iterator[Row]] = []
-            if "matrices" in only:
-                found.append(matrices(backends, threads, arguments.seconds))
-            if "experts" in only:
-                found.append(experts(backends, threads, arguments.seconds))
-            for row in (row for part in found for row in part):
-                rows.append(row)
-                show(row, arguments.json)
-        if "models" in only:
-            for row in models(backends, threads, arguments.repeats):
-                rows.append(row)
-                show(row, arguments.json)
+    for row in measured(arguments):
+        rows.append(row)
+        if not arguments.json:
+            show(row)
     if arguments.json:
         print(json.dumps(rows, indent=2))
 
 
-def show(row: Row, as_json: bool) -> None:
-    """A line of the table, unless everything comes as JSON at the end."""
-    if as_json:
-        return
+def measured(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Every row that was asked for."""
+    only = arguments.only or ["matrices", "experts", "models"]
+    backends = {isa: NumbaOperations(instruction_set=isa) for isa in arguments.isa}
+    for threads in arguments.threads:
+        numba.set_num_threads(threads)
+        # After the backends, which limit BLAS to one thread: our side has its own parallelism.
+        with threadpool_limits(threads, user_api="blas"):
+            if "matrices" in only:
+                yield from matrices(backends, threads, arguments.seconds)
+            if "experts" in only:
+                yield from experts(backends, threads, arguments.seconds)
+    if "models" in only:
+        isa, ops = next(iter(backends.items()))
+        yield from models(ops, isa, arguments.threads, arguments.model_formats, arguments.repeats)
+
+
+def show(row: Row) -> None:
+    """A line of the table."""
     line = (
         f"{row['case']:32s}{row['rows']:5d}{row['threads']:8d}  {row['isa']:12s}{row['format']:14s}"
         f"{row['ratio_to_sgemm']:7.2f}{row['gops']:9.1f}"

@@ -269,13 +269,15 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
     )
 
 
-def _quantised(ops: Operations, w: FloatArray, quantization: Quantization) -> BitWeight:
-    """One matrix, or each of a stack of them, quantised."""
+def _quantised(
+    ops: Operations, w: FloatArray, matrix_rows: int, quantization: Quantization
+) -> BitWeight:
+    """Joined matrices of so many rows, each quantised with a beta of its own."""
     quantised = BitWeight(np.zeros_like(w), np.zeros(w.shape[:-1]))
-    rows, matrices = math.prod(w.shape[:-1]), w.shape[0] if w.ndim == 3 else 1
+    rows = math.prod(w.shape[:-1])
     ops.quantise_weight(
         w.reshape(rows, -1),
-        np.arange(0, rows + 1, rows // matrices),
+        np.arange(0, rows + 1, matrix_rows),
         quantization=quantization,
         q_OI=quantised.w.reshape(rows, -1),
         beta_O=quantised.beta.reshape(-1),
@@ -294,10 +296,11 @@ def check_quantised_operations(ops: Operations, rng: np.random.Generator) -> Ite
     stacks = rng.standard_normal((6, 6, 4)), rng.standard_normal((6, 4, 3))
     norm = rng.standard_normal((6, 3))
     for quantization in quantizations:
-        yield _check_bit_linear(ops, (x, w, b), _quantised(ops, w, quantization), quantization, rng)
+        # As in the model: a linear map may join matrices, an expert's first one joins gate and up.
+        yield _check_bit_linear(ops, (x, w, b), _quantised(ops, w, 3, quantization), quantization, rng)
         weights = (
-            _quantised(ops, stacks[0], quantization),
-            _quantised(ops, stacks[1], quantization),
+            _quantised(ops, stacks[0], 3, quantization),
+            _quantised(ops, stacks[1], 4, quantization),
         )
         for activation in ACTIVATIONS:
             for inputs in ((sub_tokens, gate, *stacks), (sub_tokens, gate, *stacks, norm)):

@@ -106,20 +106,6 @@ def _attend_task(
     )
 
 
-@task
-def _attend_in_turn(
-    tasks: int,
-    q_BTAC: Any,
-    k_BSGC: Any,
-    v_BSGC: Any,
-    out_BTAC: Any,
-    log_sum_exp_BAT: Any,
-    rows: int,
-) -> None:
-    for index in range(tasks):
-        _attend_task(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, rows)
-
-
 @parallel
 def _attention(
     tasks: int,
@@ -234,7 +220,8 @@ class Attention(Buffers):
         arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
         tasks = B * A * blocks(T, QUERY_ROWS)
         if 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS:
-            _attend_in_turn(tasks, *arrays, QUERY_ROWS)
+            for index in range(tasks):
+                _attend_task(index, *arrays, QUERY_ROWS)
         else:
             _attention(tasks, *arrays, QUERY_ROWS)
         return out_BTAC, log_sum_exp_BAT
