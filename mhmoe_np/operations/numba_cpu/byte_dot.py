@@ -196,7 +196,7 @@ def _loop(
     sums: list[ir.Value],
     body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """While `step` more groups fit before `end`: sums = body(group, sums). Return both."""
+    """While `step` more groups fit before `end`: sums = body(group, sums). Return both at last."""
     before = b.block
     test, inside, after = (b.append_basic_block(name) for name in ("test", "groups", "after"))
     b.branch(test)
