@@ -200,6 +200,7 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
 
     # Between the two maps nothing rounds differently on the two backends: squared ReLU multiplies
     # alone, and there is no sub-norm. So no quantiser can see other bits and round to a neighbour.
+    U, F = 43, 61  # packed products are parallel from larger sizes on
     stacks = [
         BitWeight(r.rng.integers(-1, 2, (E, *shape)).astype(dtype), abs(r(E, shape[0])))
         for shape in ((2 * F, U), (U, F))

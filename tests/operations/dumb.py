@@ -94,14 +94,22 @@ def activate(z: float, activation: str) -> float:
     return z / (1 + math.exp(-z)) if activation == "silu" else max(z, 0.0) * max(z, 0.0)
 
 
+def project(x: Any, weight: Any) -> list[float]:
+    """One row through a matrix of floats, or through a pair of integers and scales."""
+    if isinstance(weight, tuple):
+        return bit_linear([x], *weight)[0]
+    return [dot(w, x) for w in weight]
+
+
 def expert(x: Any, gate_up: Any, down: Any, sub_norm: Any, activation: str, eps: float) -> list[float]:
     """One expert on one sub-token."""
-    F = len(gate_up) // 2
-    h = [activate(dot(gate_up[f], x), activation) * dot(gate_up[F + f], x) for f in range(F)]
+    both = project(x, gate_up)
+    F = len(both) // 2
+    h = [activate(gate, activation) * up for gate, up in zip(both[:F], both[F:], strict=True)]
     if sub_norm is not None:
         root = math.sqrt(dot(h, h) / F + eps)
         h = [h[f] / root * sub_norm[f] for f in range(F)]
-    return [dot(row, h) for row in down]
+    return project(h, down)
 
 
 def expert_ffn(

@@ -85,6 +85,11 @@ def test_expert_ffn_is_the_gated_sum_of_the_choices_not_dropped(
     up, down = r(E, 2 * F, U), r(E, U, F)
     y, _ = NUMPY.expert_ffn(x, gate, sent, up, down, norm, activation=activation, eps=1e-5)
     near(y, dumb.expert_ffn(x, gate, expert, sent.slot_MK, up, down, norm, activation, 1e-5))
+    # Quantised: float64's last bits, where the two differ, move no activation across a half.
+    stacks = [BitWeight(np.rint(np.clip(w, -1, 1)), np.abs(r(*w.shape[:2]))) for w in (up, down)]
+    pairs = [list(zip(stack.w, stack.beta, strict=True)) for stack in stacks]
+    y, _ = NUMPY.expert_ffn(x, gate, sent, *stacks, norm, activation=activation, eps=1e-5)
+    near(y, dumb.expert_ffn(x, gate, expert, sent.slot_MK, *pairs, norm, activation, 1e-5))
 
 
 @given(

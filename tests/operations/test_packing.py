@@ -51,14 +51,30 @@ def test_sign_has_no_zero() -> None:
         pack(np.zeros((1, 1, 1)), "sign-1bit")
 
 
-def test_every_combination_of_five_ternary_digits_has_a_byte_of_its_own() -> None:
-    # Output 0; digit b of a byte is input 4 b of its group, so each combination is a group.
-    digits = np.array(list(itertools.product([-1, 0, 1], repeat=5)))
-    q = np.zeros((1, 1, len(digits), 5, 4), int)
-    q[..., 0] = digits
-    packed = pack(q.reshape(1, 1, -1), "ternary-base3")
-    assert len(np.unique(packed.code[0, 0, :, 0])) == 3**5
+@of_each_format
+def test_every_combination_of_values_has_a_byte_of_its_own(format: FormatName) -> None:
+    # Output 0; block b of a byte is input 4 b of its group, so each combination is a group.
+    depth, base = FORMATS[format].depth, FORMATS[format].base
+    combinations = np.array(list(itertools.product(values(format), repeat=depth)))
+    q = np.full((1, 1, len(combinations), depth, 4), -1)
+    q[..., 0] = combinations
+    packed = pack(q.reshape(1, 1, -1), format)
+    assert len(np.unique(packed.code[0, 0, :, 0])) == base**depth
     np.testing.assert_array_equal(unpack(packed).reshape(q.shape), q)
+
+
+@of_each_format
+@pytest.mark.parametrize(("O", "more"), [(1, 1), (15, 3), (17, 1), (33, 19)])
+def test_padding_is_code_zero(format: FormatName, O: int, more: int) -> None:
+    # Whatever memory held before, or files of one model would differ: read the padding as weights.
+    I = FORMATS[format].group + more
+    packed = pack(np.ones((2, O, I)), format)
+    panels, groups, _ = code_shape(O, I, format)
+    whole = packed._replace(outputs=panels * PANEL, inputs=groups * FORMATS[format].group)
+    values = unpack(whole)
+    assert (values[:, :O, :I] == 1).all()
+    values[:, :O, :I] = -1
+    assert (values == -1).all()
 
 
 # Written out by hand from the layout's description: one group of a single output, so byte k of the 64

@@ -19,6 +19,7 @@ from mhmoe_np.operations import numba_cpu
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu.arithmetic import exp
 from mhmoe_np.operations.numba_cpu.compiling import task
+from mhmoe_np.operations.numba_cpu.packed import Packed
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from tests.operations.cases import (
     BACKENDS,
@@ -32,6 +33,7 @@ from tests.operations.cases import (
     quick,
     run_table,
     same_bits,
+    unchanged,
 )
 
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
@@ -68,10 +70,13 @@ def parallel_kernels() -> dict[tuple[Any, str], Any]:
 def test_the_run_of_the_table_reaches_every_parallel_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small work skips these kernels: below such a size, the tests of threads would compare nothing.
     entered: set[str] = set()
+    entered_with_packed_weights: set[str] = set()
 
     def recording(name: str, kernel: Any) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             entered.add(name)
+            if any(isinstance(argument, Packed) for argument in arguments):
+                entered_with_packed_weights.add(name)
             return kernel(*arguments)
 
         return call
@@ -82,6 +87,7 @@ def test_the_run_of_the_table_reaches_every_parallel_kernel(monkeypatch: pytest.
     run_table(NUMBA, np.float64, seed=49)
     assert len(kernels) > 10
     assert entered == {name for _, name in kernels}
+    assert entered_with_packed_weights == {"_experts", "packed_tiles", "quantise_for_all"}
 
 
 @of_each_dtype
@@ -331,6 +337,56 @@ def test_gathering_and_combining_are_each_others_transpose(
     terms = sum(np.abs(product).sum() for product in [*products, dy * y])
     for product in products:
         agree(product.sum(), (dy * y).sum(), unit=terms)
+
+
+# ---- quantisers ------------------------------------------------------------------------------
+
+
+@of_each_dtype
+@given(N=st.integers(1, 9), I=st.integers(1, 70), spread=st.sampled_from([1e-7, 1.0, 1e20]), seed=SEEDS)
+@quick(40)
+def test_a_quantised_row_is_the_nearest_on_its_own_grid(
+    dtype: Any, N: int, I: int, spread: float, seed: int
+) -> None:
+    x = Inputs(seed, dtype)(N, I, spread=spread)
+    # 127/gamma, the product and gamma/127 are rounded: three halves of an eps, of at most 127.
+    slack = 127 * 2 * np.finfo(dtype).eps
+    for backend in BACKENDS.values():
+        with unchanged(x):
+            q, scale = backend.quantise_rows(x)
+        steps = x.astype(float) / scale.astype(float)[:, None]
+        assert (np.rint(q) == q).all()
+        assert (np.abs(q - steps) <= 0.5 + slack).all()
+        largest = np.abs(x).max(axis=1)
+        same_bits(scale, np.maximum(largest, dtype(1e-5)) / dtype(127))
+        assert (np.abs(q).max(axis=1)[largest >= dtype(1e-5)] == 127).all()
+
+
+@of_each_dtype
+@given(O=st.integers(1, 9), I=st.integers(1, 20), spread=st.sampled_from([1e-7, 1.0, 1e20]), seed=SEEDS)
+@quick(40)
+def test_a_quantised_weight_is_the_nearest_sign_or_trit(
+    dtype: Any, O: int, I: int, spread: float, seed: int
+) -> None:
+    w, eps = Inputs(seed, dtype)(O, I, spread=spread), np.finfo(dtype).eps
+    mean, magnitude = (math.fsum(part.ravel().tolist()) / w.size for part in (w, np.abs(w)))
+    start, before = np.array([0, O]), np.full_like(w, 9)
+    for backend in BACKENDS.values():
+        q, beta = before.copy(), np.zeros(O, dtype)
+        with unchanged(w, start):
+            backend.quantise_weight(w, start, quantization="bitnet_b158", q_OI=q, beta_O=beta)
+        np.testing.assert_allclose(beta, max(magnitude, 1e-5), rtol=eps)
+        inside = np.clip(w / beta.astype(float)[:, None], -1, 1)
+        assert set(q.ravel()) <= {-1, 0, 1}
+        assert (np.abs(q - inside) <= 0.5 + 2 * eps).all()
+        ternary_beta = beta.copy()
+        with unchanged(w, start):
+            backend.quantise_weight(w, start, quantization="bitnet", q_OI=q, beta_O=beta)
+        same_bits(beta, ternary_beta)
+        assert set(q.ravel()) <= {-1, 1}
+        # A weight within the rounding of the mean may fall on either side of it.
+        clear = np.abs(w - mean) > eps * abs(mean)
+        assert (q == np.where(w > mean, 1, -1))[clear].all()
 
 
 # ---- optimiser -------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ def _finish(
     weight: Any,
     e: Any,
     tile: Any,
-    rows: int,
-    columns: int,
-    row: int,
-    column: int,
+    rows: Any,
+    columns: Any,
+    row: Any,
+    column: Any,
     scale_R: Any,
     sum_R: Any,
     y_RO: Any,
@@ -148,6 +148,15 @@ def _finish(
 
 
 @exact
+def _code_offset(weight: Any, e: Any, v: Any) -> Any:
+    """The byte of the code where vector v of matrix e starts."""
+    lanes = _shape_of(weight)[0]
+    _, panels, groups, width = weight.code.shape
+    halves = PANEL // lanes
+    return ((e * panels + v // halves) * groups) * width + v % halves * lanes * PLACES
+
+
+@exact
 def packed_product(
     weight: Any,
     e: Any,
@@ -159,22 +168,20 @@ def packed_product(
     last_panel: Any,
 ) -> None:
     """y[:, outputs of the panels] = (q @ w[e]^T) * (beta * gamma/127)."""
-    lanes, many, across, alone = _shape_of(weight)[:4]
-    _, panels, groups, width = weight.code.shape
-    halves = PANEL // lanes
-    rows = len(q_RI)
+    lanes, many, across, _ = _shape_of(weight)[:4]
+    rows, groups = len(q_RI), weight.code.shape[2]
+    v, last = first_panel * PANEL // lanes, last_panel * PANEL // lanes
+    if rows == 1:
+        _row_product(weight, e, q_RI, scale_R, sum_R, y_RO, v, last)
+        return
     tile = np.empty(MOST_SUMS, np.int32)
-    v, last = first_panel * halves, last_panel * halves
     while v < last:
-        start = ((e * panels + v // halves) * groups) * width + v % halves * lanes * PLACES
-        vectors = alone if rows == 1 and v + alone <= last else across if v + across <= last else 1
+        start = _code_offset(weight, e, v)
+        vectors = across if v + across <= last else 1
         r = 0
         while r < rows:
             left = rows - r
-            if vectors == alone and rows == 1:
-                dot_tile(weight, ALONE, q_RI, r, start, groups, tile)
-                done = 1
-            elif vectors < across:
+            if vectors < across:
                 if left >= 4:
                     dot_tile(weight, FOUR_BY_ONE, q_RI, r, start, groups, tile)
                     done = 4
@@ -196,6 +203,28 @@ def packed_product(
             _finish(weight, e, tile, done, vectors * lanes, r, v * lanes, scale_R, sum_R, y_RO)
             r += done
         v += vectors
+
+
+@exact
+def _row_product(
+    weight: Any, e: Any, q_1I: Any, scale_1: Any, sum_1: Any, y_1O: Any, first: Any, last: Any
+) -> None:
+    """The same for a single row and the vectors first .. last-1; all its sums are finished at once."""
+    lanes, _, _, alone = _shape_of(weight)[:4]
+    groups = weight.code.shape[2]
+    sums = np.empty((last - first) * lanes, np.int32)
+    v = first
+    while v < last:
+        start = _code_offset(weight, e, v)
+        place = (v - first) * lanes
+        if v + alone <= last:
+            dot_tile(weight, ALONE, q_1I, 0, start, groups, sums[place:])
+            v += alone
+        else:
+            dot_tile(weight, ONE_BY_ONE, q_1I, 0, start, groups, sums[place:])
+            v += 1
+    row, rows = np.intp(0), np.intp(1)
+    _finish(weight, e, sums, rows, len(sums), row, first * lanes, scale_1, sum_1, y_1O)
 
 
 @exact
