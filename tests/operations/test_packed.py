@@ -101,7 +101,7 @@ def test_a_packed_linear_map_has_the_bits_of_the_definition(
 
 
 @of_each_dtype
-@pytest.mark.parametrize("size", [1, 8, 9, 40])
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 9, 40])
 def test_a_sum_of_nothing_is_a_positive_zero(dtype: Any, size: int) -> None:
     # Its products are all -0, of which integers know nothing.
     bits = BitWeight(np.zeros((size, size), dtype), np.ones(size, dtype))

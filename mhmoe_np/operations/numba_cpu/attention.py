@@ -15,10 +15,11 @@ from numba import prange
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import SERIAL_MACS, blocks, parallel, task
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn, product_nn, product_nt
+from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.types import FloatArray
 
 QUERY_ROWS = 64
+STEP_HEADS = 4  # key/value heads of one task in a step of decoding
 
 
 @task
@@ -70,9 +71,9 @@ def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) ->
     real = q_TC.dtype.type
     T, S = q_TC.shape[0], k_SC.shape[0]
     scores_TS = np.empty((T, S), q_TC.dtype)
-    product_nt(q_TC.shape[1] ** -0.5, q_TC, k_SC, scores_TS)
+    gemm_nt(q_TC.shape[1] ** -0.5, q_TC, k_SC, 0.0, scores_TS)
     sum_T = _exponentials(scores_TS, S - T + 1, log_sum_exp_T)
-    product_nn(scores_TS, v_SC, out_TC)
+    gemm_nn(1.0, scores_TS, v_SC, 0.0, out_TC)
     for t in range(T):
         inverse = real(1) / sum_T[t]
         for c in range(out_TC.shape[1]):
@@ -118,6 +119,77 @@ def _attention(
 ) -> None:
     for index in prange(tasks):
         _attend_task(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, rows)
+
+
+@task
+def _add_rows(p_S: Any, v_SC: Any, out_C: Any) -> None:
+    """out += p @ v for up to four rows."""
+    if len(p_S) == 4:
+        first, second, third, fourth = v_SC[0], v_SC[1], v_SC[2], v_SC[3]
+        a, b, c, d = p_S[0], p_S[1], p_S[2], p_S[3]
+        for i in range(len(out_C)):
+            out_C[i] += a * first[i] + b * second[i] + c * third[i] + d * fourth[i]
+        return
+    for s in range(len(p_S)):
+        p, v_C = p_S[s], v_SC[s]
+        for i in range(len(out_C)):
+            out_C[i] += p * v_C[i]
+
+
+@task
+def _attend_step(
+    index: int, q_BTAC: Any, k_BSGC: Any, v_BSGC: Any, out_BTAC: Any, log_sum_exp_BAT: Any, heads: int
+) -> None:
+    """One query of one sequence for some key/value heads: a step of decoding.
+
+    Position by position, so that the cache is read once and in the order in which it lies; head by head
+    it would be fetched from memory in pieces of one head.
+    """
+    real = q_BTAC.dtype.type
+    A, C = q_BTAC.shape[2:]
+    S, G = k_BSGC.shape[1:3]
+    group, across = A // G, (G + heads - 1) // heads
+    b, first = index // across, index % across * heads
+    last = min(first + heads, G)
+    q_AC, k_SGC, v_SGC, out_AC = q_BTAC[b, 0], k_BSGC[b], v_BSGC[b], out_BTAC[b, 0]
+    scores_AS = np.empty((A, S), q_BTAC.dtype)
+    scale = real(C**-0.5)
+    fours = S // 4 * 4
+    for s in range(0, fours, 4):
+        for a in range(first * group, last * group):
+            four_dots(q_AC[a], k_SGC[s : s + 4, a // group], scores_AS[a, s : s + 4])
+    for s in range(fours, S):
+        for a in range(first * group, last * group):
+            scores_AS[a, s] = row_dot(q_AC[a], k_SGC[s, a // group])
+    for a in range(first * group, last * group):
+        score_S = scores_AS[a]
+        for s in range(S):
+            score_S[s] *= scale
+        highest = row_max(score_S, S)
+        for s in range(S):
+            score_S[s] = exp(score_S[s] - highest)
+        total = row_sum(score_S, S)
+        for s in range(S):
+            score_S[s] /= total
+        log_sum_exp_BAT[b, a, 0] = highest + np.log(total)
+        out_AC[a] = 0
+    for s in range(0, S, 4):
+        for a in range(first * group, last * group):
+            _add_rows(scores_AS[a, s : s + 4], v_SGC[s : s + 4, a // group], out_AC[a])
+
+
+@parallel
+def _attend_steps(
+    tasks: int,
+    q_BTAC: Any,
+    k_BSGC: Any,
+    v_BSGC: Any,
+    out_BTAC: Any,
+    log_sum_exp_BAT: Any,
+    heads: int,
+) -> None:
+    for index in prange(tasks):
+        _attend_step(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, heads)
 
 
 @task
@@ -218,12 +290,20 @@ class Attention(Buffers):
         out_BTAC = self.empty(q_BTAC.shape, q_BTAC.dtype)
         log_sum_exp_BAT = self.empty((B, A, T), q_BTAC.dtype)
         arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
-        tasks = B * A * blocks(T, QUERY_ROWS)
-        if 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS:
-            for index in range(tasks):
-                _attend_task(index, *arrays, QUERY_ROWS)
+        serial = 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS
+        one: Any
+        in_parallel: Any
+        if T == 1:
+            one, in_parallel, rows = _attend_step, _attend_steps, STEP_HEADS
+            tasks = B * blocks(k_BSGC.shape[2], STEP_HEADS)
         else:
-            _attention(tasks, *arrays, QUERY_ROWS)
+            one, in_parallel, rows = _attend_task, _attention, QUERY_ROWS
+            tasks = B * A * blocks(T, QUERY_ROWS)
+        if serial:
+            for index in range(tasks):
+                one(index, *arrays, rows)
+        else:
+            in_parallel(tasks, *arrays, rows)
         return out_BTAC, log_sum_exp_BAT
 
     def attention_backward(

@@ -102,10 +102,10 @@ def _project_floats(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
     if len(beta_O) > 0:
         scale_R = np.empty(len(x_RI), x_RI.dtype)
         quantise_block(x_RI, x_RI, scale_R)
-        product_nt(1.0, x_RI, weight.w[e], y_RO)
+        product_nt(x_RI, weight.w[e], y_RO)
         scale_block(y_RO, scale_R, beta_O)
     else:
-        product_nt(1.0, x_RI, weight.w[e], y_RO)
+        product_nt(x_RI, weight.w[e], y_RO)
 
 
 @task

@@ -130,8 +130,8 @@ FEW_ROWS = 8
 
 
 @reduction
-def _four_dots(alpha: float, x_I: Any, four: Any, y: Any) -> None:
-    """y = alpha w x: four outputs at a time share each load of x."""
+def four_dots(x_I: Any, four: Any, y: Any) -> None:
+    """Four outputs at a time share each load of x."""
     first, second, third, fourth = four[0], four[1], four[2], four[3]
     a = b = c = d = x_I.dtype.type(0)
     for i in range(len(x_I)):
@@ -139,36 +139,20 @@ def _four_dots(alpha: float, x_I: Any, four: Any, y: Any) -> None:
         b += second[i] * x_I[i]
         c += third[i] * x_I[i]
         d += fourth[i] * x_I[i]
-    scale = x_I.dtype.type(alpha)
-    y[0], y[1], y[2], y[3] = scale * a, scale * b, scale * c, scale * d
+    y[0], y[1], y[2], y[3] = a, b, c, d
 
 
 @task
-def product_nt(alpha: float, x_NI: Any, w_OI: Any, y_NO: Any) -> None:
-    """y = alpha x w^T, dot by dot where rows are few."""
+def product_nt(x_NI: Any, w_OI: Any, y_NO: Any) -> None:
+    """y = x w^T, dot by dot where rows are few."""
     if x_NI.shape[0] > FEW_ROWS:
-        gemm_nt(alpha, x_NI, w_OI, 0.0, y_NO)
+        gemm_nt(1.0, x_NI, w_OI, 0.0, y_NO)
         return
     outputs = w_OI.shape[0]
     fours = outputs // 4 * 4
     for o in range(0, fours, 4):
         for n in range(x_NI.shape[0]):
-            _four_dots(alpha, x_NI[n], w_OI[o : o + 4], y_NO[n, o : o + 4])
+            four_dots(x_NI[n], w_OI[o : o + 4], y_NO[n, o : o + 4])
     for o in range(fours, outputs):
         for n in range(x_NI.shape[0]):
-            y_NO[n, o] = x_NI.dtype.type(alpha) * row_dot(w_OI[o], x_NI[n])
-
-
-@task
-def product_nn(x_NI: Any, w_IO: Any, y_NO: Any) -> None:
-    """y = x w, row of w by row of w where rows are few."""
-    if x_NI.shape[0] > FEW_ROWS:
-        gemm_nn(1.0, x_NI, w_IO, 0.0, y_NO)
-        return
-    y_NO[:] = 0
-    for i in range(w_IO.shape[0]):
-        w_O = w_IO[i]
-        for n in range(x_NI.shape[0]):
-            y_O, x = y_NO[n], x_NI[n, i]
-            for o in range(len(w_O)):
-                y_O[o] += x * w_O[o]
+            y_NO[n, o] = row_dot(w_OI[o], x_NI[n])

@@ -57,12 +57,12 @@ def _linear(x_NI: Any, w_OI: Any, y_NO: Any, rows: int, columns: int) -> None:
     down = (y_NO.shape[0] + rows - 1) // rows
     for tile in prange(down * across):
         n, o = tile // across * rows, tile % across * columns
-        product_nt(1.0, x_NI[n : n + rows], w_OI[o : o + columns], y_NO[n : n + rows, o : o + columns])
+        product_nt(x_NI[n : n + rows], w_OI[o : o + columns], y_NO[n : n + rows, o : o + columns])
 
 
 @task
 def _bit_tile(q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any) -> None:
-    product_nt(1.0, q_NI, w_OI, y_NO)
+    product_nt(q_NI, w_OI, y_NO)
     scale_block(y_NO, scale_N, beta_O)
 
 
@@ -137,7 +137,7 @@ class Linear(Quantise, PackedProducts):
         elif isinstance(w_OI, BitWeight):
             self._bit_linear(x_NI, w_OI, y_NO)
         elif x_NI.size * outputs <= SERIAL_MACS:
-            product_nt(1.0, x_NI, w_OI, y_NO)
+            product_nt(x_NI, w_OI, y_NO)
         else:
             _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(rows, outputs))
         if b_O is not None:
