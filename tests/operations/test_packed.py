@@ -388,7 +388,6 @@ def test_the_order_of_a_matrix_does_not_touch_its_scale(name: str, dtype: Any) -
     assert len(scales) == 1
 
 
-@pytest.mark.xfail(reason="numba's sum is of two floats: here a third one decides")
 @pytest.mark.parametrize("shape", [(-1, 1), (1, -1)], ids=["column", "row"])
 @pytest.mark.parametrize(
     ("dtype", "quantization", "numbers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,12 @@ def quantise_block(x_NI: Any, q_NI: Any, scale_N: Any) -> None:
 
 @exact
 def scale_block(y_NO: Any, scale_N: Any, beta_O: Any) -> None:
-    """y *= beta * gamma/127: from sums of integers to the BitLinear's output."""
+    """y = (y + 0) * (beta * gamma/127): from sums of integers, whose zero has no sign, to the output."""
+    zero = y_NO.dtype.type(0)
     for n in range(y_NO.shape[0]):
         y_O, scale = y_NO[n], scale_N[n]
         for o in range(len(beta_O)):
-            y_O[o] *= beta_O[o] * scale
+            y_O[o] = (y_O[o] + zero) * (beta_O[o] * scale)
 
 
 @exact
@@ -76,11 +78,11 @@ def scale_columns(dy_NO: Any, beta_O: Any) -> None:
 
 
 @exact
-def _exact_mean(x_OI: Any, magnitudes: bool) -> Any:
-    """The mean of x, or of |x|, its sum rounded once.
+def _sum(x_OI: Any, magnitudes: bool) -> Any:
+    """The sum of x, or of |x|, as two floats of which the second is what rounding loses of the first.
 
     Each column keeps its sum in two floats, high + low; the error of an addition is recovered exactly
-    (Knuth's two-sum). What is lost is below 1e-30 of the sum, far from any rounding to 53 bits.
+    (Knuth's two-sum).
     """
     outputs, inputs = x_OI.shape
     high_I, low_I = np.zeros(inputs), np.zeros(inputs)
@@ -99,14 +101,32 @@ def _exact_mean(x_OI: Any, magnitudes: bool) -> Any:
         total = high + high_I[i]
         part = total - high
         rest += (high - (total - part)) + (high_I[i] - part) + low_I[i]
-    return x_OI.dtype.type((total + rest) / (outputs * inputs))
+    return total, rest
 
 
 @exact
-def _quantise_matrix(w_OI: Any, ternary: bool, q_OI: Any, beta_O: Any, count_4: Any) -> None:
+def _sums_of_matrix(w_OI: Any, ternary: bool, sums: Any) -> Any:
+    """Leave sum |w| and, for sign weights, sum w, rounded once; return whether that is certain.
+
+    What two floats lose is below n 2^-104 sum |w| for n additions. Where that could decide the rounding
+    of a sum, somebody must add exactly.
+    """
+    total, rest = _sum(w_OI, True)
+    lost = (w_OI.shape[0] + w_OI.shape[1]) * 2.0**-104 * total
+    sums[0] = total + rest
+    certain = total + (rest - lost) == total + (rest + lost)
+    if not ternary:
+        total, rest = _sum(w_OI, False)
+        sums[1] = total + rest
+        certain = certain and total + (rest - lost) == total + (rest + lost)
+    return certain
+
+
+@exact
+def _quantise_matrix(w_OI: Any, ternary: bool, sums: Any, q_OI: Any, beta_O: Any, count_4: Any) -> None:
     real = w_OI.dtype.type
-    beta = max(_exact_mean(w_OI, True), real(1e-5))
-    middle = real(0) if ternary else _exact_mean(w_OI, False)
+    beta = max(real(sums[0] / w_OI.size), real(1e-5))
+    middle = real(0) if ternary else real(sums[1] / w_OI.size)
     inverse = real(1) / beta
     minus, plus, flipped = 0, 0, 0
     for o in range(w_OI.shape[0]):
@@ -126,17 +146,37 @@ def _quantise_matrix(w_OI: Any, ternary: bool, q_OI: Any, beta_O: Any, count_4: 
 
 
 @exact
-def _quantise_matrices(
-    w_OI: Any, start_Z: Any, ternary: bool, q_OI: Any, beta_O: Any, counts: Any, x: int
+def _sum_task(x: int, w_OI: Any, start_Z: Any, ternary: bool, sums: Any, certain: Any) -> None:
+    certain[x] = _sums_of_matrix(w_OI[start_Z[x] : start_Z[x + 1]], ternary, sums[x])
+
+
+@exact
+def _quantise_task(
+    x: int,
+    w_OI: Any,
+    start_Z: Any,
+    ternary: bool,
+    sums: Any,
+    q_OI: Any,
+    beta_O: Any,
+    counts: Any,
 ) -> None:
-    first, last = start_Z[x], start_Z[x + 1]
-    _quantise_matrix(w_OI[first:last], ternary, q_OI[first:last], beta_O[first:last], counts[x])
+    o, z = start_Z[x], start_Z[x + 1]
+    _quantise_matrix(w_OI[o:z], ternary, sums[x], q_OI[o:z], beta_O[o:z], counts[x])
 
 
 @parallel
-def _quantise_all(w_OI: Any, start_Z: Any, ternary: bool, q_OI: Any, beta_O: Any, counts: Any) -> None:
+def _sum_all(w_OI: Any, start_Z: Any, ternary: bool, sums: Any, certain: Any) -> None:
+    for x in prange(len(certain)):
+        _sum_task(x, w_OI, start_Z, ternary, sums, certain)
+
+
+@parallel
+def _quantise_all(
+    w_OI: Any, start_Z: Any, ternary: bool, sums: Any, q_OI: Any, beta_O: Any, counts: Any
+) -> None:
     for x in prange(len(counts)):
-        _quantise_matrices(w_OI, start_Z, ternary, q_OI, beta_O, counts, x)
+        _quantise_task(x, w_OI, start_Z, ternary, sums, q_OI, beta_O, counts)
 
 
 @parallel
@@ -169,11 +209,22 @@ class Quantise(Buffers):
         beta_O: FloatArray,
     ) -> IntArray:
         """See `Operations.quantise_weight`. A task for each matrix."""
-        counts = np.empty((len(start_Z) - 1, 4), np.int64)
-        arrays = (w_OI, start_Z, quantization == "bitnet_b158", q_OI, beta_O, counts)
+        matrices, ternary = len(start_Z) - 1, quantization == "bitnet_b158"
+        sums, certain = np.zeros((matrices, 2)), np.empty(matrices, np.bool_)
+        counts = np.empty((matrices, 4), np.int64)
+        to_sum = (w_OI, start_Z, ternary, sums, certain)
+        to_quantise = (w_OI, start_Z, ternary, sums, q_OI, beta_O, counts)
         if w_OI.size <= SERIAL_WEIGHTS:
-            for x in range(len(counts)):
-                _quantise_matrices(*arrays, x)
+            for matrix in range(matrices):
+                _sum_task(matrix, *to_sum)
         else:
-            _quantise_all(*arrays)
+            _sum_all(*to_sum)
+        for x in np.flatnonzero(~certain):
+            weights = w_OI[start_Z[x] : start_Z[x + 1]]
+            sums[x] = [math.fsum(part.ravel().tolist()) for part in (np.abs(weights), weights)]
+        if w_OI.size <= SERIAL_WEIGHTS:
+            for matrix in range(matrices):
+                _quantise_task(matrix, *to_quantise)
+        else:
+            _quantise_all(*to_quantise)
         return counts

@@ -19,11 +19,12 @@ def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
     """y = (q @ w^T) * (beta * gamma/127).
 
     A float32 holds every integer up to 2^24, and |q @ w^T| <= 128 I: exact in any order for
-    I <= 131,072, whether the integers came packed or not.
+    I <= 131,072, whether the integers came packed or not. Integers have one zero: adding 0 turns a float
+    product's -0 into it.
     """
     w, beta_O = integers(w_OI, x_NI.dtype)
     q_NI, scale_N = quantise_rows(x_NI)
-    return (q_NI @ w.T) * (beta_O * scale_N[:, None])
+    return (q_NI @ w.T + 0) * (beta_O * scale_N[:, None])
 
 
 def linear_backward(
