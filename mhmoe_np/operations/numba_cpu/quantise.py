@@ -51,7 +51,7 @@ def quantise_block(x_NI: Any, q_NI: Any, scale_N: Any) -> None:
 
 @exact
 def scale_block(y_NO: Any, scale_N: Any, beta_O: Any) -> None:
-    """y = (y + 0) * (beta * gamma/127): from sums of integers, whose zero has no sign, to the output."""
+    """y = (y + 0) * (beta * gamma/127): sums of integers, whose zero has no sign, become outputs."""
     zero = y_NO.dtype.type(0)
     for n in range(y_NO.shape[0]):
         y_O, scale = y_NO[n], scale_N[n]

@@ -19,8 +19,8 @@ def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
     """y = (q @ w^T) * (beta * gamma/127).
 
     A float32 holds every integer up to 2^24, and |q @ w^T| <= 128 I: exact in any order for
-    I <= 131,072, whether the integers came packed or not. Integers have one zero: adding 0 turns a float
-    product's -0 into it.
+    I <= 131,072, whether the integers came packed or not. Integers have one zero: adding 0 turns the
+    -0 of a float product into it.
     """
     w, beta_O = integers(w_OI, x_NI.dtype)
     q_NI, scale_N = quantise_rows(x_NI)
