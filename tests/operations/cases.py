@@ -176,6 +176,8 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     q, k, v = r.joint(B, T, A, G, C)
     out, lse = ops.attention(q, k, v)
     done["attention"] = [out, lse]
+    q_step, k_past, v_past = r.joint(3, 701, 24, 12, 8)
+    done["attention"] += ops.attention(q_step[:, -1:], k_past, v_past)
     dqkv = r(B, T, A + 2 * G, C)
     ops.attention_backward(r(B, T, A, C), q, k, v, out, lse, *heads(dqkv, A, G))
     done["attention_backward"] = [dqkv]
