@@ -179,12 +179,14 @@ def test_a_damaged_checkpoint_is_named(mhmoe: Run, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("quantization", ["none", "bitnet_b158", "bitnet"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state_before(
-    mhmoe: Run, tmp_path: Path
+    mhmoe: Run, tmp_path: Path, quantization: str
 ) -> None:
     prepare(tmp_path, steps=50)
     result = mhmoe(
         *("train", "config.toml", "--data", "text.txt", "--out", "run"),
+        *("--set", f"quantization={quantization}"),
         *("--set", "learning_rate=1e30", "--set", "warmup_steps=0"),
         code=1,
     )

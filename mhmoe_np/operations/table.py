@@ -154,7 +154,8 @@ class Operations(Protocol):
         bitnet_b158: beta = max(mean|W|, 1e-5), q = clip(round(W * (1/beta)), -1, 1).
         bitnet: the same beta, q = +1 where W - mean(W) > 0, else -1.
         The sum of a mean is the exact one, rounded once to float64, so that no order is part of the
-        definition and every backend gives the same bits.
+        definition and every backend gives the same bits. A matrix with a number that is not finite has
+        a beta of NaN.
 
         Overwrites q_OI and beta_O (each row has its matrix's beta). Returns for every matrix how many
         of q are -1, 0 and +1, and how many differ from what q_OI held: [matrices, 4].

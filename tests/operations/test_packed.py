@@ -415,6 +415,23 @@ def test_the_mean_is_the_exact_sum_rounded_once(
 
 
 @of_each_dtype
+@pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.inf, -np.inf]])
+def test_a_matrix_that_is_not_finite_shows_it_and_spares_its_neighbour(
+    name: str, quantization: Any, dtype: Any, bad: list[float]
+) -> None:
+    w = Inputs(19, dtype)(8, 5)
+    w.ravel()[1 : 1 + len(bad)] = bad
+    q, beta = np.zeros_like(w), np.zeros(8, dtype)
+    BACKENDS[name].quantise_weight(
+        w, np.array([0, 4, 8]), quantization=quantization, q_OI=q, beta_O=beta
+    )
+    assert np.isnan(beta[:4]).all()
+    assert np.isfinite(beta[4:]).all()
+
+
+@of_each_dtype
 @pytest.mark.parametrize("name", BACKENDS)
 def test_constant_and_tiny_matrices(name: str, dtype: Any) -> None:
     cases = [("bitnet_b158", 0.25, 1, 0.25), ("bitnet_b158", -0.25, -1, 0.25)]

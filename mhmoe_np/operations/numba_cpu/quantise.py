@@ -125,7 +125,9 @@ def _sums_of_matrix(w_OI: Any, ternary: bool, sums: Any) -> Any:
 @exact
 def _quantise_matrix(w_OI: Any, ternary: bool, sums: Any, q_OI: Any, beta_O: Any, count_4: Any) -> None:
     real = w_OI.dtype.type
-    beta = max(real(sums[0] / w_OI.size), real(1e-5))
+    beta = real(sums[0] / w_OI.size)
+    if beta < real(1e-5):  # NaN stays
+        beta = real(1e-5)
     middle = real(0) if ternary else real(sums[1] / w_OI.size)
     inverse = real(1) / beta
     minus, plus, flipped = 0, 0, 0
@@ -221,7 +223,9 @@ class Quantise(Buffers):
             _sum_all(*to_sum)
         for x in np.flatnonzero(~certain):
             weights = w_OI[start_Z[x] : start_Z[x + 1]]
-            sums[x] = [math.fsum(part.ravel().tolist()) for part in (np.abs(weights), weights)]
+            finite = np.isfinite(weights).all()
+            for i, terms in enumerate((np.abs(weights), weights)):
+                sums[x, i] = math.fsum(terms.ravel().tolist()) if finite else np.nan
         if w_OI.size <= SERIAL_WEIGHTS:
             for matrix in range(matrices):
                 _quantise_task(matrix, *to_quantise)

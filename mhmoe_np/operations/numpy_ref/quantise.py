@@ -48,6 +48,8 @@ def quantise_weight(
 
 
 def _mean(x_OI: FloatArray) -> np.floating[Any]:
+    if not np.isfinite(x_OI).all():
+        return x_OI.dtype.type(np.nan)
     return x_OI.dtype.type(math.fsum(x_OI.ravel().tolist()) / x_OI.size)
 
 
