@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
-from mhmoe_np.errors import UserError
+from mhmoe_cli.new_directory import out_option
 
 
 @click.command()
 @click.argument("config", metavar="CONFIG.json", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@out_option
 @click.option("--seed", required=True, type=click.IntRange(min=0))
 def command(config: Path, out: Path, seed: int) -> None:
     """Write a checkpoint with random weights: a pure function of the configuration and the seed."""
@@ -23,8 +22,6 @@ def command(config: Path, out: Path, seed: int) -> None:
     from mhmoe_np.model.parameters import Parameters, initialise
 
     parameters = Parameters(read_model_config(config), np.float32)
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
     initialise(parameters, seed)
     write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
     click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

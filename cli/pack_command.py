@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.new_directory import out_option
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
@@ -14,7 +15,7 @@ from mhmoe_np.operations.table import BackendName
 
 @click.command()
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@out_option
 @click.option(
     "--format",
     "format_name",
@@ -52,16 +53,15 @@ def command(
     from mhmoe_np.packed_weights import formats_for, pack_weights
 
     found = find_checkpoint(checkpoint)
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
     if is_packed(found):
         raise UserError(f"{found}: is packed already; unpack it to choose another format")
     parameters = load_parameters(found, np.float32)
     config, tokenizer = parameters.config, find_tokenizer(found)
-    try:
-        formats = formats_for(config)
-    except UserError as error:
-        raise UserError(f"{found}: {error}") from None
+    formats = formats_for(config)
+    if not formats:
+        raise UserError(
+            f"{found}: quantization is 'none': only models with BitNet's weights can be packed"
+        )
     chosen = next((name for name in formats if format_name in (None, name)), None)
     if chosen is None:
         raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.new_directory import out_option
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
@@ -13,7 +14,7 @@ from mhmoe_np.operations.table import BackendName
 
 @click.command()
 @click.argument("checkpoint", metavar="PACKED", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@out_option
 @threads_option
 @backend_option
 def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendName) -> None:
@@ -36,8 +37,6 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     from mhmoe_np.packed_weights import unpack_weights
 
     found = find_checkpoint(checkpoint)
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
     if not is_packed(found):
         raise UserError(f"{found}: is not packed: it has no {PACKED_WEIGHTS}")
     ops = load(backend, threads=threads)

@@ -50,10 +50,10 @@ class Size(NamedTuple):
         return Size(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def _integers(weight: Weight, entry: Entry) -> tuple[IntArray | FloatArray, FloatArray] | None:
-    """The quantised values, in the entry's shape, and its matrices' scales; None: not quantised."""
+def _values(weight: Weight, entry: Entry) -> tuple[IntArray | FloatArray, FloatArray | None]:
+    """Floats, or quantised values and the scale of each matrix; in the entry's shape."""
     if isinstance(weight, np.ndarray):
-        return None
+        return weight, None
     q = unpack(weight.w) if isinstance(weight, PackedWeight) else weight.w
     return q.reshape(entry.shape), weight.beta.ravel()[matrix_starts(entry)[:-1]]
 
@@ -66,19 +66,19 @@ def inspect_weights(config: ModelConfig, weights: Weights) -> list[TensorRow]:
     rows = []
     for entry in parameter_table(config):
         weight = weights.arrays[entry.name]
-        quantised = _integers(weight, entry)
+        values, scales = _values(weight, entry)
         for i, part in enumerate(entry.parts):
-            shape = np.empty(entry.shape, np.bool_)[part.where].shape
-            size = int(np.prod(shape))
-            stored = FLOAT_BYTES * size
+            tensor = values[part.where]
+            format, stored = "float32", FLOAT_BYTES * tensor.size
             if isinstance(weight, PackedWeight):
-                stored = round(weight.w.code.nbytes * size / np.prod(entry.shape)) + SCALE_BYTES
-            format = weight.w.format if isinstance(weight, PackedWeight) else "float32"
-            row = TensorRow(part.tensor, shape, format, stored)
-            if quantised is not None:
-                q, scale = quantised[0][part.where], float(quantised[1][i])
-                shares = (float(np.count_nonzero(q == value) / size) for value in (-1, 0, 1))
-                row = TensorRow(part.tensor, shape, format, stored, scale, *shares)
+                format = weight.w.format
+                stored = round(weight.w.code.nbytes * tensor.size / values.size) + SCALE_BYTES
+            row = TensorRow(part.tensor, tensor.shape, format, stored)
+            if scales is not None:
+                minus, zero, plus = (
+                    float(np.count_nonzero(tensor == value) / tensor.size) for value in (-1, 0, 1)
+                )
+                row = row._replace(scale=float(scales[i]), minus=minus, zero=zero, plus=plus)
             rows.append(row)
     return rows
 

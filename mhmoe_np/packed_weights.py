@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Entry, Parameters, parameter_table
 from mhmoe_np.model.weights import Weights, matrix_starts, requantise
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
-from mhmoe_np.packing import FORMATS, LAYOUT, FormatName, PackedMatrices, empty_code, pack, unpack
+from mhmoe_np.packing import LAYOUT, FormatName, PackedMatrices, empty_code, pack, unpack
 from mhmoe_np.tensors import read_into, read_metadata, save_tensors
 from mhmoe_np.types import FloatArray
 
@@ -32,18 +33,13 @@ HEADER_KEY = "mhmoe_packed"
 
 
 def formats_for(config: ModelConfig) -> list[FormatName]:
-    """The formats that hold a model's quantised weights, the one to prefer first.
-
-    Raises UserError: it has none.
-    """
-    if config.quantization == "none":
-        raise UserError("quantization is 'none': only models with BitNet's weights can be packed")
-    values = (-1, 0, 1) if config.quantization == "bitnet_b158" else (-1, 1)
-    return [
-        name
-        for name, format in FORMATS.items()
-        if values == tuple(format.lowest + format.step * code for code in range(format.base))
-    ]
+    """The formats that hold a model's quantised weights, the one to prefer first; none without such."""
+    formats: dict[str, list[FormatName]] = {
+        "none": [],
+        "bitnet_b158": ["ternary-2bit", "ternary-base3"],
+        "bitnet": ["sign-1bit"],
+    }
+    return formats[config.quantization]
 
 
 def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
@@ -136,34 +132,32 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
 
     Raises UserError: missing, damaged, of another version, layout or package, or not of `config`.
     """
-    if config.quantization == "none":
-        raise UserError(f"{path}: packed, but quantization is 'none' in the configuration beside it")
     format, checksum = _read_header(path, config)
-    arrays: dict[str, Weight] = {}
+    table = parameter_table(config)
+    floats: dict[str, FloatArray] = {}
     targets: dict[str, NDArray[Any]] = {}
-    for entry in parameter_table(config):
+    for entry in table:
         if entry.quantised:
-            outputs, inputs = entry.shape[-2:]
-            experts = entry.shape[0] if len(entry.shape) == 3 else 1
-            code = empty_code(experts, outputs, inputs, format)
-            beta_EO = np.empty((experts, outputs), np.float32)
-            arrays[entry.name] = PackedWeight(PackedMatrices(code, outputs, inputs, format), beta_EO)
-            targets[entry.name] = code
+            *stack, outputs, inputs = entry.shape
+            targets[entry.name] = empty_code(math.prod(stack), outputs, inputs, format)
             targets[_scale_name(entry)] = np.empty(len(entry.parts), np.float32)
         else:
-            array = arrays[entry.name] = np.empty(entry.shape, np.float32)
+            array = floats[entry.name] = np.empty(entry.shape, np.float32)
             targets |= {part.tensor: array[part.where] for part in entry.parts}
     read_into(path, targets)
     if _checksum(targets) != checksum:
         raise UserError(f"{path}: damaged: its contents do not match its checksum; pack again")
-    for entry in parameter_table(config):
-        weight = arrays[entry.name]
-        if isinstance(weight, PackedWeight):
-            rows = np.diff(matrix_starts(entry))
-            weight.beta[...] = np.repeat(targets[_scale_name(entry)], rows).reshape(weight.beta.shape)
-            arrays[entry.name] = weight._replace(beta=weight.beta.astype(dtype, copy=False))
-        elif isinstance(weight, np.ndarray):
-            arrays[entry.name] = weight.astype(dtype, copy=False)
+    arrays: dict[str, Weight] = {}
+    for entry in table:
+        if entry.quantised:
+            outputs, inputs = entry.shape[-2:]
+            scale_of_row = np.repeat(targets[_scale_name(entry)], np.diff(matrix_starts(entry)))
+            arrays[entry.name] = PackedWeight(
+                PackedMatrices(targets[entry.name], outputs, inputs, format),
+                scale_of_row.reshape(-1, outputs).astype(dtype, copy=False),
+            )
+        else:
+            arrays[entry.name] = floats[entry.name].astype(dtype, copy=False)
     return Weights(config, arrays)
 
 

@@ -224,7 +224,7 @@ class Quantise(Buffers):
         for x in np.flatnonzero(~certain):
             weights = w_OI[start_Z[x] : start_Z[x + 1]]
             finite = np.isfinite(weights).all()
-            for i, terms in enumerate((np.abs(weights), weights)):
+            for i, terms in enumerate((np.abs(weights),) if ternary else (np.abs(weights), weights)):
                 sums[x, i] = math.fsum(terms.ravel().tolist()) if finite else np.nan
         if w_OI.size <= SERIAL_WEIGHTS:
             for matrix in range(matrices):
