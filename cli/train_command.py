@@ -174,7 +174,7 @@ def _train(run: Path, config: RunConfig, ops: Operations) -> None:
     if trainer.finished and (run / EVALUATION).exists():
         click.echo(f"{run} is finished: {trainer.step} steps were made", err=True)
         return
-    size = sum(tensor.size for tensor in trainer.parameters.tensors.values())
+    size = sum(tensor.size for tensor in trainer.learner.parameters.tensors.values())
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     click.echo(f"{verb} {run}: {size:,} parameters, {config.training.steps} steps", err=True)
     with _Progress(config, trainer) as progress:
@@ -203,7 +203,7 @@ def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
 
     tokenizer = load_tokenizer(run / TOKENIZER)
     scores = {
-        domain.name: evaluate(trainer.model, domain, tokenizer, ops=ops)
+        domain.name: evaluate(trainer.learner.model, domain, tokenizer, ops=ops)
         for domain in validation_domains(run)
     }
     click.echo("held-out text:")
@@ -211,7 +211,9 @@ def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
     click.echo("\nsample:")
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=trainer.config.training.seed)
     room = min(SAMPLE_TOKENS, trainer.config.model.max_position_embeddings - 1)
-    pieces = generate(trainer.model, tokenizer, "", max_new_tokens=room, sampling=sampling, ops=ops)
+    pieces = generate(
+        trainer.learner.model, tokenizer, "", max_new_tokens=room, sampling=sampling, ops=ops
+    )
     click.echo("".join(pieces))
     write_json(run / EVALUATION, {"domains": {name: score.as_dict() for name, score in scores.items()}})
 

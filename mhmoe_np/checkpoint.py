@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from numpy.typing import DTypeLike
 from pydantic import ValidationError
@@ -23,8 +22,8 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.packed_weights import load_packed_weights, save_packed_weights
+from mhmoe_np.step import Moments
 from mhmoe_np.tensors import read_into, save_tensors
-from mhmoe_np.types import FloatArray
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION = "generation_config.json"
@@ -44,21 +43,6 @@ class TrainerState(StrictModel):
     seed: Natural
     sequences: Natural  # training sequences consumed: the data cursor
     config_sha256: str  # of the run's configuration, less what may change between sittings
-
-
-class Moments(NamedTuple):
-    """AdamW's running means, laid out like the parameters."""
-
-    first: Parameters
-    second: Parameters
-
-    def tensors(self) -> dict[str, FloatArray]:
-        """Both means under the tensors' names with a prefix."""
-        return {
-            f"{prefix}.{name}": tensor
-            for prefix, moment in (("first_moment", self.first), ("second_moment", self.second))
-            for name, tensor in moment.tensors.items()
-        }
 
 
 def save_model(directory: Path, parameters: Parameters, tokenizer: Tokenizer | None) -> None:

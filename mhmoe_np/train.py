@@ -20,7 +20,6 @@ import numpy as np
 
 from mhmoe_np.checkpoint import (
     CHECKPOINTS,
-    Moments,
     TrainerState,
     checkpoints_of,
     load_training_state,
@@ -32,13 +31,14 @@ from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.files import remove_directory, remove_leftovers
 from mhmoe_np.layers.balance import RouterStatistics
-from mhmoe_np.model.language_model import Batch, Losses, Model, loss_and_gradient
+from mhmoe_np.model.language_model import Batch, Losses
 from mhmoe_np.model.parameters import Parameters, initialise
-from mhmoe_np.model.weights import MatrixCounts, requantise
+from mhmoe_np.model.weights import MatrixCounts
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.optim.schedule import learning_rate, weight_decay
 from mhmoe_np.run_config import RunConfig
 from mhmoe_np.run_folder import METRICS, QUANTIZATION, TOKENIZER, cut_lines, training_store
+from mhmoe_np.step import Learner, Moments
 from mhmoe_np.tensors import read_into
 
 
@@ -93,9 +93,7 @@ class Trainer:
     """A run in a run folder, from its last checkpoint or from the start.
 
     Attributes:
-        model: the model as trained so far.
-        parameters: its parameters, in float.
-        step: updates made.
+        learner: the model as trained so far, and what training it needs.
     """
 
     def __init__(self, run: Path, config: RunConfig, ops: Operations) -> None:
@@ -103,7 +101,7 @@ class Trainer:
 
         Raises UserError: the data or the last checkpoint is damaged or of another configuration.
         """
-        self.run, self.config, self._ops = run, config, ops
+        self.run, self.config = run, config
         self._tokenizer = load_tokenizer(run / TOKENIZER)
         self._batches = Batches(
             training_store(run).token_W,
@@ -111,27 +109,27 @@ class Trainer:
             batch_size=config.training.batch_size,
             seed=config.training.seed,
         )
-        self.parameters = Parameters(config.model, np.float32)
-        self._gradient = Parameters(config.model, np.float32)
-        self._moments = Moments(
-            Parameters(config.model, np.float32), Parameters(config.model, np.float32)
-        )
-        self.step = 0
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(run / CHECKPOINTS)
-        checkpoints = checkpoints_of(run)
-        if checkpoints:
-            self._restore(checkpoints[-1])
-        else:
-            initialise(self.parameters, config.training.seed)
-        self.model = Model.of(self.parameters, ops=ops)
+        self.learner = self._restored(ops)
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_training_state(checkpoint, self._moments)
+    def _restored(self, ops: Operations) -> Learner:
+        parameters = Parameters(self.config.model, np.float32)
+        moments = Moments.zeros(self.config.model, np.float32)
+        checkpoints = checkpoints_of(self.run)
+        if not checkpoints:
+            initialise(parameters, self.config.training.seed)
+            return Learner(parameters, moments, updates=0, ops=ops)
+        state = load_training_state(checkpoints[-1], moments)
         if state.config_sha256 != self.config.identity():
-            raise UserError(f"{checkpoint}: was made with another configuration than {self.run}'s")
-        read_into(checkpoint / WEIGHTS_FILE, self.parameters.tensors)
-        self.step = state.step
+            raise UserError(f"{checkpoints[-1]}: was made with another configuration than {self.run}'s")
+        read_into(checkpoints[-1] / WEIGHTS_FILE, parameters.tensors)
+        return Learner(parameters, moments, updates=state.step, ops=ops)
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return self.learner.updates
 
     @property
     def finished(self) -> bool:
@@ -174,13 +172,9 @@ class Trainer:
         training, optimizer = self.config.training, self.config.optimizer
         tokens_BT1 = self._batches.batch(self.step)
         parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
-        losses, statistics = loss_and_gradient(
-            self.model,
-            self._gradient,
-            [Batch(np.ascontiguousarray(part[:, :-1]), part[:, 1:]) for part in parts],
-            ops=self._ops,
+        losses, statistics, norm = self.learner.loss_and_gradient(
+            [Batch(np.ascontiguousarray(part[:, :-1]), part[:, 1:]) for part in parts]
         )
-        norm = math.sqrt(self._ops.sum_of_squares(self._gradient.flat_P))
         if not math.isfinite(losses.loss + norm):
             self._fail(losses)
         settings = AdamWSettings(
@@ -203,17 +197,7 @@ class Trainer:
                 decay=optimizer.weight_decay,
             ),
         )
-        self._ops.adamw_in_place(
-            self.parameters.flat_P,
-            self._gradient.flat_P,
-            self._moments.first.flat_P,
-            self._moments.second.flat_P,
-            step=self.step + 1,
-            gradient_scale=min(1.0, optimizer.clip_norm / max(norm, 1e-30)),
-            settings=settings,
-        )
-        self.step += 1
-        matrices = requantise(self.model.weights, self.parameters, ops=self._ops)
+        matrices = self.learner.update(norm, settings, clip_norm=optimizer.clip_norm)
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
             step=self.step,
@@ -230,7 +214,7 @@ class Trainer:
 
     def _fail(self, losses: Losses) -> None:
         """Keep the state before the step that went wrong, and say where it did."""
-        suspects = {"weight": self.parameters, "gradient": self._gradient}
+        suspects = {"weight": self.learner.parameters, "gradient": self.learner.gradient}
         first = next(
             (
                 f"{kind} {name}"
@@ -263,7 +247,9 @@ class Trainer:
             config_sha256=self.config.identity(),
         )
         try:
-            save_checkpoint(directory, self.parameters, self._tokenizer, self._moments, state)
+            save_checkpoint(
+                directory, self.learner.parameters, self._tokenizer, self.learner.moments, state
+            )
         except OSError as error:
             raise UserError(
                 f"{directory}: cannot be written: {error.strerror}; free some space and continue "

@@ -1,27 +1,9 @@
-r"""The PyTorch eager peer of the training benchmark: the same model, written as a user would.
-
-Run as a process of its own, so that its threads and its memory allocator are its own:
-
-    python -m benchmarks.torch_peer --size A --model mhmoe --threads 2 \
-        --weights FILE.safetensors --tokens FILE.npy
-
-It answers lines on standard input with one line each on standard output: `ready` once when it has
-loaded; `loss` -> "<mean NLL> <NLL + balance loss>" of the first batch; `steps N` -> the seconds
-that N training steps took; `quit` ends it. The tokens are an integer array
-[batches, B, T+1], used in turn. The weights have the names of a checkpoint, embedding untied.
-
-Give the process a memory allocator that keeps what it frees for a fair comparison:
-MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in its environment.
-"""
+"""PyTorch's side of a comparison: the same model, written as a user would, eager or compiled."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,84 +11,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.protocol import Options, read_options, serve
+from benchmarks.sizes import benchmark_config
 from mhmoe_np.config import ModelConfig
 
+SGEMM = 2048  # rows and columns of the large product
 LEARNING_RATE = 6e-4
 CLIP_NORM = 2.0
 
 
-class Size(NamedTuple):
-    """One of the two sizes everything is compared at."""
-
-    batch: int  # B
-    backbone: dict[str, int]
-    models: dict[str, dict[str, int]]
-
-
-SIZES = {
-    "A": Size(
-        batch=8,
-        backbone={
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-            "vocab_size": 8192,
-            "intermediate_size": 512,
-        },
-        models={
-            "dense": {},
-            "smoe": {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 512},
-            "mhmoe": {
-                "num_experts": 16,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 176,
-                "moe_heads": 2,
-            },
-        },
-    ),
-    "B": Size(
-        batch=4,
-        backbone={
-            "hidden_size": 768,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 512,
-            "vocab_size": 8192,
-            "intermediate_size": 2048,
-        },
-        models={
-            "dense": {},
-            "smoe": {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 2048},
-            "mhmoe": {
-                "num_experts": 40,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 768,
-                "moe_heads": 2,
-            },
-        },
-    ),
-}
-
-
-def benchmark_config(size: str, model: str) -> ModelConfig:
-    """The configuration of a benchmark model: every layer MoE, head untied."""
-    return ModelConfig.model_validate(
-        {
-            **SIZES[size].backbone,
-            **SIZES[size].models[model],
-            "decoder_sparse_step": 1,
-            "tie_word_embeddings": False,
-        }
-    )
-
-
 class RMSNorm(nn.Module):
-    """Pre-norm of the model width."""
+    """The norm before a layer, and the sub-norms of a quantised model."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(torch.ones(width))
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,19 +33,29 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; query, key and value in one projection."""
+    """Causal attention; query, key and value in one projection unless quantised."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        D = config.hidden_size
         self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.quantised = config.is_quantised
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.norm = RMSNorm(D, config) if config.use_sub_norm else nn.Identity()
+        self.o = BitLinear(D, D, config.is_quantised)
+
+    def project(self, x: Tensor) -> Tensor:
+        if not self.quantised:
+            return self.qkv(x)
+        x = x + (quantise_activations(x) - x).detach()
+        parts = self.qkv.weight.chunk(3)
+        return torch.cat([F.linear(x, w + (quantise_weight(w) - w).detach()) for w in parts], dim=-1)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.project(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        return self.o(y.transpose(1, 2).reshape(B, T, D))
+        return self.o(self.norm(y.transpose(1, 2).reshape(B, T, D)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,22 +64,55 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)), gate and up stacked in one matrix."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+def linear(x: Tensor, weight: Tensor, quantised: bool) -> Tensor:
+    """x @ weight.T; quantised: BitNet's fake quantisation, gradients straight through."""
+    if quantised:
+        x = x + (quantise_activations(x) - x).detach()
+        weight = weight + (quantise_weight(weight) - weight).detach()
+    return F.linear(x, weight)
+
+
+def quantise_activations(x: Tensor) -> Tensor:
+    """To 8 bits and back, row by row."""
+    gamma = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
+    return (x * (127 / gamma)).round().clamp(-128, 127) * (gamma / 127)
+
+
+def quantise_weight(weight: Tensor) -> Tensor:
+    """To -1, 0, +1 and back."""
+    beta = weight.abs().mean().clamp(min=1e-5)
+    return (weight * (1 / beta)).round().clamp(-1, 1) * beta
+
+
+class BitLinear(nn.Linear):
+    """A linear map that is quantised where the model is."""
+
+    def __init__(self, inputs: int, outputs: int, quantised: bool) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.quantised = quantised
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.quantised)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, as a dense network or as one expert; gate and up in one matrix."""
+    """SwiGLU, as a dense network or as one expert; gate and up in one matrix unless quantised."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2 * inner, width))
         self.down = nn.Parameter(torch.empty(width, inner))
+        self.quantised = config.is_quantised
+        self.norm = RMSNorm(inner, config) if config.use_sub_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_up, self.down)
+        if self.quantised:
+            x = x + (quantise_activations(x) - x).detach()
+            halves = self.gate_up.chunk(2)
+            gate, up = (F.linear(x, w + (quantise_weight(w) - w).detach()) for w in halves)
+        else:
+            gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return linear(self.norm(F.silu(gate) * up), self.down, self.quantised)
 
 
 class MoE(nn.Module):
@@ -165,7 +127,7 @@ class MoE(nn.Module):
         self.merge = nn.Linear(D, D, bias=False) if config.moe_merge_layer else nn.Identity()
         self.router = nn.Linear(U, config.num_experts, bias=False)
         self.experts = nn.ModuleList(
-            FeedForward(U, config.moe_intermediate_size) for _ in range(config.num_experts)
+            FeedForward(U, config.moe_intermediate_size, config) for _ in range(config.num_experts)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,13 +156,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.mlp = (
             MoE(config)
             if config.num_experts
-            else FeedForward(config.hidden_size, config.intermediate_size)
+            else FeedForward(config.hidden_size, config.intermediate_size, config)
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +181,7 @@ class Decoder(nn.Module):
         self.balance_coefficient = config.router_aux_loss_coef
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         C = config.head_dim
         frequency = config.rope_theta ** (-torch.arange(0, C, 2, dtype=torch.float64) / C)
@@ -273,72 +235,63 @@ def load(model: Decoder, weights: Mapping[str, Tensor]) -> None:
                     module.weight.copy_(weights[f"{layer}.mlp.{name}_proj.weight"])
 
 
-class Trainer:
-    """A model, its optimiser and its place in the batches."""
+def optimiser_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as both sides use it."""
+    return torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True
+    )
 
-    def __init__(self, model: Decoder, batches: Tensor) -> None:
-        self.model = model
-        self.batches = batches
-        self.steps_made = 0
-        self.optimiser = torch.optim.AdamW(
-            model.parameters(),
-            lr=LEARNING_RATE,
-            betas=(0.9, 0.95),
-            eps=1e-6,
-            weight_decay=0.1,
-            fused=True,
-        )
+
+class TorchSide:
+    """See `protocol.Side`. `losses` gives a batch's mean NLL and its loss."""
+
+    def __init__(
+        self, model: nn.Module, losses: Callable[[Tensor], tuple[Tensor, Tensor]], batches: Tensor
+    ) -> None:
+        self._model, self._losses, self._batches = model, losses, batches
+        self._calls = 0
+
+    @cached_property
+    def _optimiser(self) -> torch.optim.Optimizer:
+        return optimiser_of(self._model.parameters())
+
+    def _next_batch(self) -> Tensor:
+        batch = self._batches[self._calls % len(self._batches)]
+        self._calls += 1
+        return batch
 
     def loss(self) -> tuple[float, float]:
-        """Mean NLL and loss of the first batch, with the weights as they are."""
         with torch.no_grad():
-            nll, total = self.model(self.batches[0])
+            nll, total = self._losses(self._batches[0])
         return nll.item(), total.item()
 
-    def step(self) -> None:
-        """One update, on the next batch."""
-        _, loss = self.model(self.batches[self.steps_made % len(self.batches)])
-        self.optimiser.zero_grad(set_to_none=True)
+    def train_step(self) -> None:
+        _, loss = self._losses(self._next_batch())
+        self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimiser.step()
-        self.steps_made += 1
+        nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+        self._optimiser.step()
+
+    def evaluate_batch(self) -> None:
+        with torch.no_grad():
+            self._losses(self._next_batch())[0].item()
+
+    def product(self) -> tuple[Callable[[], object], float]:
+        x, out = torch.ones(SGEMM, SGEMM), torch.empty(SGEMM, SGEMM)
+        return lambda: torch.mm(x, x, out=out), 2.0 * SGEMM**3
 
 
-def answer(trainer: Trainer, request: str) -> str:
-    """The answer to one line of the protocol."""
-    match request.split():
-        case ["loss"]:
-            nll, total = trainer.loss()
-            return f"{nll!r} {total!r}"
-        case ["steps", count]:
-            start = time.perf_counter()
-            for _ in range(int(count)):
-                trainer.step()
-            return repr(time.perf_counter() - start)
-        case _:
-            raise SystemExit(f"unknown request {request!r}; use loss, steps N or quit")
+def batches_of(options: Options) -> Tensor:
+    return torch.from_numpy(np.load(options.tokens)).long()
 
 
 def main() -> None:
-    """Load the model and answer requests until `quit` or the end of the input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--model", choices=SIZES["A"].models, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    options = parser.parse_args()
-
+    options = read_options(__doc__ or "")
     torch.set_num_threads(options.threads)
     model = Decoder(benchmark_config(options.size, options.model))
     load(model, load_file(options.weights))
-    trainer = Trainer(model, torch.from_numpy(np.load(options.tokens)).long())
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "quit":
-            break
-        print(answer(trainer, line), flush=True)
+    losses = torch.compile(model) if options.compile else model
+    serve(TorchSide(model, losses, batches_of(options)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""Two sides in turn, A B A B, each in its own process: who does more tokens a second.
+
+Both processes get an allocator that keeps what it frees, and OpenBLAS's and MKL's own choice of kernels.
+They first compute the loss of one batch: if they disagree, nothing is reported. A turn during which
+other processes took a noticeable share of the machine is dropped and made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import psutil
+
+from benchmarks.sizes import BITNET, SIZES, benchmark_config
+from mhmoe_np.cost import macs_per_token
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.run_folder import environment
+from mhmoe_np.tensors import save_tensors
+
+Work = Literal["train", "evaluate"]
+PEERS = {
+    "torch": ("benchmarks.torch_side",),
+    "torch-compile": ("benchmarks.torch_side", "--compile"),
+    "hf-mixtral": ("benchmarks.hf_side",),
+}
+BATCHES = 8
+TURN_SECONDS = 0.7  # at least so long is a turn, in whole steps
+WARM_STEPS = 3  # torch.compile compiles again as shapes change
+DISTURBED = 0.05  # foreign share of the machine that spoils a turn
+LOSS_TOLERANCE = 2e-5  # relative, of float32 rounding
+BITNET_TOLERANCE = 2e-4  # activations at a tie may quantise apart
+MEMORY_KEEPING = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+FORCED_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def environment_of_sides() -> dict[str, str]:
+    """The same for both."""
+    kept = {key: value for key, value in os.environ.items() if key not in FORCED_KERNELS}
+    return {**kept, **MEMORY_KEEPING}
+
+
+class Process:
+    """One side, by its line protocol."""
+
+    def __init__(self, module: str, arguments: list[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment_of_sides(),
+        )
+        self._name = module
+        self._usage = psutil.Process(self._process.pid)
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._name} ended early")
+        return line.strip()
+
+    def ask(self, line: str) -> list[float]:
+        """The numbers that answer a request."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return [float(number) for number in self._answer().split()]
+
+    def processor_seconds(self) -> float:
+        times = self._usage.cpu_times()
+        return times.user + times.system
+
+    def end(self) -> None:
+        self._process.communicate("quit\n")
+
+
+class Turn(NamedTuple):
+    """One turn of one side."""
+
+    seconds: float  # a step
+    foreign: float  # the share of the machine that others took
+
+
+def take_turn(side: Process, work: Work, steps: int) -> Turn:
+    """Let one side work, and see who else did."""
+    before, own, start = psutil.cpu_times(), side.processor_seconds(), time.perf_counter()
+    seconds = side.ask(f"{work} {steps}")[0]
+    elapsed = time.perf_counter() - start
+    after = psutil.cpu_times()
+    idle = (after.idle + getattr(after, "iowait", 0.0)) - (before.idle + getattr(before, "iowait", 0.0))
+    cores = os.cpu_count() or 1
+    busy = elapsed * cores - idle
+    foreign = (busy - (side.processor_seconds() - own)) / (elapsed * cores)
+    return Turn(seconds / steps, max(0.0, foreign))
+
+
+def interleave(sides: list[Process], work: Work, repeats: int) -> tuple[list[list[float]], int]:
+    """Seconds a step of each side's undisturbed turns, and how many rounds were dropped.
+
+    Raises SystemExit: the machine is busy with something else.
+    """
+    steps = []
+    for side in sides:
+        side.ask(f"{work} {WARM_STEPS}")
+        steps.append(max(1, round(TURN_SECONDS / side.ask(f"{work} 1")[0])))
+    kept: list[list[float]] = [[] for _ in sides]
+    rounds = 0
+    while len(kept[0]) < repeats:
+        if rounds == 4 * repeats:
+            raise SystemExit("other processes disturb the measurement; end them and try again")
+        rounds += 1
+        turns = [take_turn(side, work, count) for side, count in zip(sides, steps, strict=True)]
+        if max(turn.foreign for turn in turns) <= DISTURBED:
+            for times, turn in zip(kept, turns, strict=True):
+                times.append(turn.seconds)
+    return kept, rounds - repeats
+
+
+def compare(
+    size: str, model: str, peer: str, work: Work, *, threads: int, repeats: int
+) -> dict[str, Any]:
+    """One row of the report.
+
+    Raises SystemExit: the two sides' losses differ by more than rounding, or the machine is busy.
+    """
+    config = benchmark_config(size, model)
+    batch, window = SIZES[size].batch, config.max_position_embeddings
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights, tokens = Path(folder, "weights.safetensors"), Path(folder, "tokens.npy")
+        parameters = Parameters(config, np.float32)
+        initialise(parameters, seed=0)
+        save_tensors(weights, parameters.tensors)
+        np.save(tokens, rng.integers(0, config.vocab_size, (BATCHES, batch, window + 1)))
+        arguments = [
+            *("--size", size, "--model", model, "--threads", str(threads)),
+            *("--weights", str(weights), "--tokens", str(tokens)),
+        ]
+        module, *extra = PEERS[peer]
+        ours, other = Process("benchmarks.numpy_side", arguments), Process(module, arguments + extra)
+        losses = ours.ask("loss"), other.ask("loss")
+        tolerance = BITNET_TOLERANCE if model.endswith(BITNET) else LOSS_TOLERANCE
+        for name, mine, theirs in zip(("nll", "loss"), *losses, strict=True):
+            if not abs(mine - theirs) <= tolerance * abs(theirs):
+                raise SystemExit(f"the sides disagree on {name}: {mine} and {theirs}; no report")
+        (our_seconds, peer_seconds), dropped = interleave([ours, other], work, repeats)
+        memory = ours.ask("memory")[0], other.ask("memory")[0]
+        sgemm = max(ours.ask("sgemm")[0], other.ask("sgemm")[0])
+        ours.end(), other.end()
+        parts = json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.parts", *arguments, "--work", work],
+                env=environment_of_sides(),
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout
+        )
+    per_step = batch * window
+    passes = 3 if work == "train" else 1  # the backward of a product is two products
+    operations = 2 * passes * sum(macs_per_token(config, window).values())
+    best_ours, best_peer = per_step / min(our_seconds), per_step / min(peer_seconds)
+    return {
+        "size": size,
+        "model": model,
+        "peer": peer,
+        "work": work,
+        "threads": threads,
+        "ours_tokens_per_s": round(best_ours),
+        "peer_tokens_per_s": round(best_peer),
+        "ratio": round(best_ours / best_peer, 3),
+        "median_ratio": round(
+            statistics.median(b / a for a, b in zip(our_seconds, peer_seconds, strict=True)), 3
+        ),
+        "mfu": round(best_ours * operations / sgemm / 1e9, 3),
+        "peer_mfu": round(best_peer * operations / sgemm / 1e9, 3),
+        "sgemm_gflops": round(sgemm, 1),
+        "rss_ratio": round(memory[0] / memory[1], 3),
+        "ours_peak_mb": round(memory[0] / 1e6, 1),
+        "peer_peak_mb": round(memory[1] / 1e6, 1),
+        "loss_difference": abs(losses[0][1] - losses[1][1]),
+        "rounds": repeats,
+        "disturbed_rounds": dropped,
+        "parts_ms": parts,
+        "machine": machine(threads),
+    }
+
+
+def machine(threads: int) -> str:
+    """The processor, as its maker and its family name it."""
+    name = environment(threads=threads, backend="numba")["processor"]
+    facts: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    widest = "AVX-512" if "avx512f" in facts.get("flags", "") else "AVX2"
+    family, kind = facts.get("cpu family", "?"), facts.get("model", "?")
+    return f"{name} (family {family} model {kind}, {widest}, {os.cpu_count()} cores)"

@@ -1,0 +1,12 @@
+"""Evaluation speed, forward and loss, beside a peer: the same weights and batches.
+
+    python -m benchmarks.evaluate [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
+                            [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]
+
+See `compare` for how it is measured. Writes a plot into benchmarks/results.
+"""
+
+from benchmarks.report import main
+
+if __name__ == "__main__":
+    main("evaluate", __doc__ or "")

@@ -1,0 +1,66 @@
+"""The command line of the comparisons, and what they print, save and draw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.compare import PEERS, Work, compare
+from benchmarks.parts import PARTS
+from benchmarks.sizes import MODELS, SIZES
+from mhmoe_np.operations.load import cores
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(work: Work, description: str) -> None:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="A")
+    parser.add_argument("--model", choices=MODELS, help="default: mhmoe, beside hf-mixtral: mixtral")
+    parser.add_argument("--peer", choices=PEERS, default="torch")
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--repeats", type=int, default=7, help="undisturbed turns of each side")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    model = options.model or ("mixtral" if options.peer == "hf-mixtral" else "mhmoe")
+    if (options.peer == "hf-mixtral") != (model == "mixtral"):
+        parser.error("--peer hf-mixtral goes with --model mixtral, and only with it")
+    row = compare(
+        options.size, model, options.peer, work, threads=options.threads, repeats=options.repeats
+    )
+    draw(row)
+    if options.json:
+        print(json.dumps(row))
+    else:
+        for key, value in row.items():
+            print(f"{key:20s} {value}")
+
+
+def draw(row: dict[str, Any]) -> None:
+    """Speeds side by side, and our step by part, into `results/`, with the machine named."""
+    figure, (speed, parts) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1, 1.6))
+    names, values = ("mhmoe-np", row["peer"]), (row["ours_tokens_per_s"], row["peer_tokens_per_s"])
+    speed.bar(names, values, color=("tab:blue", "tab:gray"))
+    speed.set_ylabel(f"{row['work']}: tokens/s")
+    speed.set_title(f"{row['ratio']} times as fast", fontsize=10)
+    milliseconds = [row["parts_ms"][part] for part in PARTS]
+    parts.barh(PARTS[::-1], milliseconds[::-1], color="tab:blue")
+    parts.set_xlabel("milliseconds of our step")
+    figure.suptitle(
+        f"size {row['size']}, {row['model']}, {row['threads']} threads; {row['machine']}", fontsize=9
+    )
+    figure.tight_layout()
+    keys = ("work", "size", "model", "peer")
+    name = "-".join([*(row[key] for key in keys), f"{row['threads']}-threads"])
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=90)
+    plt.close(figure)
