@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -11,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.protocol import Options, read_options, serve
 from benchmarks.sizes import benchmark_config
 from mhmoe_np.evaluate import score_stream
-from mhmoe_np.model.language_model import Batch, Model, loss_and_gradient
+from mhmoe_np.model.language_model import Batch, forward, losses_of
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import AdamWSettings, Operations
@@ -24,20 +23,18 @@ SGEMM = 2048  # rows and columns of the large product
 
 
 class NumpySide:
-    """See `protocol.Side`. What only training needs is made when it is first asked for."""
+    """See `protocol.Side`. Gradient and moments are zeros, which take no memory until training."""
 
     def __init__(self, options: Options, ops: Operations) -> None:
-        self.config = benchmark_config(options.size, options.model)
-        self.ops, self._threads = ops, options.threads
-        self.parameters = Parameters(self.config, np.float32)
-        read_into(options.weights, self.parameters.tensors)
-        self.model = Model.of(self.parameters, ops=ops)
+        self._config = benchmark_config(options.size, options.model)
+        self._ops, self._threads = ops, options.threads
+        parameters = Parameters(self._config, np.float32)
+        read_into(options.weights, parameters.tensors)
+        moments = Moments.zeros(self._config, np.float32)
+        self._learner = Learner(parameters, moments, updates=0, ops=ops)
+        self.model = self._learner.model
         self._tokens = np.load(options.tokens)
         self._calls = 0
-
-    @cached_property
-    def _learner(self) -> Learner:
-        return Learner(self.parameters, Moments.zeros(self.config, np.float32), updates=0, ops=self.ops)
 
     def _next_tokens(self) -> np.ndarray:
         tokens: np.ndarray = self._tokens[self._calls % len(self._tokens)]
@@ -45,9 +42,15 @@ class NumpySide:
         return tokens
 
     def loss(self) -> tuple[float, float]:
-        gradient = Parameters(self.config, np.float32)
         batch = _batch(self._tokens[0])
-        losses, _ = loss_and_gradient(self.model, gradient, [batch], ops=self.ops)
+        target_N = batch.target_BT.reshape(-1)
+        with self._ops.scope():
+            x_ND, statistics, _ = forward(
+                self.model, batch.input_BT, target_N >= 0, drop=True, ops=self._ops
+            )
+            nll_N = self._ops.token_nll(x_ND, self.model.weights.output_VD, target_N)
+            nll = float(nll_N.sum(dtype=np.float64))
+        losses = losses_of(nll, len(target_N), statistics, self._config)
         return losses.nll, losses.loss
 
     def train_step(self) -> None:
@@ -58,7 +61,7 @@ class NumpySide:
         tokens = self._next_tokens()
         sequences, window = len(tokens), tokens.shape[1] - 1
         stream = tokens.reshape(-1)[: sequences * window + 1]
-        score_stream(self.model, stream, window=window, batch_tokens=sequences * window, ops=self.ops)
+        score_stream(self.model, stream, window=window, batch_tokens=sequences * window, ops=self._ops)
 
     def product(self) -> tuple[Callable[[], object], float]:
         threadpool_limits(self._threads, user_api="blas")

@@ -34,6 +34,13 @@ def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, F
     return heads[:, :, :A], heads[:, :, A : A + G], heads[:, :, A + G :]
 
 
+def turned_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> FloatArray:
+    """The view of the joint projection's heads that have positions: those of q and of k."""
+    B, T, _ = qkv_BTQ.shape
+    turned = config.num_attention_heads + config.num_key_value_heads
+    return qkv_BTQ.reshape(B, T, -1, config.head_dim)[:, :, :turned]
+
+
 def project_heads(
     x_ND: FloatArray,
     w: LayerWeights,
@@ -45,9 +52,7 @@ def project_heads(
 ) -> FloatArray:
     """q, k and v of every position, q and k turned by their positions: qkv_BTQ."""
     qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, len(rotary.cos_TJ), -1)
-    q_BTAC, k_BTGC, _ = split_heads(qkv_BTQ, config)
-    ops.rotate_in_place(q_BTAC, *rotary)
-    ops.rotate_in_place(k_BTGC, *rotary)
+    ops.rotate_in_place(turned_heads(qkv_BTQ, config), *rotary)
     return qkv_BTQ
 
 
@@ -112,6 +117,5 @@ def attention_backward(
         dk_BTGC,
         dv_BTGC,
     )
-    ops.rotate_in_place(dq_BTAC, rotary.cos_TJ, -rotary.sin_TJ)
-    ops.rotate_in_place(dk_BTGC, rotary.cos_TJ, -rotary.sin_TJ)
+    ops.rotate_in_place(turned_heads(dqkv_BTQ, config), rotary.cos_TJ, -rotary.sin_TJ)
     return ops.linear_backward(dqkv_BTQ.reshape(len(dy_ND), -1), cache.x_ND, w[QKV], dw[QKV], None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
+from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import SERIAL_MACS, blocks, parallel, task
 from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
@@ -26,10 +26,11 @@ STEP_HEADS = 4  # key/value heads of one task in a step of decoding
 def _rotate_position(x_AC: Any, cos_J: Any, sin_J: Any) -> None:
     J = len(cos_J)
     for a in range(x_AC.shape[0]):
+        x_C = side_by_side(x_AC[a])
         for j in range(J):
-            first, second = x_AC[a, j], x_AC[a, j + J]
-            x_AC[a, j] = first * cos_J[j] - second * sin_J[j]
-            x_AC[a, j + J] = second * cos_J[j] + first * sin_J[j]
+            first, second = x_C[j], x_C[j + J]
+            x_C[j] = first * cos_J[j] - second * sin_J[j]
+            x_C[j + J] = second * cos_J[j] + first * sin_J[j]
 
 
 @task
@@ -75,9 +76,9 @@ def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) ->
     sum_T = _exponentials(scores_TS, S - T + 1, log_sum_exp_T)
     gemm_nn(1.0, scores_TS, v_SC, 0.0, out_TC)
     for t in range(T):
-        inverse = real(1) / sum_T[t]
-        for c in range(out_TC.shape[1]):
-            out_TC[t, c] *= inverse
+        out_C, inverse = side_by_side(out_TC[t]), real(1) / sum_T[t]
+        for c in range(len(out_C)):
+            out_C[c] *= inverse
 
 
 @task
@@ -225,7 +226,7 @@ def _attend_backward(
     gemm_tn(1.0, p_TS, dout_TC, 1.0, dv_SC)
     gemm_nt(1.0, dout_TC, v_SC, 0.0, ds_TS)
     for t in range(T):
-        dot = row_dot(dout_TC[t], out_TC[t])
+        dot = row_dot(side_by_side(dout_TC[t]), side_by_side(out_TC[t]))
         p_S, ds_S = p_TS[t], ds_TS[t]
         for s in range(S):
             ds_S[s] = p_S[s] * (ds_S[s] - dot)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,6 +41,11 @@ def reduction(function: Function) -> Function:
 def parallel(function: Function) -> Function:
     """A loop over tasks. Keep its body small: it is compiled twice."""
     return _compiled(function, parallel=True)
+
+
+def typed_intrinsic(definition: Any) -> Any:
+    """Numba's `intrinsic`; the type hints describe the definition and not the call."""
+    return intrinsic(definition)
 
 
 def _compiled(function: Function, **options: Any) -> Function:

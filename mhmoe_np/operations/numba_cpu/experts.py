@@ -37,6 +37,7 @@ from mhmoe_np.operations.numba_cpu.quantise import (
     scale_block,
     scale_columns,
 )
+from mhmoe_np.operations.numba_cpu.sharing import take_number, workers
 from mhmoe_np.operations.table import (
     Activation,
     BitWeight,
@@ -47,19 +48,24 @@ from mhmoe_np.operations.table import (
 )
 from mhmoe_np.types import FloatArray, IntArray
 
+ROWS_OF_GRADIENT = 1024  # that a weight's gradient takes at once
+
 
 @task
 def _row_blocks(start_Z: Any, rows: int) -> Any:
-    """[expert, first row, last row + 1] of each task."""
-    count = 0
-    for e in range(len(start_Z) - 1):
-        count += (start_Z[e + 1] - start_Z[e] + rows - 1) // rows
-    blocks = np.empty((count, 3), np.int64)
+    """[expert, first row, last row + 1] of each task: an expert's in equal blocks of about `rows`."""
+    parts_E = np.empty(len(start_Z) - 1, np.int64)
+    for e in range(len(parts_E)):
+        count = start_Z[e + 1] - start_Z[e]
+        parts_E[e] = max((count + rows // 2) // rows, min(count, 1))
+    blocks = np.empty((parts_E.sum(), 3), np.int64)
     i = 0
-    for e in range(len(start_Z) - 1):
-        for first in range(start_Z[e], start_Z[e + 1], rows):
-            blocks[i, 0], blocks[i, 1] = e, first
-            blocks[i, 2] = min(first + rows, start_Z[e + 1])
+    for e in range(len(parts_E)):
+        first, count = start_Z[e], start_Z[e + 1] - start_Z[e]
+        for part in range(parts_E[e]):
+            blocks[i, 0] = e
+            blocks[i, 1] = first + count * part // parts_E[e]
+            blocks[i, 2] = first + count * (part + 1) // parts_E[e]
             i += 1
     return blocks
 
@@ -134,8 +140,9 @@ def _expert_task(
     _project(h_RF, down, e, y_RU[r:z])
 
 
-@parallel
-def _experts(
+@task
+def _expert_worker(
+    counter: Any,
     blocks: Any,
     x_MU: Any,
     K: int,
@@ -149,9 +156,47 @@ def _experts(
     rstd_R: Any,
     y_RU: Any,
 ) -> None:
-    for i in prange(blocks.shape[0]):
+    while True:
+        i = take_number(counter)
+        if i >= len(blocks):
+            return
         _expert_task(
             i,
+            blocks,
+            x_MU,
+            K,
+            route_R,
+            gate_up,
+            down,
+            sub_norm_EF,
+            silu,
+            eps,
+            gate_up_R2F,
+            rstd_R,
+            y_RU,
+        )
+
+
+@parallel
+def _experts(
+    workers: int,
+    counter: Any,
+    blocks: Any,
+    x_MU: Any,
+    K: int,
+    route_R: Any,
+    gate_up: Any,
+    down: Any,
+    sub_norm_EF: Any,
+    silu: bool,
+    eps: float,
+    gate_up_R2F: Any,
+    rstd_R: Any,
+    y_RU: Any,
+) -> None:
+    for _ in prange(workers):
+        _expert_worker(
+            counter,
             blocks,
             x_MU,
             K,
@@ -244,8 +289,9 @@ def _expert_rows_backward(
         gemm_nn(1.0, dgate_up_R2F, gate_up.w[e], 0.0, dx_RU)
 
 
-@parallel
-def _experts_backward(
+@task
+def _backward_worker(
+    counter: Any,
     blocks: Any,
     dy_MU: Any,
     K: int,
@@ -263,7 +309,10 @@ def _experts_backward(
     dgate_MK: Any,
     dsub_norm_blocks: Any,
 ) -> None:
-    for i in prange(blocks.shape[0]):
+    while True:
+        i = take_number(counter)
+        if i >= len(blocks):
+            return
         e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
         _expert_rows_backward(
             dy_MU,
@@ -282,6 +331,49 @@ def _experts_backward(
             dx_RU[r:z],
             dgate_MK,
             dsub_norm_blocks[i],
+        )
+
+
+@parallel
+def _experts_backward(
+    workers: int,
+    counter: Any,
+    blocks: Any,
+    dy_MU: Any,
+    K: int,
+    route_R: Any,
+    gate_MK: Any,
+    gate_up: Any,
+    down: Any,
+    sub_norm_EF: Any,
+    silu: bool,
+    gate_up_R2F: Any,
+    rstd_R: Any,
+    gated_RF: Any,
+    dgate_up_R2F: Any,
+    dx_RU: Any,
+    dgate_MK: Any,
+    dsub_norm_blocks: Any,
+) -> None:
+    for _ in prange(workers):
+        _backward_worker(
+            counter,
+            blocks,
+            dy_MU,
+            K,
+            route_R,
+            gate_MK,
+            gate_up,
+            down,
+            sub_norm_EF,
+            silu,
+            gate_up_R2F,
+            rstd_R,
+            gated_RF,
+            dgate_up_R2F,
+            dx_RU,
+            dgate_MK,
+            dsub_norm_blocks,
         )
 
 
@@ -307,8 +399,9 @@ def _weight_gradient_down(
         gemm_tn(1.0, dy_RU, gated_RF[r : r + rows], 1.0, ddown_UF)
 
 
-@parallel
-def _weight_gradients(
+@task
+def _weight_gradient_worker(
+    counter: Any,
     start_Z: Any,
     x_MU: Any,
     dy_MU: Any,
@@ -321,15 +414,53 @@ def _weight_gradients(
     ddown_EUF: Any,
     rows: int,
 ) -> None:
-    for i in prange(2 * (len(start_Z) - 1)):
-        e = i // 2
+    """The larger matrices, of gate and up, first."""
+    E = len(start_Z) - 1
+    while True:
+        i = take_number(counter)
+        if i >= 2 * E:
+            return
+        e = i % E
         r, z = start_Z[e], start_Z[e + 1]
-        if i % 2 == 0:
+        if i < E:
             _weight_gradient(
                 dgate_up_R2F[r:z], x_MU, route_R[r:z], K, quantised, dgate_up_E2FU[e], rows
             )
         else:
             _weight_gradient_down(dy_MU, gated_RF[r:z], route_R[r:z], K, ddown_EUF[e], rows)
+
+
+@parallel
+def _weight_gradients(
+    workers: int,
+    counter: Any,
+    start_Z: Any,
+    x_MU: Any,
+    dy_MU: Any,
+    K: int,
+    route_R: Any,
+    quantised: bool,
+    gated_RF: Any,
+    dgate_up_R2F: Any,
+    dgate_up_E2FU: Any,
+    ddown_EUF: Any,
+    rows: int,
+) -> None:
+    for _ in prange(workers):
+        _weight_gradient_worker(
+            counter,
+            start_Z,
+            x_MU,
+            dy_MU,
+            K,
+            route_R,
+            quantised,
+            gated_RF,
+            dgate_up_R2F,
+            dgate_up_E2FU,
+            ddown_EUF,
+            rows,
+        )
 
 
 class Experts(PackedProducts):
@@ -376,7 +507,8 @@ class Experts(PackedProducts):
                 for i in range(len(blocks)):
                     _expert_task(i, *arrays)
             else:
-                _experts(*arrays)
+                in_parallel: Any = _experts
+                in_parallel(*workers(), *arrays)
             self._combine(y_RU, gate_MK, slot_MK, y_MU)
         return y_MU, ExpertCache(gate_up_R2F, rstd_R)
 
@@ -427,6 +559,7 @@ class Experts(PackedProducts):
             sub_norm_width = 0 if sub_norm_EF is None else sub_norm_EF.shape[1]
             dsub_norm_blocks = np.zeros((len(blocks), sub_norm_width), dtype)
             _experts_backward(
+                *workers(),
                 blocks,
                 dy_MU,
                 K,
@@ -445,6 +578,7 @@ class Experts(PackedProducts):
                 dsub_norm_blocks,
             )
             _weight_gradients(
+                *workers(),
                 start_Z,
                 x_MU,
                 dy_MU,
@@ -455,7 +589,7 @@ class Experts(PackedProducts):
                 dgate_up_R2F,
                 dgate_up_E2FU,
                 ddown_EUF,
-                ROWS,
+                ROWS_OF_GRADIENT,
             )
             ones_MK = self.empty(gate_MK.shape, dtype)
             ones_MK[...] = 1

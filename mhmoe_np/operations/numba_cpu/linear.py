@@ -36,12 +36,15 @@ from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.packing import PANEL
 from mhmoe_np.types import FloatArray, IntArray
 
-COLUMNS = 512  # columns of one tile where there are too few rows to share out
+MANY_ROWS = 2 * ROWS  # of one tile, where there are enough to share out
+COLUMNS = 512  # of one tile, where there are too few rows to share out
 
 
-def tile_columns(rows: int, columns: int) -> int:
-    """How many output columns one tile takes: all of them, unless there are few row blocks."""
-    return columns if rows >= 4 * ROWS else min(columns, COLUMNS)
+def tile(rows: int, columns: int) -> tuple[int, int]:
+    """How many rows and columns of the output one task computes."""
+    if rows >= 4 * MANY_ROWS:
+        return MANY_ROWS, columns
+    return ROWS, columns if rows >= 4 * ROWS else min(columns, COLUMNS)
 
 
 @task
@@ -128,7 +131,7 @@ class Linear(Quantise, PackedProducts):
     """See `Operations`: linear maps and the embedding."""
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
-        """See `Operations.linear`. Tiles of 256 rows; of 512 columns too where rows are few."""
+        """See `Operations.linear`. In tiles."""
         rows = len(x_NI)
         outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
@@ -139,7 +142,7 @@ class Linear(Quantise, PackedProducts):
         elif x_NI.size * outputs <= SERIAL_MACS:
             product_nt(x_NI, w_OI, y_NO)
         else:
-            _linear(x_NI, w_OI, y_NO, ROWS, tile_columns(rows, outputs))
+            _linear(x_NI, w_OI, y_NO, *tile(rows, outputs))
         if b_O is not None:
             _bias(y_NO, b_O)
         return y_NO
@@ -150,8 +153,7 @@ class Linear(Quantise, PackedProducts):
             if y_NO.size * x_NI.shape[1] <= SERIAL_MACS:
                 _bit_tile(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO)
             else:
-                columns = tile_columns(*y_NO.shape)
-                _bit_linear(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO, ROWS, columns)
+                _bit_linear(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO, *tile(*y_NO.shape))
 
     def _packed_linear(self, x_NI: FloatArray, w_OI: PackedWeight, y_NO: FloatArray) -> None:
         weight = as_stack(w_OI, self._instruction_set)
@@ -167,8 +169,9 @@ class Linear(Quantise, PackedProducts):
                 quantise_for(weight, x_NI, q_NI, scale_N, sum_N)
             else:
                 quantise_for_all(weight, x_NI, q_NI, scale_N, sum_N, ROWS_ELEMENTWISE)
-            panels = tile_columns(rows, y_NO.shape[1]) // PANEL
-            packed_tiles(weight, q_NI, scale_N, sum_N, y_NO, ROWS, max(1, panels))
+            tile_rows, tile_columns = tile(*y_NO.shape)
+            panels = max(1, tile_columns // PANEL)
+            packed_tiles(weight, q_NI, scale_N, sum_N, y_NO, tile_rows, panels)
 
     def linear_backward(
         self,
@@ -178,7 +181,7 @@ class Linear(Quantise, PackedProducts):
         dw_OI: FloatArray,
         db_O: FloatArray | None,
     ) -> FloatArray:
-        """See `Operations.linear_backward`. dw in eight or more strips of outputs."""
+        """See `Operations.linear_backward`. dw in strips of outputs."""
         if isinstance(w_OI, PackedWeight):
             raise TypeError("packed weights have no gradient")
         dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
@@ -191,8 +194,8 @@ class Linear(Quantise, PackedProducts):
                 gemm_nn(1.0, dacc_NO, w_OI, 0.0, dx_NI)
                 gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
             else:
-                _linear_dx(dacc_NO, w_OI, dx_NI, ROWS, tile_columns(*x_NI.shape))
-                _linear_dw(dy_NO, x_NI, dw_OI, max(64, blocks(len(w_OI), 8)))
+                _linear_dx(dacc_NO, w_OI, dx_NI, *tile(*x_NI.shape))
+                _linear_dw(dy_NO, x_NI, dw_OI, max(128, blocks(len(w_OI), 8)))
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)
         return dx_NI

@@ -1,6 +1,8 @@
 """The output head and the loss, fused over chunks of rows: [N, V] logits are never held.
 
-A chunk of logits stays in cache between its product, its softmax and the products that use it up.
+A chunk is computed strip by strip of the vocabulary. While a strip is in cache each row's largest logit
+and its sum of exponentials are taken (Milakov and Gimelshein, arXiv 1805.02867); the row's own then
+follow from those of its strips. The gradient's two products use the chunk up.
 """
 
 from __future__ import annotations
@@ -10,68 +12,169 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_max, row_sum
+from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import blocks, parallel, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.sharing import take_number, workers
 from mhmoe_np.types import FloatArray, IntArray
 
-ROWS_OF_TASK = 128
+ROWS_OF_TASK = 64  # of the softmax
+ROWS_OF_PRODUCT = 256  # of the gradient that goes down
+STRIP = 512  # of the vocabulary
 CHUNK_BYTES = 16 << 20
-VOCABULARY_STRIP = 512  # rows of dw_VD that one task adds to
+CHUNK_ROWS = 256, 1024  # at least and at most
 
 
 @task
-def _nll_rows(logits_NV: Any, target_N: Any, nll_N: Any) -> None:
-    """NLL of each row; turns logits into softmax - onehot(target), 0 where uncounted."""
-    real = logits_NV.dtype.type
-    V = logits_NV.shape[1]
+def _strip_of_logits(
+    x_ND: Any,
+    w_SD: Any,
+    first: int,
+    target_N: Any,
+    at_target_N: Any,
+    logits_NS: Any,
+    top_N: Any,
+    sum_N: Any,
+) -> None:
+    """Logits of one strip as e^(logit - top), with each row's top and sum there."""
+    gemm_nt(1.0, x_ND, w_SD, 0.0, logits_NS)
+    S = logits_NS.shape[1]
     for n in range(len(target_N)):
-        row_V, target = logits_NV[n], target_N[n]
+        row_S = side_by_side(logits_NS[n])
+        s = target_N[n] - first
+        if 0 <= s < S:
+            at_target_N[n] = row_S[s]
+        top = row_max(row_S, S)
+        for v in range(S):
+            row_S[v] = exp(row_S[v] - top)
+        top_N[n], sum_N[n] = top, row_sum(row_S, S)
+
+
+@parallel
+def _logits(
+    x_ND: Any,
+    w_VD: Any,
+    target_N: Any,
+    at_target_N: Any,
+    logits_ZNS: Any,
+    top_ZN: Any,
+    sum_ZN: Any,
+) -> None:
+    S = logits_ZNS.shape[2]
+    for z in prange(len(top_ZN)):
+        w_SD = w_VD[z * S : (z + 1) * S]
+        logits_NS = logits_ZNS[z, : len(target_N), : len(w_SD)]
+        _strip_of_logits(x_ND, w_SD, z * S, target_N, at_target_N, logits_NS, top_ZN[z], sum_ZN[z])
+
+
+@task
+def _nll_of_row(at_target: Any, top_Z: Any, sum_Z: Any, factor_Z: Any) -> Any:
+    """The row's NLL; leaves the factors that make each strip's exponentials probabilities."""
+    Z = len(top_Z)
+    highest = row_max(top_Z, Z)
+    total = top_Z.dtype.type(0)
+    for z in range(Z):
+        factor_Z[z] = exp(top_Z[z] - highest)
+        total += sum_Z[z] * factor_Z[z]
+    for z in range(Z):
+        factor_Z[z] /= total
+    return (highest - at_target) + np.log(total)
+
+
+@task
+def _nll_rows(
+    first: int,
+    last: int,
+    target_N: Any,
+    at_target_N: Any,
+    top_ZN: Any,
+    sum_ZN: Any,
+    nll_N: Any,
+    logits_ZNS: Any,
+    keep: bool,
+) -> None:
+    """NLL of some rows, 0 where uncounted; if `keep`, softmax - onehot(target) in the logits' place."""
+    real = nll_N.dtype.type
+    Z, _, S = logits_ZNS.shape
+    factor_Z = np.empty(Z, nll_N.dtype)
+    for n in range(first, last):
+        target = target_N[n]
         if target < 0:
-            nll_N[n] = 0
-            row_V[:] = 0
-            continue
-        highest = row_max(row_V, V)
-        at_target = row_V[target]
-        for v in range(V):
-            row_V[v] = exp(row_V[v] - highest)
-        total = row_sum(row_V, V)
-        nll_N[n] = (highest - at_target) + np.log(total)
-        inverse = real(1) / total
-        for v in range(V):
-            row_V[v] *= inverse
-        row_V[target] -= real(1)
+            nll_N[n], factor_Z[:] = 0, 0
+        else:
+            nll_N[n] = _nll_of_row(at_target_N[n], top_ZN[:, n], sum_ZN[:, n], factor_Z)
+        if keep:
+            for z in range(Z):
+                row_S, factor = logits_ZNS[z, n], factor_Z[z]
+                for s in range(S):
+                    row_S[s] *= factor
+            if target >= 0:
+                logits_ZNS[target // S, n, target % S] -= real(1)
 
 
 @parallel
-def _nll(x_ND: Any, w_VD: Any, target_N: Any, logits_NV: Any, nll_N: Any, rows: int) -> None:
-    for block in prange((len(target_N) + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        gemm_nt(1.0, x_ND[n:z], w_VD, 0.0, logits_NV[n:z])
-        _nll_rows(logits_NV[n:z], target_N[n:z], nll_N[n:z])
+def _nll(
+    target_N: Any,
+    at_target_N: Any,
+    top_ZN: Any,
+    sum_ZN: Any,
+    nll_N: Any,
+    logits_ZNS: Any,
+    keep: bool,
+    rows: int,
+) -> None:
+    N = len(target_N)
+    for block in prange((N + rows - 1) // rows):
+        first = block * rows
+        last = min(N, first + rows)
+        _nll_rows(first, last, target_N, at_target_N, top_ZN, sum_ZN, nll_N, logits_ZNS, keep)
 
 
-@parallel
-def _gradients(
-    dlogits_NV: Any,
+@task
+def _gradient_worker(
+    counter: Any,
+    dlogits_ZNS: Any,
     x_ND: Any,
     w_VD: Any,
     dnll: float,
     dx_ND: Any,
     dw_VD: Any,
     rows: int,
-    strip: int,
 ) -> None:
-    row_tasks = (dx_ND.shape[0] + rows - 1) // rows
-    strips = (w_VD.shape[0] + strip - 1) // strip
-    for i in prange(row_tasks + strips):
-        if i < row_tasks:
-            n, z = i * rows, (i + 1) * rows
-            gemm_nn(dnll, dlogits_NV[n:z], w_VD, 0.0, dx_ND[n:z])
+    """The long tasks first: some rows of dx = dl w; then a strip of dw += dl^T x."""
+    N, (Z, _, S) = len(x_ND), dlogits_ZNS.shape
+    down = (N + rows - 1) // rows
+    while True:
+        i = take_number(counter)
+        if i < down:
+            n, m = i * rows, min(N, (i + 1) * rows)
+            for z in range(Z):
+                w_SD = w_VD[z * S : (z + 1) * S]
+                keep = 0.0 if z == 0 else 1.0
+                gemm_nn(dnll, dlogits_ZNS[z, n:m, : len(w_SD)], w_SD, keep, dx_ND[n:m])
+        elif i < down + Z:
+            z = i - down
+            dw_SD = dw_VD[z * S : (z + 1) * S]
+            gemm_tn(dnll, dlogits_ZNS[z, :N, : len(dw_SD)], x_ND, 1.0, dw_SD)
         else:
-            v = (i - row_tasks) * strip
-            gemm_tn(dnll, dlogits_NV[:, v : v + strip], x_ND, 1.0, dw_VD[v : v + strip])
+            return
+
+
+@parallel
+def _gradients(
+    workers: int,
+    counter: Any,
+    dlogits_ZNS: Any,
+    x_ND: Any,
+    w_VD: Any,
+    dnll: float,
+    dx_ND: Any,
+    dw_VD: Any,
+    rows: int,
+) -> None:
+    for _ in prange(workers):
+        _gradient_worker(counter, dlogits_ZNS, x_ND, w_VD, dnll, dx_ND, dw_VD, rows)
 
 
 class Loss(Buffers):
@@ -81,10 +184,11 @@ class Loss(Buffers):
         """See `Operations.token_nll`."""
         nll_N: FloatArray = self.empty(target_N.shape, x_ND.dtype)
         with self.scope():
-            chunk, logits_CV = self._chunk(x_ND, w_VD)
+            logits_ZCS = self._chunk(x_ND, w_VD)
+            chunk = logits_ZCS.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                _nll(x_ND[rows], w_VD, target_N[rows], logits_CV, nll_N[rows], ROWS_OF_TASK)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], logits_ZCS, keep=False)
         return nll_N
 
     def token_nll_and_gradient(
@@ -100,26 +204,44 @@ class Loss(Buffers):
         nll_N = self.empty(target_N.shape, x_ND.dtype)
         dx_ND = self.empty(x_ND.shape, x_ND.dtype)
         with self.scope():
-            chunk, logits = self._chunk(x_ND, w_VD)
+            logits_ZCS = self._chunk(x_ND, w_VD)
+            chunk = logits_ZCS.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                logits_NV = logits[: len(x_ND[rows])]
-                _nll(x_ND[rows], w_VD, target_N[rows], logits_NV, nll_N[rows], ROWS_OF_TASK)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], logits_ZCS, keep=True)
                 _gradients(
-                    logits_NV,
+                    *workers(),
+                    logits_ZCS,
                     x_ND[rows],
                     w_VD,
                     dnll,
                     dx_ND[rows],
                     dw_VD,
-                    ROWS_OF_TASK,
-                    VOCABULARY_STRIP,
+                    ROWS_OF_PRODUCT,
                 )
         return nll_N, dx_ND
 
-    def _chunk(self, x_ND: FloatArray, w_VD: FloatArray) -> tuple[int, FloatArray]:
-        """How many rows go at once, and room for their logits."""
-        row_bytes = len(w_VD) * x_ND.itemsize
-        tasks = max(2, CHUNK_BYTES // (row_bytes * ROWS_OF_TASK))
-        rows = min(len(x_ND), tasks * ROWS_OF_TASK)
-        return rows, self.empty((rows, len(w_VD)), x_ND.dtype)
+    def _nll(
+        self,
+        x_ND: FloatArray,
+        w_VD: FloatArray,
+        target_N: IntArray,
+        nll_N: FloatArray,
+        logits_ZCS: FloatArray,
+        *,
+        keep: bool,
+    ) -> None:
+        """One chunk: its NLL; if `keep`, softmax - onehot(target) in logits_ZCS."""
+        N, strips = len(x_ND), len(logits_ZCS)
+        with self.scope():
+            at_target_N = self.empty((N,), x_ND.dtype)
+            top_ZN, sum_ZN = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
+            _logits(x_ND, w_VD, target_N, at_target_N, logits_ZCS, top_ZN, sum_ZN)
+            _nll(target_N, at_target_N, top_ZN, sum_ZN, nll_N, logits_ZCS, keep, ROWS_OF_TASK)
+
+    def _chunk(self, x_ND: FloatArray, w_VD: FloatArray) -> FloatArray:
+        """Room for the logits of as many rows as go at once, each strip of the vocabulary by itself."""
+        least, most = CHUNK_ROWS
+        fitting = CHUNK_BYTES // (len(w_VD) * x_ND.itemsize)
+        rows = min(len(x_ND), max(least, min(most, fitting)))
+        return self.empty((blocks(len(w_VD), STRIP), rows, min(STRIP, len(w_VD))), x_ND.dtype)
