@@ -1,8 +1,9 @@
 """Two sides in turn, A B A B, each in its own process: who does more tokens a second.
 
-Both processes get an allocator that keeps what it frees, and OpenBLAS's and MKL's own choice of kernels.
-They first compute the loss of one batch: if they disagree, nothing is reported. A turn during which
-other processes took a noticeable share of the machine is dropped and made again.
+The peer gets an allocator that keeps what it frees; on both sides OpenBLAS and MKL choose their kernels
+themselves, whatever the environment says. The two first compute the loss of one batch: if they disagree,
+nothing is reported. A turn during which other processes took a noticeable share of the machine is
+dropped and made again.
 """
 
 from __future__ import annotations
@@ -47,21 +48,22 @@ FORCED_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "MKL_ENABLE_INSTRUCTI
 
 
 def environment_of_sides() -> dict[str, str]:
-    """The same for both."""
-    kept = {key: value for key, value in os.environ.items() if key not in FORCED_KERNELS}
-    return {**kept, **MEMORY_KEEPING}
+    """Ours, without a forced choice of kernels."""
+    return {key: value for key, value in os.environ.items() if key not in FORCED_KERNELS}
 
 
 class Process:
     """One side, by its line protocol."""
 
-    def __init__(self, module: str, arguments: list[str]) -> None:
+    def __init__(
+        self, module: str, arguments: list[str], allocator: dict[str, str] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment_of_sides(),
+            env={**environment_of_sides(), **(allocator or {})},
         )
         self._name = module
         self._usage = psutil.Process(self._process.pid)
@@ -149,10 +151,11 @@ def compare(
         np.save(tokens, rng.integers(0, config.vocab_size, (BATCHES, batch, window + 1)))
         arguments = [
             *("--size", size, "--model", model, "--threads", str(threads)),
-            *("--weights", str(weights), "--tokens", str(tokens)),
+            *("--work", work, "--weights", str(weights), "--tokens", str(tokens)),
         ]
         module, *extra = PEERS[peer]
-        ours, other = Process("benchmarks.numpy_side", arguments), Process(module, arguments + extra)
+        ours = Process("benchmarks.numpy_side", arguments)
+        other = Process(module, arguments + extra, MEMORY_KEEPING)
         losses = ours.ask("loss"), other.ask("loss")
         tolerance = BITNET_TOLERANCE if model.endswith(BITNET) else LOSS_TOLERANCE
         for name, mine, theirs in zip(("nll", "loss"), *losses, strict=True):
@@ -164,7 +167,7 @@ def compare(
         ours.end(), other.end()
         parts = json.loads(
             subprocess.run(
-                [sys.executable, "-m", "benchmarks.parts", *arguments, "--work", work],
+                [sys.executable, "-m", "benchmarks.parts", *arguments],
                 env=environment_of_sides(),
                 stdout=subprocess.PIPE,
                 check=True,

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.protocol import Options, read_options, serve
 from benchmarks.sizes import benchmark_config
 from mhmoe_np.evaluate import score_stream
-from mhmoe_np.model.language_model import Batch, forward, losses_of
+from mhmoe_np.model.language_model import Batch, Model, forward, losses_of
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import AdamWSettings, Operations
@@ -23,16 +23,18 @@ SGEMM = 2048  # rows and columns of the large product
 
 
 class NumpySide:
-    """See `protocol.Side`. Gradient and moments are zeros, which take no memory until training."""
+    """See `protocol.Side`."""
 
     def __init__(self, options: Options, ops: Operations) -> None:
         self._config = benchmark_config(options.size, options.model)
         self._ops, self._threads = ops, options.threads
         parameters = Parameters(self._config, np.float32)
         read_into(options.weights, parameters.tensors)
-        moments = Moments.zeros(self._config, np.float32)
-        self._learner = Learner(parameters, moments, updates=0, ops=ops)
-        self.model = self._learner.model
+        self._learner: Learner | None = None
+        if options.work == "train":
+            moments = Moments.zeros(self._config, np.float32)
+            self._learner = Learner(parameters, moments, updates=0, ops=ops)
+        self.model = self._learner.model if self._learner else Model.of(parameters, ops=ops)
         self._tokens = np.load(options.tokens)
         self._calls = 0
 
@@ -54,6 +56,7 @@ class NumpySide:
         return losses.nll, losses.loss
 
     def train_step(self) -> None:
+        assert self._learner is not None
         _, _, norm = self._learner.loss_and_gradient([_batch(self._next_tokens())])
         self._learner.update(norm, SETTINGS, clip_norm=CLIP_NORM)
 

@@ -110,7 +110,6 @@ def breakdown(step: Callable[[], object], stopwatch: Stopwatch, count: int) -> d
 
 def main() -> None:
     parser = parser_of_sides(__doc__ or "")
-    parser.add_argument("--work", choices=["train", "evaluate"], required=True)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     ops = load_operations("numba", threads=options.threads, keep_buffers=True)

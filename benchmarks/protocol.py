@@ -1,6 +1,6 @@
 """One side of a comparison: a process that answers a line with a line.
 
-    python -m benchmarks.SIDE --size A --model mhmoe --threads 2 --weights FILE --tokens FILE
+    python -m benchmarks.SIDE --size A --model mhmoe --threads 2 --work train --weights W --tokens T
 
 `ready` comes once, when it has loaded. Then `loss` -> the mean NLL and the loss of the first batch;
 `train N` and `evaluate N` -> the seconds that N steps, or N batches forward, took; `memory` -> the
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from benchmarks.sizes import MODELS, SIZES
 
@@ -45,6 +45,7 @@ class Options(argparse.Namespace):
     threads: int
     weights: Path
     tokens: Path
+    work: Literal["train", "evaluate"]
     compile: bool
 
 
@@ -55,6 +56,7 @@ def parser_of_sides(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--work", choices=["train", "evaluate"], required=True)
     parser.add_argument("--compile", action="store_true", help="PyTorch: through torch.compile")
     return parser
 

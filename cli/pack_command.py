@@ -50,7 +50,8 @@ def command(
     )
     from mhmoe_np.files import write_directory_atomically
     from mhmoe_np.inspection import sizes
-    from mhmoe_np.packed_weights import formats_for, pack_weights
+    from mhmoe_np.model.weights import formats_for
+    from mhmoe_np.packed_weights import pack_weights
 
     found = find_checkpoint(checkpoint)
     if is_packed(found):

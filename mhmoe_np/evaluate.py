@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from mhmoe_np.data.documents import Domain
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.language_model import Model, forward
+from mhmoe_np.model.language_model import Model, last_hidden
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import IntArray
 
@@ -74,8 +74,7 @@ def _score(model: Model, token_W: IntArray, windows: int, *, ops: Operations) ->
     with ops.scope():
         input_BT = token_W[:-1].astype(np.int64).reshape(windows, -1)
         target_N = token_W[1:].astype(np.int64)
-        counted_N = np.ones(len(target_N), np.bool_)
-        x_ND, _, _ = forward(model, input_BT, counted_N, drop=False, ops=ops)
+        x_ND = last_hidden(model, input_BT, ops=ops)
         nll_N = ops.token_nll(x_ND, model.weights.output_VD, target_N)
         return float(nll_N.sum(dtype=np.float64))
 

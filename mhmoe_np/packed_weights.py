@@ -22,9 +22,9 @@ from numpy.typing import DTypeLike, NDArray
 from mhmoe_np.config import ModelConfig
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Entry, Parameters, parameter_table
-from mhmoe_np.model.weights import Weights, matrix_starts, requantise
+from mhmoe_np.model.weights import Weights, formats_for, matrix_starts, requantise
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
-from mhmoe_np.packing import LAYOUT, FormatName, PackedMatrices, empty_code, pack, unpack
+from mhmoe_np.packing import LAYOUT, FormatName, PackedMatrices, empty_code, unpack
 from mhmoe_np.tensors import read_into, read_metadata, save_tensors
 from mhmoe_np.types import FloatArray
 
@@ -32,26 +32,19 @@ VERSION = 1
 HEADER_KEY = "mhmoe_packed"
 
 
-def formats_for(config: ModelConfig) -> list[FormatName]:
-    """The formats that hold a model's quantised weights, the one to prefer first; none without such."""
-    formats: dict[str, list[FormatName]] = {
-        "none": [],
-        "bitnet_b158": ["ternary-2bit", "ternary-base3"],
-        "bitnet": ["sign-1bit"],
-    }
-    return formats[config.quantization]
-
-
 def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
     """Quantise and pack; what is not quantised stays as it is, as views of the parameters."""
-    weights = Weights.of(parameters)
+    weights = Weights.of(parameters, packed=False)
     requantise(weights, parameters, ops=ops)
     arrays: dict[str, Weight] = {}
     for name, weight in weights.arrays.items():
         if isinstance(weight, BitWeight):
             q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
-            beta_EO = weight.beta.reshape(q_EOI.shape[:2])
-            arrays[name] = PackedWeight(pack(q_EOI, format), beta_EO)
+            experts, outputs, inputs = q_EOI.shape
+            code = empty_code(experts, outputs, inputs, format)
+            packed = PackedMatrices(code, outputs, inputs, format)
+            ops.pack_in_place(q_EOI, packed)
+            arrays[name] = PackedWeight(packed, weight.beta.reshape(q_EOI.shape[:2]))
         else:
             arrays[name] = weight
     return Weights(parameters.config, arrays)
@@ -180,7 +173,7 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
         target_OI = target.reshape(q_OI.shape)
         for first, last in pairwise(matrix_starts(entry)):
             target_OI[first:last] = _floats_of(q_OI[first:last], beta_O[first])
-    again = Weights.of(parameters)
+    again = Weights.of(parameters, packed=False)
     requantise(again, parameters, ops=ops)
     for entry in parameters.table:
         weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]

@@ -19,11 +19,12 @@ from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, available
 from mhmoe_np.operations.table import Operations, PackedWeight
-from mhmoe_np.packed_weights import formats_for, pack_weights, unpack_weights
+from mhmoe_np.packed_weights import pack_weights, unpack_weights
 from mhmoe_np.packing import FormatName, unpack
 from mhmoe_np.trace import trace
 from tests.conftest import Run

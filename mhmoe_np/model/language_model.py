@@ -35,7 +35,7 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, parameters: Parameters, *, ops: Operations) -> Model:
         """The model with these parameters; after a change of quantised ones, call `requantise`."""
-        weights = Weights.of(parameters)
+        weights = Weights.of(parameters, packed=ops.prefers_packed)
         requantise(weights, parameters, ops=ops)
         return cls.with_weights(parameters.config, weights)
 
@@ -84,17 +84,7 @@ def forward(
     Raises ValueError: more positions than the model has, or an id outside the vocabulary.
     """
     config, weights, _ = model
-    sequences, positions = input_BT.shape
-    if positions > config.max_position_embeddings:
-        raise ValueError(
-            f"{positions} positions are more than max_position_embeddings "
-            f"{config.max_position_embeddings}"
-        )
-    id_N = input_BT.reshape(-1)
-    if id_N.size and not 0 <= id_N.min() <= id_N.max() < config.vocab_size:
-        raise ValueError(f"token ids must lie in 0 .. {config.vocab_size - 1}")
-    rotary = model.rotary.window(0, positions)
-    x_ND = ops.embedding(id_N, weights.embedding_VD)
+    x_ND, rotary = _start(model, input_BT, ops=ops)
     caches, statistics = [], []
     for layer, w in enumerate(weights.blocks):
         x_ND, layer_statistics, cache = block_forward(
@@ -102,7 +92,7 @@ def forward(
             w,
             rotary,
             counted_N,
-            sequences=sequences,
+            sequences=len(input_BT),
             is_moe=config.is_moe_layer(layer),
             drop=drop,
             config=config,
@@ -113,6 +103,46 @@ def forward(
             statistics.append(layer_statistics)
     y_ND, rstd_N = ops.rms_norm(x_ND, weights.final_norm_D, eps=config.rms_norm_eps)
     return y_ND, statistics, ForwardCache(input_BT, caches, x_ND, rstd_N)
+
+
+def _start(model: Model, input_BT: IntArray, *, ops: Operations) -> tuple[FloatArray, Rotary]:
+    """What the first block receives, and the angles of the batch's positions; see `forward`."""
+    config = model.config
+    positions = input_BT.shape[1]
+    if positions > config.max_position_embeddings:
+        raise ValueError(
+            f"{positions} positions are more than max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
+    id_N = input_BT.reshape(-1)
+    if id_N.size and not 0 <= id_N.min() <= id_N.max() < config.vocab_size:
+        raise ValueError(f"token ids must lie in 0 .. {config.vocab_size - 1}")
+    return ops.embedding(id_N, model.weights.embedding_VD), model.rotary.window(0, positions)
+
+
+def last_hidden(model: Model, input_BT: IntArray, *, ops: Operations) -> FloatArray:
+    """`forward`'s x_ND without capacity, where no backward follows: one block's memory serves all.
+
+    Raises ValueError: see `forward`.
+    """
+    x_ND, rotary = _start(model, input_BT, ops=ops)
+    counted_N = np.ones(len(x_ND), np.bool_)  # for statistics that nobody asks for
+    for layer, w in enumerate(model.weights.blocks):
+        with ops.scope():
+            y_ND, _, _ = block_forward(
+                x_ND,
+                w,
+                rotary,
+                counted_N,
+                sequences=len(input_BT),
+                is_moe=model.config.is_moe_layer(layer),
+                drop=False,
+                config=model.config,
+                ops=ops,
+            )
+            x_ND[...] = y_ND
+    y_ND, _ = ops.rms_norm(x_ND, model.weights.final_norm_D, eps=model.config.rms_norm_eps)
+    return y_ND
 
 
 def backward(

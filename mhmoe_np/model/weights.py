@@ -6,6 +6,7 @@ calls `requantise`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,10 +15,21 @@ import numpy as np
 from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
 from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, Weight
+from mhmoe_np.packing import FormatName, PackedMatrices, empty_code
 from mhmoe_np.types import FloatArray, IntArray
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
+
+
+def formats_for(config: ModelConfig) -> list[FormatName]:
+    """The formats that hold a model's quantised weights, the one to prefer first; none without such."""
+    formats: dict[str, list[FormatName]] = {
+        "none": [],
+        "bitnet_b158": ["ternary-2bit", "ternary-base3"],
+        "bitnet": ["sign-1bit"],
+    }
+    return formats[config.quantization]
 
 
 class Weights:
@@ -42,14 +54,21 @@ class Weights:
         return self.embedding_VD.dtype
 
     @classmethod
-    def of(cls, parameters: Parameters) -> Self:
-        """Views of the parameters; what is quantised gets arrays of its own, still to be filled."""
+    def of(cls, parameters: Parameters, *, packed: bool) -> Self:
+        """Views of the parameters; what is quantised gets arrays of its own, still to be filled.
+
+        packed: whether these have their integers in packed form, too.
+        """
         arrays: dict[str, Weight] = dict(parameters.arrays)
+        dtype, formats = parameters.flat_P.dtype, formats_for(parameters.config)
         for entry in parameters.table:
             if entry.quantised:
-                dtype = parameters.flat_P.dtype
+                *experts, outputs, inputs = entry.shape
+                code = empty_code(math.prod(experts), outputs, inputs, formats[0])
                 arrays[entry.name] = BitWeight(
-                    np.zeros(entry.shape, dtype), np.zeros(entry.shape[:-1], dtype)
+                    np.zeros(entry.shape, dtype),
+                    np.zeros(entry.shape[:-1], dtype),
+                    PackedMatrices(code, outputs, inputs, formats[0]) if packed else None,
                 )
         return cls(parameters.config, arrays)
 
@@ -98,6 +117,8 @@ def requantise(weights: Weights, parameters: Parameters, *, ops: Operations) -> 
             q_OI=weight.w.reshape(-1, inputs),
             beta_O=beta_O,
         )
+        if weight.packed is not None:
+            ops.pack_in_place(weight.w.reshape(-1, *entry.shape[-2:]), weight.packed)
         for part, beta, row in zip(entry.parts, beta_O[start_Z[:-1]], found.tolist(), strict=True):
             counts[part.tensor] = MatrixCounts(float(beta), *row)
     return counts

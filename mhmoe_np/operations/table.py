@@ -37,11 +37,12 @@ class BitWeight(NamedTuple):
     """Quantised weights beside the float ones they come from: integers kept as floats, and scales.
 
     The weight that acts is beta * w, row by row. Joined matrices have a beta each, so beta is said
-    for every output row.
+    for every output row. A forward may use the packed form instead, with the same bits.
     """
 
     w: FloatArray  # -1, 0 or +1: [O, I], or [E, O, I] for experts
     beta: FloatArray  # [O], or [E, O]
+    packed: PackedMatrices | None = None  # the same integers
 
 
 class PackedWeight(NamedTuple):
@@ -93,7 +94,14 @@ class AdamWSettings(NamedTuple):
 
 
 class Operations(Protocol):
-    """One backend: every operation of the table."""
+    """One backend: every operation of the table.
+
+    Attributes:
+        prefers_packed: whether forwards are faster with packed integers than with floats.
+    """
+
+    @property
+    def prefers_packed(self) -> bool: ...  # noqa: D102
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """An uninitialised array. A backend that owns a workspace hands out its buffers."""
@@ -162,6 +170,9 @@ class Operations(Protocol):
 
         Source   [spec 5], [B1 eq. 1-3], [B2].
         """
+
+    def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
+        """Overwrite packed's codes by these integers, which its format must have (see `packing`)."""
 
     # ---- normalisation -----------------------------------------------------------------------
 

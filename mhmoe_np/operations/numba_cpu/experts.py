@@ -258,7 +258,7 @@ def _expert_rows_backward(
     """
     rows, F = gated_RF.shape
     dy_RU = _gather(dy_MU, route_R, K)
-    scale_columns(dy_RU, down.beta[e])
+    scale_columns(dy_RU, down.beta[e], dy_RU)
     dn_RF = np.empty((rows, F), dy_MU.dtype)
     gemm_nn(1.0, dy_RU, down.w[e], 0.0, dn_RF)
     activate_rows(gate_up_R2F, silu, gated_RF)
@@ -269,7 +269,7 @@ def _expert_rows_backward(
             for f in range(F):
                 n_F[f] = n_F[f] * rstd_R[r] * sub_norm_F[f]
     if down.beta.shape[1] > 0:
-        act_as_quantised(gated_RF)
+        act_as_quantised(gated_RF, gated_RF)
     for r in range(rows):
         dn_F, n_F = dn_RF[r], gated_RF[r]
         m, j = route_R[r] // K, route_R[r] % K
@@ -282,8 +282,8 @@ def _expert_rows_backward(
         norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, dsub_norm_F)
     activate_rows_backward(dn_RF, gate_up_R2F, silu, dgate_up_R2F)
     if gate_up.beta.shape[1] > 0:
-        dacc_R2F = dgate_up_R2F.copy()
-        scale_columns(dacc_R2F, gate_up.beta[e])
+        dacc_R2F = np.empty_like(dgate_up_R2F)
+        scale_columns(dgate_up_R2F, gate_up.beta[e], dacc_R2F)
         gemm_nn(1.0, dacc_R2F, gate_up.w[e], 0.0, dx_RU)
     else:
         gemm_nn(1.0, dgate_up_R2F, gate_up.w[e], 0.0, dx_RU)
@@ -385,7 +385,7 @@ def _weight_gradient(
     for r in range(0, len(route_R), rows):
         x_RI = _gather(x_MI, route_R[r : r + rows], K)
         if quantised:
-            act_as_quantised(x_RI)
+            act_as_quantised(x_RI, x_RI)
         gemm_tn(1.0, d_RO[r : r + rows], x_RI, 1.0, dw_OI)
 
 
@@ -481,7 +481,7 @@ class Experts(PackedProducts):
         """See `Operations.expert_ffn`."""
         route_R, slot_MK, start_Z = dispatch
         R, dtype = len(route_R), x_MU.dtype
-        gate_up, down = self._stack(gate_up_E2FU), self._stack(down_EUF)
+        gate_up, down = self._stack(_as_packed(gate_up_E2FU)), self._stack(_as_packed(down_EUF))
         blocks = _row_blocks(start_Z, ROWS)
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
         gate_up_R2F = self.empty((R, _outputs(gate_up_E2FU)), dtype)
@@ -597,6 +597,13 @@ class Experts(PackedProducts):
         if dsub_norm_EF is not None:
             np.add.at(dsub_norm_EF, blocks[:, 0], dsub_norm_blocks)
         return dx_MU, dgate_MK
+
+
+def _as_packed(weight: Weight) -> Weight:
+    """A `BitWeight` in its packed form, if it has one."""
+    if isinstance(weight, BitWeight) and weight.packed is not None:
+        return PackedWeight(weight.packed, weight.beta)
+    return weight
 
 
 def _outputs(weight: Weight) -> int:

@@ -86,16 +86,19 @@ def _bit_linear(
         )
 
 
+@task
+def _straight_through(x_NI: Any, dy_NO: Any, beta_O: Any, x_hat_NI: Any, dacc_NO: Any) -> None:
+    act_as_quantised(x_NI, x_hat_NI)
+    scale_columns(dy_NO, beta_O, dacc_NO)
+
+
 @parallel
-def _act_as_quantised(x_NI: Any, rows: int) -> None:
+def _straight_through_all(
+    x_NI: Any, dy_NO: Any, beta_O: Any, x_hat_NI: Any, dacc_NO: Any, rows: int
+) -> None:
     for block in prange((x_NI.shape[0] + rows - 1) // rows):
-        act_as_quantised(x_NI[block * rows : (block + 1) * rows])
-
-
-@parallel
-def _scale_columns(dy_NO: Any, beta_O: Any, rows: int) -> None:
-    for block in prange((dy_NO.shape[0] + rows - 1) // rows):
-        scale_columns(dy_NO[block * rows : (block + 1) * rows], beta_O)
+        n, z = block * rows, (block + 1) * rows
+        _straight_through(x_NI[n:z], dy_NO[n:z], beta_O, x_hat_NI[n:z], dacc_NO[n:z])
 
 
 @parallel
@@ -135,6 +138,8 @@ class Linear(Quantise, PackedProducts):
         rows = len(x_NI)
         outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
+        if isinstance(w_OI, BitWeight) and w_OI.packed is not None:
+            w_OI = PackedWeight(w_OI.packed, w_OI.beta[None])
         if isinstance(w_OI, PackedWeight):
             self._packed_linear(x_NI, w_OI, y_NO)
         elif isinstance(w_OI, BitWeight):
@@ -205,13 +210,11 @@ class Linear(Quantise, PackedProducts):
     ) -> tuple[FloatArray, FloatArray]:
         """What x acts as, and the gradient of the sums of integers: dx = (dy beta) @ w."""
         x_hat_NI, dacc_NO = self.empty(x_NI.shape, x_NI.dtype), self.empty(dy_NO.shape, dy_NO.dtype)
-        x_hat_NI[...], dacc_NO[...] = x_NI, dy_NO
+        arrays = x_NI, dy_NO, w_OI.beta, x_hat_NI, dacc_NO
         if len(x_NI) <= ROWS_ELEMENTWISE:
-            act_as_quantised(x_hat_NI)
-            scale_columns(dacc_NO, w_OI.beta)
+            _straight_through(*arrays)
         else:
-            _act_as_quantised(x_hat_NI, ROWS_ELEMENTWISE)
-            _scale_columns(dacc_NO, w_OI.beta, ROWS_ELEMENTWISE)
+            _straight_through_all(*arrays, ROWS_ELEMENTWISE)
         return x_hat_NI, dacc_NO
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:

@@ -12,6 +12,7 @@ from mhmoe_np.operations.numba_cpu.arithmetic import bits_of, float_of
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel
 from mhmoe_np.operations.table import Quantization
+from mhmoe_np.packing import FORMATS, PANEL, PLACES, PackedMatrices
 from mhmoe_np.types import FloatArray, IntArray
 
 SERIAL_WEIGHTS = 1 << 15  # so many are quantised before a second thread has woken up
@@ -60,21 +61,21 @@ def scale_block(y_NO: Any, scale_N: Any, beta_O: Any) -> None:
 
 
 @exact
-def act_as_quantised(x_NI: Any) -> None:
-    """Put q * gamma/127 in the place of x: what a BitLinear's input acts as."""
+def act_as_quantised(x_NI: Any, x_hat_NI: Any) -> None:
+    """x_hat = q * gamma/127, what a BitLinear's input acts as; x_hat may be x."""
     for n in range(x_NI.shape[0]):
-        x_I = x_NI[n]
-        scale = quantise_row(x_I, x_I)
-        for i in range(len(x_I)):
-            x_I[i] *= scale
+        x_hat_I = x_hat_NI[n]
+        scale = quantise_row(x_NI[n], x_hat_I)
+        for i in range(len(x_hat_I)):
+            x_hat_I[i] *= scale
 
 
 @exact
-def scale_columns(dy_NO: Any, beta_O: Any) -> None:
-    """dy *= beta: then dx = dy @ w with w the integers."""
+def scale_columns(dy_NO: Any, beta_O: Any, dacc_NO: Any) -> None:
+    """dacc = dy * beta, so that dx = dacc @ w with w the integers; dacc may be dy."""
     for n in range(dy_NO.shape[0]):
         for o in range(len(beta_O)):
-            dy_NO[n, o] *= beta_O[o]
+            dacc_NO[n, o] = dy_NO[n, o] * beta_O[o]
 
 
 @exact
@@ -105,20 +106,28 @@ def _sum(x_OI: Any, magnitudes: bool) -> Any:
 
 
 @exact
+def _mean_is_certain(w_OI: Any, total: float, rest: float, lost: float) -> Any:
+    """Whether the mean of w comes out the same wherever the sum lies within total + rest +- lost."""
+    real = w_OI.dtype.type
+    least, most = total + (rest - lost), total + (rest + lost)
+    return real(least / w_OI.size) == real(most / w_OI.size)
+
+
+@exact
 def _sums_of_matrix(w_OI: Any, ternary: bool, sums: Any) -> Any:
-    """Leave sum |w| and, for sign weights, sum w, rounded once; return whether that is certain.
+    """Leave sum |w| and, for sign weights, sum w; return whether the means are certain.
 
     What two floats lose is below n 2^-104 sum |w| for n additions. Where that could decide the rounding
-    of a sum, somebody must add exactly.
+    of a mean, somebody must add exactly.
     """
     total, rest = _sum(w_OI, True)
     lost = (w_OI.shape[0] + w_OI.shape[1]) * 2.0**-104 * total
     sums[0] = total + rest
-    certain = total + (rest - lost) == total + (rest + lost)
+    certain = _mean_is_certain(w_OI, total, rest, lost)
     if not ternary:
         total, rest = _sum(w_OI, False)
         sums[1] = total + rest
-        certain = certain and total + (rest - lost) == total + (rest + lost)
+        certain = certain and _mean_is_certain(w_OI, total, rest, lost)
     return certain
 
 
@@ -181,6 +190,55 @@ def _quantise_all(
         _quantise_task(x, w_OI, start_Z, ternary, sums, q_OI, beta_O, counts)
 
 
+@exact
+def _codes_of_group(q_I: Any, lowest: int, step: int, depth: int, bits: int, code_4: Any) -> None:
+    """Four bytes of one output: the codes of a group's inputs; bits = 0: in base 3."""
+    for place in range(PLACES):
+        value = np.int32(0)
+        for block in range(depth):
+            i = block * PLACES + place
+            code = np.int32(q_I[i] - lowest) >> (step - 1) if i < len(q_I) else np.int32(0)
+            value = value | code << (bits * block) if bits > 0 else 3 * value + code
+        code_4[place] = value if bits > 0 else (256 * value + 242) // 243
+
+
+@exact
+def _codes_of_ternary_group(q_I: Any, code_4: Any) -> None:
+    """The same for a whole group of ternary-2bit, the format that training uses most."""
+    for place in range(PLACES):
+        value = np.int32(q_I[place]) + 1
+        value |= (np.int32(q_I[place + 4]) + 1) << 2
+        value |= (np.int32(q_I[place + 8]) + 1) << 4
+        value |= (np.int32(q_I[place + 12]) + 1) << 6
+        code_4[place] = value
+
+
+@exact
+def _pack_panel(q_OI: Any, lowest: int, step: int, depth: int, bits: int, code_GB: Any) -> None:
+    """Codes of up to 16 outputs; outputs beyond the matrix have code 0."""
+    group = depth * PLACES
+    whole = q_OI.shape[1] // group if bits == 2 else 0
+    for lane in range(PANEL):
+        first, last = lane * PLACES, (lane + 1) * PLACES
+        if lane >= len(q_OI):
+            code_GB[:, first:last] = 0
+            continue
+        q_I = q_OI[lane]
+        for g in range(whole):
+            _codes_of_ternary_group(q_I[g * group :], code_GB[g, first:last])
+        for g in range(whole, len(code_GB)):
+            q_group = q_I[g * group : (g + 1) * group]
+            _codes_of_group(q_group, lowest, step, depth, bits, code_GB[g, first:last])
+
+
+@parallel
+def _pack(q_EOI: Any, lowest: int, step: int, depth: int, bits: int, code: Any) -> None:
+    panels = code.shape[1]
+    for i in prange(code.shape[0] * panels):
+        e, o = i // panels, i % panels * PANEL
+        _pack_panel(q_EOI[e, o : o + PANEL], lowest, step, depth, bits, code[e, i % panels])
+
+
 @parallel
 def _quantise_blocks(x_NI: Any, q_NI: Any, scale_N: Any, rows: int) -> None:
     for block in prange((x_NI.shape[0] + rows - 1) // rows):
@@ -232,3 +290,9 @@ class Quantise(Buffers):
         else:
             _quantise_all(*to_quantise)
         return counts
+
+    def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
+        """See `Operations.pack_in_place`. A task for each panel."""
+        _, depth, base, lowest, step = FORMATS[packed.format]
+        bits = 8 // depth if 2 ** (8 // depth) >= base else 0
+        _pack(q_EOI, lowest, step, depth, bits, packed.code)

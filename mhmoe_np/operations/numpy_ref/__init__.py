@@ -17,8 +17,10 @@ from mhmoe_np.operations.numpy_ref.linear import (
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
 from mhmoe_np.operations.numpy_ref.norm import rms_norm, rms_norm_backward
 from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, sum_of_squares
-from mhmoe_np.operations.numpy_ref.quantise import quantise_rows, quantise_weight
+from mhmoe_np.operations.numpy_ref.quantise import pack_in_place, quantise_rows, quantise_weight
 from mhmoe_np.operations.numpy_ref.router import route, route_backward
+
+prefers_packed = False
 
 __all__ = [
     "adamw_in_place",
@@ -34,6 +36,8 @@ __all__ = [
     "gated_activation_backward",
     "linear",
     "linear_backward",
+    "pack_in_place",
+    "prefers_packed",
     "quantise_rows",
     "quantise_weight",
     "rms_norm",

@@ -22,7 +22,7 @@ def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
     I <= 131,072, whether the integers came packed or not. Integers have one zero: adding 0 turns the
     -0 of a float product into it.
     """
-    w, beta_O = integers(w_OI, x_NI.dtype)
+    w, beta_O, _ = integers(w_OI, x_NI.dtype)
     q_NI, scale_N = quantise_rows(x_NI)
     return (q_NI @ w.T + 0) * (beta_O * scale_N[:, None])
 

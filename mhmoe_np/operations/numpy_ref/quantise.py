@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
-from mhmoe_np.packing import unpack
+from mhmoe_np.packing import PackedMatrices, pack, unpack
 from mhmoe_np.types import FloatArray, IntArray
 
 SMALLEST_SCALE = 1e-5
@@ -45,6 +45,11 @@ def quantise_weight(
         q_OI[first:last] = quantised_OI
         beta_O[first:last] = beta
     return np.array(counts)
+
+
+def pack_in_place(q_EOI: FloatArray, packed: PackedMatrices) -> None:
+    """See `Operations.pack_in_place`."""
+    packed.code[...] = pack(q_EOI, packed.format).code
 
 
 def _mean(x_OI: FloatArray) -> np.floating[Any]:
