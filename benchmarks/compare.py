@@ -1,7 +1,7 @@
 """Two sides in turn, A B A B, each in its own process: who does more tokens a second.
 
-The peer gets an allocator that keeps what it frees; on both sides OpenBLAS and MKL choose their kernels
-themselves, whatever the environment says. The two first compute the loss of one batch: if they disagree,
+The peer gets an allocator that keeps what it frees. On both sides OpenBLAS and MKL choose their kernels
+themselves, whatever the environment says. First both compute the loss of one batch: if they disagree,
 nothing is reported. A turn during which other processes took a noticeable share of the machine is
 dropped and made again.
 """

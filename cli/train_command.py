@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.run_settings import base_tables, flag_tables
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.files import write_json
 from mhmoe_np.operations.load import cores
 from mhmoe_np.operations.table import BackendName
-from mhmoe_np.presets import DEFAULT_PRESET, RUN_PRESETS
+from mhmoe_np.presets import DEFAULT_PRESET
 from mhmoe_np.run_config import (
     FREE_KEYS,
     RunConfig,
     Tables,
     merge,
     parse_run_config,
-    read_toml,
     with_settings,
 )
 
@@ -62,8 +62,8 @@ def command(
     CONFIG.toml has tables [model], [data], [training] and [optimizer]; --preset lies under it,
     --set and the named options over it.
     """
-    base = _base(config, preset)
-    flags = _flags(data, steps, seed, checkpoint_every)
+    base = base_tables(config, preset)
+    flags = flag_tables(data, steps, seed, checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = _continued(resume, out, name)
     ops = load(backend, threads=threads, keep_buffers=True)
@@ -72,23 +72,6 @@ def command(
         _start(run, base, settings, flags, threads=threads or cores(), backend=backend)
     resolved = _resolve(run, base if config or preset else None, settings, flags)
     _train(run, resolved, ops)
-
-
-def _base(config: Path | None, preset: str | None) -> Tables:
-    if preset is not None and preset not in RUN_PRESETS:
-        from mhmoe_np.config import nearest
-
-        raise UserError(f"--preset {preset}: unknown{nearest(preset, RUN_PRESETS)}")
-    named = RUN_PRESETS[preset] if preset else {} if config else RUN_PRESETS[DEFAULT_PRESET]
-    return merge(named, read_toml(config) if config else {})
-
-
-def _flags(
-    data: tuple[str, ...], steps: int | None, seed: int | None, checkpoint_every: int | None
-) -> Tables:
-    training = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
-    given: Tables = {"training": {key: value for key, value in training.items() if value is not None}}
-    return merge(given, {"data": {"paths": list(data)}}) if data else given
 
 
 def _fresh(folder: Path, name: str) -> Path:

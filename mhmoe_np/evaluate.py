@@ -21,6 +21,8 @@ from mhmoe_np.model.language_model import Model, last_hidden
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import IntArray
 
+BATCH_TOKENS = 4096  # that go through the model at once
+
 
 @dataclass(frozen=True)
 class DomainScore:
@@ -85,7 +87,7 @@ def evaluate(
     tokenizer: Tokenizer,
     *,
     ops: Operations,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> DomainScore:
     """Score a domain in windows of the model's `max_position_embeddings`.
 

@@ -109,6 +109,9 @@ class Operations(Protocol):
     def scope(self) -> AbstractContextManager[None]:
         """Arrays that operations return inside this context may be reused once it ends."""
 
+    def buffer_bytes(self) -> int:
+        """How many bytes of a workspace were ever handed out at once; 0 where there is none."""
+
     # ---- linear maps -------------------------------------------------------------------------
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:

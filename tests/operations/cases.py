@@ -17,7 +17,12 @@ from mhmoe_np.packing import FormatName, pack
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")
 BACKENDS = {"numpy": NUMPY, "numba": NUMBA}
-TABLE = {name for name in vars(Operations) if not name.startswith("_")} - {"empty", "scope"}
+TABLE = {name for name in vars(Operations) if not name.startswith("_")} - {
+    "empty",
+    "scope",
+    "buffer_bytes",
+    "prefers_packed",
+}
 DTYPES = [np.float64, np.float32]
 ACTIVATIONS = ["silu", "relu2"]
 
@@ -151,13 +156,17 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     bits = BitWeight(r.rng.integers(-1, 2, (V, D)).astype(dtype), abs(r(V)))
     packed = packed_weight(bits, "ternary-2bit")
     dw, db = r(V, D), r(V)
-    done["linear"] += [ops.linear(x, bits, b), ops.linear(x, packed, b)]
+    both = bits._replace(packed=packed.w)
+    done["linear"] += [ops.linear(x, w, b) for w in (bits, packed, both)]
     done["linear_backward"] += [ops.linear_backward(dy, x, bits, dw, db), dw, db]
     done["quantise_rows"] = flat(ops.quantise_rows(x))
     q, beta = np.zeros((V, 70), dtype), np.zeros(V, dtype)
     start = np.array([0, 1, 200, V])
     counts = ops.quantise_weight(r(V, 70), start, quantization="bitnet_b158", q_OI=q, beta_O=beta)
     done["quantise_weight"] = [counts, q, beta]
+    room = packed.w._replace(code=np.empty_like(packed.w.code))
+    ops.pack_in_place(bits.w[None], room)
+    done["pack_in_place"] = [room.code]
 
     ids, dw = r.rng.integers(0, V, N), r(V, D)
     done["embedding"] = [ops.embedding(ids, w)]
@@ -211,7 +220,10 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     y, cache = ops.expert_ffn(*given, *stacks, None, activation="relu2", eps=1e-5)
     done["expert_ffn"] += [y, cache.gate_up_R2F]
     packs = [packed_weight(stack, "ternary-base3") for stack in stacks]
-    done["expert_ffn"] += [ops.expert_ffn(*given, *packs, None, activation="relu2", eps=1e-5)[0]]
+    both = [bits._replace(packed=pack.w) for bits, pack in zip(stacks, packs, strict=True)]
+    for weights in (packs, both):
+        y, _ = ops.expert_ffn(*given, *weights, None, activation="relu2", eps=1e-5)
+        done["expert_ffn"] += [y]
     dweights = [r(E, 2 * F, U), r(E, U, F)]
     gradients = ops.expert_ffn_backward(
         r(M, U), *given, *stacks, None, cache, *dweights, None, activation="relu2"

@@ -47,13 +47,15 @@ def test_one_run_of_the_whole_table_agrees(dtype: Any) -> None:
 # ---- linear maps -----------------------------------------------------------------------------
 
 
-# More than 2^19 multiply-adds run in tiles: of 256 rows, of 512 columns below 1024 rows.
+# More than 2^19 multiply-adds run in tiles: of 256 rows, 512 from 2048 rows on, and of 512 columns
+# below 1024 rows; a weight's gradient in strips of at least 128 outputs.
 TILED = [
     *({"rows": n, "inputs": 45, "outputs": 47} for n in (255, 256, 257)),
     *({"rows": 33, "inputs": 41, "outputs": n} for n in (511, 512, 513)),
     *({"rows": 33, "inputs": n, "outputs": 41} for n in (511, 512, 513)),
     *({"rows": n, "inputs": 9, "outputs": 63} for n in (1023, 1024, 1025)),
-    *({"rows": 257, "inputs": 37, "outputs": n} for n in (63, 64, 65)),
+    *({"rows": n, "inputs": 9, "outputs": 31} for n in (2047, 2048, 2049)),
+    *({"rows": 257, "inputs": 37, "outputs": n} for n in (127, 128, 129, 1025)),
 ]
 
 
@@ -344,10 +346,10 @@ def test_expert_ffn_agrees(
 
 # ---- loss ------------------------------------------------------------------------------------
 
-# Around 128 rows of a task and 512 rows of the vocabulary; then more rows than one chunk of logits
-# (16 MiB, at least 256 rows) holds.
-VOCABULARIES = [{"N": N, "V": V} for N in (127, 128, 129) for V in (511, 512, 513)]
-CHUNKS = [{"N": N, "V": 17_000} for N in (256, 257)]
+# Around the 64 rows of a task, the 256 of a product and the strips of 512 of the vocabulary; then
+# around a chunk of logits: 256 rows where 16 MiB hold fewer, 1024 where they hold more.
+VOCABULARIES = [{"N": N, "V": V} for N in (63, 129, 257) for V in (511, 512, 513, 1025)]
+CHUNKS = [{"N": N, "V": 17_000} for N in (256, 257)] + [{"N": N, "V": 7} for N in (1024, 1025)]
 
 
 @always([case | {"D": 5, "ignored": 0.2, "seed": 16} for case in VOCABULARIES + CHUNKS])

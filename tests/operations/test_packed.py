@@ -98,6 +98,7 @@ def test_a_packed_linear_map_has_the_bits_of_the_definition(
         same_bits(SETS[instruction_set].linear(x, packed, b), expected)
         same_bits(NUMPY.linear(x, packed, b), expected)
         same_bits(NUMBA.linear(x, w, b), expected)
+        same_bits(SETS[instruction_set].linear(x, w._replace(packed=packed.w), b), expected)
 
 
 @of_each_dtype
@@ -279,6 +280,7 @@ def test_packed_experts_have_the_bits_of_fake_quantised_ones(
     r, K = Inputs(seed, np.float32), min(K, E)
     stacks = bit_weight(r, format, E, 2 * F, U), bit_weight(r, format, E, U, F)
     packs = [packed_weight(stack, format) for stack in stacks]
+    doubles = [stack._replace(packed=packed.w) for stack, packed in zip(stacks, packs, strict=True)]
     norm = r(E, F) if normed else None
     x, gate, expert = r(M, U), r(M, K), r.experts(M, E, K, load)
     sent = NUMPY.dispatch(expert, experts=E, capacity=capacity)
@@ -286,7 +288,9 @@ def test_packed_experts_have_the_bits_of_fake_quantised_ones(
         with unchanged(x, gate, sent, *stacks, *(pack.w.code for pack in packs)):
             expected = ops.expert_ffn(x, gate, sent, *stacks, norm, activation=activation, eps=1e-5)
             actual = ops.expert_ffn(x, gate, sent, *packs, norm, activation=activation, eps=1e-5)
+            double = ops.expert_ffn(x, gate, sent, *doubles, norm, activation=activation, eps=1e-5)
         same_bits(actual, expected)
+        same_bits(double, expected)
 
 
 # ---- quantisers ------------------------------------------------------------------------------

@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.packing import FORMATS, PANEL, FormatName, code_shape, pack, unpack
-from tests.operations.cases import SEEDS, always, quick
+from mhmoe_np.packing import (
+    FORMATS,
+    PANEL,
+    FormatName,
+    PackedMatrices,
+    code_shape,
+    empty_code,
+    pack,
+    unpack,
+)
+from tests.operations.cases import BACKENDS, DTYPES, SEEDS, always, quick
 
 of_each_format = pytest.mark.parametrize("format", FORMATS)
 
@@ -35,6 +44,21 @@ def test_unpacking_gives_back_what_was_packed(
         assert packed.code.ctypes.data % 64 == 0
         np.testing.assert_array_equal(unpack(packed), q)
         np.testing.assert_array_equal(unpack(packed.matrix(E - 1)), q[-1:])
+
+
+@of_each_format
+@always([{"E": 2, "O": o, "I": i, "seed": 2} for o in (1, 15, 16, 17) for i in (1, 15, 16, 19, 20, 33)])
+@given(E=st.integers(1, 3), O=st.integers(1, 40), I=st.integers(1, 80), seed=SEEDS)
+@quick(40)
+def test_a_backend_packs_as_defined(format: FormatName, E: int, O: int, I: int, seed: int) -> None:
+    for dtype in DTYPES:
+        q = np.random.default_rng(seed).choice(values(format), (E, O, I)).astype(dtype)
+        expected = pack(q, format)
+        for ops in BACKENDS.values():
+            packed = PackedMatrices(empty_code(E, O, I, format), O, I, format)
+            packed.code[...] = 255
+            ops.pack_in_place(q, packed)
+            np.testing.assert_array_equal(packed.code, expected.code)
 
 
 @of_each_format

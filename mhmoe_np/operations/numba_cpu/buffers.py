@@ -23,6 +23,10 @@ class Buffers:
             return np.empty(shape, dtype)
         return self._workspace.empty(shape, dtype)
 
+    def buffer_bytes(self) -> int:
+        """See `Operations.buffer_bytes`."""
+        return 0 if self._workspace is None else self._workspace.used_bytes
+
     def scope(self) -> AbstractContextManager[None]:
         """See `Operations.scope`."""
         return nullcontext() if self._workspace is None else self._workspace.scope()

@@ -26,8 +26,14 @@ class Workspace:
 
     def __init__(self) -> None:
         self._blocks: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self._used: list[int] = []  # bytes of each block that were ever handed out
         self._block = 0
         self._offset = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """How much was ever handed out at once; the rest of the blocks takes no memory."""
+        return sum(self._used)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """An uninitialised C-contiguous array, aligned to 64 bytes."""
@@ -36,10 +42,12 @@ class Workspace:
         while True:
             if self._block == len(self._blocks):
                 self._blocks.append(np.empty(max(BLOCK_BYTES, size + ALIGNMENT_BYTES), np.uint8))
+                self._used.append(0)
             block = self._blocks[self._block]
             start = self._offset + -(block.ctypes.data + self._offset) % ALIGNMENT_BYTES
             if start + size <= block.nbytes:
                 self._offset = start + size
+                self._used[self._block] = max(self._used[self._block], self._offset)
                 return np.ndarray(shape, dtype, block.data, start)
             self._block, self._offset = self._block + 1, 0
 

@@ -4,7 +4,7 @@ Never optimised: speed belongs in the other backends, and tests hold them to thi
 """
 
 from mhmoe_np.operations.numpy_ref.attention import attention, attention_backward, rotate_in_place
-from mhmoe_np.operations.numpy_ref.buffers import empty, scope
+from mhmoe_np.operations.numpy_ref.buffers import buffer_bytes, empty, scope
 from mhmoe_np.operations.numpy_ref.dispatch import dispatch
 from mhmoe_np.operations.numpy_ref.experts import expert_ffn, expert_ffn_backward
 from mhmoe_np.operations.numpy_ref.feed_forward import gated_activation, gated_activation_backward
@@ -26,6 +26,7 @@ __all__ = [
     "adamw_in_place",
     "attention",
     "attention_backward",
+    "buffer_bytes",
     "dispatch",
     "embedding",
     "embedding_backward",

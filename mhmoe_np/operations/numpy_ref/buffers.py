@@ -14,6 +14,11 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     return np.empty(shape, dtype)
 
 
+def buffer_bytes() -> int:
+    """See `Operations.buffer_bytes`."""
+    return 0
+
+
 def scope() -> AbstractContextManager[None]:
     """See `Operations.scope`."""
     return nullcontext()

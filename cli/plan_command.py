@@ -1,0 +1,104 @@
+"""`mhmoe-np plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from mhmoe_cli.backend import load, threads_option
+from mhmoe_cli.run_settings import base_tables, flag_tables
+
+from mhmoe_np.presets import DEFAULT_PRESET
+from mhmoe_np.run_config import merge, parse_run_config, with_settings
+
+if TYPE_CHECKING:
+    from mhmoe_np.plan import Plan
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.option("--preset", help=f"Named settings (default: {DEFAULT_PRESET}); see the README.")
+@click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
+@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@threads_option
+def command(
+    config: Path | None,
+    preset: str | None,
+    data: tuple[str, ...],
+    steps: int | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    threads: int | None,
+) -> None:
+    """Forecast what `train` with the same settings will take; nothing is written.
+
+    Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model are made
+    to see how fast this machine is and how much memory they need.
+    """
+    tables = with_settings(base_tables(config, preset), settings)
+    resolved = parse_run_config(
+        merge(tables, flag_tables(data, steps, None, None)), source="configuration"
+    )
+    ops = load("numba", threads=threads, keep_buffers=True)
+
+    from mhmoe_np.data.documents import embedded_domains, read_domains
+    from mhmoe_np.plan import make_plan
+
+    paths = resolved.data.paths
+    domains = read_domains(paths) if paths else embedded_domains()
+    plan = make_plan(resolved, sum(domain.byte_count for domain in domains), ops=ops)
+    if as_json:
+        click.echo(json.dumps(_as_dict(plan), indent=2))
+    else:
+        _print(plan)
+
+
+def _as_dict(plan: Plan) -> dict[str, object]:
+    return {
+        **plan._asdict(),
+        "parameters": plan.parameters._asdict(),
+        "memory": {**plan.memory._asdict(), "peak": plan.memory.peak},
+    }
+
+
+def _print(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_column(), table.add_column(justify="right")
+    table.add_row("parameters", f"{plan.parameters.total:,}")
+    table.add_row("  met by one token", f"{plan.parameters.active:,}")
+    table.add_row("FLOPs a token", f"{sum(plan.flops_per_token.values()):,}")
+    for part, flops in plan.flops_per_token.items():
+        if flops:
+            table.add_row(f"  {part}", f"{flops:,}")
+    table.add_row("memory at the peak", _size(plan.memory.peak))
+    for part, size in plan.memory._asdict().items():
+        if size:
+            table.add_row(f"  {part}", _size(size))
+    table.add_row("tokens/s", f"{plan.tokens_per_s:,.0f}")
+    table.add_row("a step", f"{plan.step_seconds:.3g} s")
+    table.add_row("all steps", _duration(plan.training_seconds))
+    table.add_row("disk", _size(plan.disk))
+    console = Console()
+    console.width = max(console.width, 80)
+    console.print(table)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
