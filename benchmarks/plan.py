@@ -22,7 +22,7 @@ from benchmarks.compare import environment_of_sides
 from mhmoe_np.presets import PAPER_MODELS
 from mhmoe_np.run_folder import METRICS
 
-COMMAND = (sys.executable, "-m", "mhmoe_cli.main")
+COMMAND = (str(Path(sys.executable).with_name("mhmoe-np")),)
 SETTINGS = {
     "small": ("--steps", "12"),
     # The paper's batch of 256 sequences of 2,048, a sequence at a time, is cut to two.

@@ -64,3 +64,30 @@ def draw(row: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / f"{name}.png", dpi=90)
     plt.close(figure)
+
+
+def draw_curve(name: str, curve: dict[str, Any]) -> None:
+    """Tokens/s, and milliseconds of each part for a thousand tokens, against the size that grows."""
+    points = curve["points"]
+    values = [point["value"] for point in points]
+    figure, (speed, parts) = plt.subplots(1, 2, figsize=(9, 3.2))
+    speed.plot(values, [point["tokens_per_s"] for point in points], "o-", color="tab:blue")
+    speed.set_ylabel("tokens/s"), speed.set_ylim(bottom=0)
+    memory = speed.twinx()
+    memory.plot(values, [p["step_mb"] for p in points], "s--", color="tab:red", label="step")
+    memory.plot(values, [p["model_mb"] for p in points], "^:", color="tab:brown", label="model")
+    memory.set_ylabel("MB"), memory.set_ylim(bottom=0), memory.legend(fontsize=7)
+    milliseconds = [
+        [1e3 * point["parts_ms"][part] / curve["tokens"] for point in points] for part in PARTS
+    ]
+    parts.stackplot(values, milliseconds, labels=PARTS)
+    parts.set_ylabel("ms for 1000 tokens"), parts.legend(fontsize=6, loc="upper left")
+    for axes in (speed, parts):
+        axes.set_xlabel(curve["key"])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [str(value) for value in values], fontsize=7, rotation=30)
+    figure.suptitle(f"training against {name}; {curve['machine']}", fontsize=9)
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"growth-{name}.png", dpi=90)
+    plt.close(figure)

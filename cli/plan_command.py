@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 from mhmoe_cli.backend import load, threads_option
 from mhmoe_cli.run_settings import base_tables, flag_tables
 
+from mhmoe_np.operations.load import load_operations
 from mhmoe_np.presets import DEFAULT_PRESET
 from mhmoe_np.run_config import merge, parse_run_config, with_settings
 
@@ -36,21 +38,22 @@ def command(
 ) -> None:
     """Forecast what `train` with the same settings will take; nothing is written.
 
-    Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model are made
-    to see how fast this machine is and how much memory they need.
+    Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model show
+    how fast this machine is and how much memory they need.
     """
     tables = with_settings(base_tables(config, preset), settings)
     resolved = parse_run_config(
         merge(tables, flag_tables(data, steps, None, None)), source="configuration"
     )
-    ops = load("numba", threads=threads, keep_buffers=True)
+    load("numba", threads=threads)  # for its word about compiling
+    load_anew = partial(load_operations, "numba", threads=threads, keep_buffers=True)
 
     from mhmoe_np.data.documents import embedded_domains, read_domains
     from mhmoe_np.plan import make_plan
 
     paths = resolved.data.paths
     domains = read_domains(paths) if paths else embedded_domains()
-    plan = make_plan(resolved, sum(domain.byte_count for domain in domains), ops=ops)
+    plan = make_plan(resolved, sum(domain.byte_count for domain in domains), load=load_anew)
     if as_json:
         click.echo(json.dumps(_as_dict(plan), indent=2))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -69,23 +70,30 @@ class _Probe(NamedTuple):
     buffers: int  # bytes
 
 
-def make_plan(config: RunConfig, text_bytes: int, *, ops: Operations) -> Plan:
+def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operations]) -> Plan:
     """Probe this machine and add up, for a run on a text of `text_bytes`.
 
+    load: makes the operations of a run; each probe has its own, since their buffers adapt to its size.
     Raises UserError: the model alone does not fit into the memory that is free.
     """
     training = config.training
     count = parameter_count(config.model)
     _check_room(count)
+    parameters = Parameters(config.model, np.float32)
+    initialise(parameters, training.seed)
+    moments = Moments.zeros(config.model, np.float32)
     sequences = training.batch_size // training.gradient_accumulation_steps
-    learner = _fresh_learner(config, ops)
     smaller = min(sequences, math.ceil(PROBE_TOKENS / training.sequence_length))
     larger = min(sequences, 2 * smaller)
-    probes = [_probe(learner, size, config, ops) for size in dict.fromkeys((smaller, larger))]
+    probes = []
+    for size in dict.fromkeys((smaller, larger)):
+        ops = load()
+        learner = Learner(parameters, moments, updates=0, ops=ops)
+        probes.append(_probe(learner, size, config, ops))
     whole = _extrapolated(probes, smaller, larger, sequences)
     _score(learner, config, ops)  # a run ends with it
 
-    arrays = learner.parameters.flat_P.nbytes
+    arrays = parameters.flat_P.nbytes
     quantised = _quantised_bytes(learner.model.weights)
     program = _resident() - 4 * arrays - quantised - ops.buffer_bytes()
     program += PREPARATION_BYTES + PREPARATION_BYTES_PER_BYTE * text_bytes
@@ -114,12 +122,6 @@ def _check_room(count: ParameterCount) -> None:
             f"the model's {count.total:,} parameters, their gradient and two moments need "
             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make the model smaller"
         )
-
-
-def _fresh_learner(config: RunConfig, ops: Operations) -> Learner:
-    parameters = Parameters(config.model, np.float32)
-    initialise(parameters, config.training.seed)
-    return Learner(parameters, Moments.zeros(config.model, np.float32), updates=0, ops=ops)
 
 
 def _tokens(config: RunConfig, sequences: int) -> np.ndarray:

@@ -57,8 +57,10 @@ def block_forward(
     attended_ND, attention = attention_forward(
         normed_ND, w, rotary, sequences=sequences, config=config, ops=ops
     )
-    middle_ND = np.add(x_ND, attended_ND, out=attended_ND)
-    normed_ND, middle_rstd_N = ops.rms_norm(middle_ND, w[NORM_2], eps=config.rms_norm_eps)
+    normed_ND, middle_rstd_N = ops.add_in_place_and_norm(
+        x_ND, attended_ND, w[NORM_2], eps=config.rms_norm_eps
+    )
+    middle_ND = attended_ND
     y_ND, statistics, feed_forward, moe = feed_forward_half(
         normed_ND, w, counted_N, is_moe=is_moe, drop=drop, config=config, ops=ops
     )
@@ -85,8 +87,8 @@ def feed_forward_half(
     return y_ND, None, feed_forward, None
 
 
-def block_backward(
-    dy_ND: FloatArray,
+def block_backward_in_place(
+    dx_ND: FloatArray,
     cache: BlockCache,
     balance: BalanceUpstream | None,
     w: LayerWeights,
@@ -95,22 +97,20 @@ def block_backward(
     *,
     config: ModelConfig,
     ops: Operations,
-) -> FloatArray:
-    """Return dx_ND; add to dw. A residual hands its gradient on and adds its branch's."""
-    dx_ND: FloatArray = ops.empty(dy_ND.shape, dy_ND.dtype)
+) -> None:
+    """Turn dx_ND, the gradient of the block's output, into that of its input; add to dw.
+
+    A residual hands its gradient on and adds its branch's: x + f(x) gives dx += f'(x)^T dx.
+    """
     with ops.scope():
         if cache.moe is not None and balance is not None:
-            dnormed_ND = moe_backward(dy_ND, cache.moe, balance, w, dw, config=config, ops=ops)
+            dnormed_ND = moe_backward(dx_ND, cache.moe, balance, w, dw, config=config, ops=ops)
         elif cache.feed_forward is not None:
             dnormed_ND = feed_forward_backward(
-                dy_ND, cache.feed_forward, w, dw, DENSE, config=config, ops=ops
+                dx_ND, cache.feed_forward, w, dw, DENSE, config=config, ops=ops
             )
-        dmiddle_ND = dy_ND + ops.rms_norm_backward(
-            dnormed_ND, cache.middle_ND, w[NORM_2], cache.middle_rstd_N, dw[NORM_2]
+        ops.rms_norm_backward(
+            dnormed_ND, cache.middle_ND, w[NORM_2], cache.middle_rstd_N, dw[NORM_2], onto_ND=dx_ND
         )
-        dnormed_ND = attention_backward(
-            dmiddle_ND, cache.attention, w, dw, rotary, config=config, ops=ops
-        )
-        dbranch_ND = ops.rms_norm_backward(dnormed_ND, cache.x_ND, w[NORM], cache.rstd_N, dw[NORM])
-        np.add(dmiddle_ND, dbranch_ND, out=dx_ND)
-    return dx_ND
+        dnormed_ND = attention_backward(dx_ND, cache.attention, w, dw, rotary, config=config, ops=ops)
+        ops.rms_norm_backward(dnormed_ND, cache.x_ND, w[NORM], cache.rstd_N, dw[NORM], onto_ND=dx_ND)

@@ -174,7 +174,7 @@ def moe_backward(
         cache.counted_M,
         normalise=config.norm_topk_prob,
     )
-    dx_MU += ops.linear_backward(dlogits_ME, cache.x_MU, w[ROUTER], dw[ROUTER], None)
+    ops.linear_backward(dlogits_ME, cache.x_MU, w[ROUTER], dw[ROUTER], None, onto_NI=dx_MU)
 
     dx_ND = dx_MU.reshape(N, D)
     if config.moe_head_layer:

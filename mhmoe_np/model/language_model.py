@@ -14,7 +14,7 @@ import numpy as np
 
 from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.balance import RouterStatistics, balance_loss, expert_share, z_loss
-from mhmoe_np.layers.block import BlockCache, block_backward, block_forward
+from mhmoe_np.layers.block import BlockCache, block_backward_in_place, block_forward
 from mhmoe_np.layers.moe import BalanceUpstream
 from mhmoe_np.layers.rotary import Rotary, rotary_angles
 from mhmoe_np.model.parameters import Parameters
@@ -172,7 +172,7 @@ def backward(
         reversed(cache.blocks), reversed(weights.blocks), reversed(gradient.blocks), strict=True
     ):
         upstream = remaining.pop() if block.moe is not None else None
-        dx_ND = block_backward(dx_ND, block, upstream, w, dw, rotary, config=config, ops=ops)
+        block_backward_in_place(dx_ND, block, upstream, w, dw, rotary, config=config, ops=ops)
     ops.embedding_backward(dx_ND, cache.input_BT.reshape(-1), gradient.arrays[EMBEDDING])
 
 

@@ -4,7 +4,8 @@ The model names these operations and never a backend. `numpy_ref` defines each o
 `numba_cpu` computes the same, fast. An operation that differentiates has its backward beside it, and
 all backwards keep two laws:
 
-- gradients of activations are returned, in the order of the forward's differentiable arguments;
+- gradients of activations are returned, in the order of the forward's differentiable arguments; where
+  an array `onto` is given they are added to it, which is then what is returned;
 - gradients of weights are *added* to the array given (`dw_OI` and the like), so that tied weights and
   accumulated micro-batches need no special case.
 
@@ -127,6 +128,8 @@ class Operations(Protocol):
         w_OI: Weight,
         dw_OI: FloatArray,
         db_O: FloatArray | None,
+        *,
+        onto_NI: FloatArray | None = None,
     ) -> FloatArray:
         """Return dx_NI; add to dw_OI and db_O.
 
@@ -187,6 +190,14 @@ class Operations(Protocol):
         Source   [spec 2] RMSNorm.
         """
 
+    def add_in_place_and_norm(
+        self, x_ND: FloatArray, branch_ND: FloatArray, w_D: FloatArray, *, eps: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """branch += x, in place; return what `rms_norm` makes of that sum.
+
+        The backward is that of the norm, onto the gradient that the sum receives elsewhere.
+        """
+
     def rms_norm_backward(
         self,
         dy_ND: FloatArray,
@@ -194,6 +205,8 @@ class Operations(Protocol):
         w_D: FloatArray,
         rstd_N: FloatArray,
         dw_D: FloatArray,
+        *,
+        onto_ND: FloatArray | None = None,
     ) -> FloatArray:
         """Return dx_ND; add to dw_D."""
 

@@ -176,7 +176,14 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     norm_w, dnorm_w = r(D), r(D)
     y, rstd = ops.rms_norm(x, norm_w, eps=1e-5)
     done["rms_norm"] = [y, rstd]
-    done["rms_norm_backward"] = [ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w), dnorm_w]
+    onto = r(N, D)
+    done["rms_norm_backward"] = [
+        ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w),
+        ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w, onto_ND=onto),
+        dnorm_w,
+    ]
+    branch = r(N, D)
+    done["add_in_place_and_norm"] = [branch, *ops.add_in_place_and_norm(x, branch, norm_w, eps=1e-5)]
 
     B, T, A, G, C = 2, 90, 4, 2, 6
     turned, cos, sin = r(B, T, A, C), r(T, C // 2), r(T, C // 2)

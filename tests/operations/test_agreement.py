@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mhmoe_np.operations.table import AdamWSettings
 from tests.operations.cases import (
     ACTIVATIONS,
+    BACKENDS,
     DTYPES,
     NUMBA,
     NUMPY,
@@ -24,6 +25,7 @@ from tests.operations.cases import (
     heads,
     quick,
     run_table,
+    same_bits,
     unchanged,
 )
 
@@ -32,6 +34,8 @@ WIDTHS = st.integers(1, 19)
 EDGES = [1, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
 EPS = 1e-5
+
+of_each_backend = pytest.mark.parametrize("name", BACKENDS)
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 
@@ -107,6 +111,40 @@ def test_rms_norm_agrees(dtype: Any, N: int, D: int, spread: float, seed: int) -
         unit = rstd.max() * np.abs(dy * w).max()
         agree(NUMBA.rms_norm_backward(dy, x, w, rstd, actual), dx, unit=unit)
     agree(actual, expected, unit=N**0.5)
+
+
+@of_each_backend
+@always([{"N": N, "D": 13, "seed": 6} for N in EDGES])
+@given(N=LENGTHS, D=WIDTHS, seed=SEEDS)
+@quick(20)
+def test_a_gradient_can_be_added_to_another(dtype: Any, name: str, N: int, D: int, seed: int) -> None:
+    r, ops = Inputs(seed, dtype), BACKENDS[name]
+    x, w, square, dy, around, dw, dsquare = (
+        *(r(N, D), r(D), r(D, D)),
+        *(r(N, D), r(N, D), r(D), r(D, D)),
+    )
+    _, rstd = ops.rms_norm(x, w, eps=EPS)
+    with unchanged(x, w, square, dy):
+        dx, onto = ops.rms_norm_backward(dy, x, w, rstd, dw), around.copy()
+        assert ops.rms_norm_backward(dy, x, w, rstd, dw, onto_ND=onto) is onto
+        agree(onto, around + dx, unit=rstd.max() * np.abs(dy * w).max() + 4)
+        dx, onto = ops.linear_backward(dy, x, square, dsquare, None), around.copy()
+        assert ops.linear_backward(dy, x, square, dsquare, None, onto_NI=onto) is onto
+        agree(onto, around + dx, unit=D**0.5 + 4)
+
+
+@of_each_backend
+@always([{"N": N, "D": 13, "seed": 7} for N in EDGES])
+@given(N=LENGTHS, D=WIDTHS, seed=SEEDS)
+@quick(20)
+def test_a_sum_is_normed_as_if_added_before(dtype: Any, name: str, N: int, D: int, seed: int) -> None:
+    r, ops = Inputs(seed, dtype), BACKENDS[name]
+    x, branch, w = r(N, D), r(N, D), r(D)
+    total = x + branch
+    with unchanged(x, w):
+        found = ops.add_in_place_and_norm(x, branch, w, eps=EPS)
+    np.testing.assert_array_equal(branch, total)
+    same_bits(found, ops.rms_norm(total, w, eps=EPS))
 
 
 # ---- attention -------------------------------------------------------------------------------

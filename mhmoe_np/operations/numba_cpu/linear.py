@@ -102,7 +102,7 @@ def _straight_through_all(
 
 
 @parallel
-def _linear_dx(dy_NO: Any, w_OI: Any, dx_NI: Any, rows: int, columns: int) -> None:
+def _linear_dx(dy_NO: Any, w_OI: Any, keep: float, dx_NI: Any, rows: int, columns: int) -> None:
     across = (dx_NI.shape[1] + columns - 1) // columns
     down = (dx_NI.shape[0] + rows - 1) // rows
     for tile in prange(down * across):
@@ -111,7 +111,7 @@ def _linear_dx(dy_NO: Any, w_OI: Any, dx_NI: Any, rows: int, columns: int) -> No
             1.0,
             dy_NO[n : n + rows],
             w_OI[:, i : i + columns],
-            0.0,
+            keep,
             dx_NI[n : n + rows, i : i + columns],
         )
 
@@ -185,21 +185,24 @@ class Linear(Quantise, PackedProducts):
         w_OI: Weight,
         dw_OI: FloatArray,
         db_O: FloatArray | None,
+        *,
+        onto_NI: FloatArray | None = None,
     ) -> FloatArray:
         """See `Operations.linear_backward`. dw in strips of outputs."""
         if isinstance(w_OI, PackedWeight):
             raise TypeError("packed weights have no gradient")
-        dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
+        keep = 0.0 if onto_NI is None else 1.0
+        dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
             dacc_NO = dy_NO
             if isinstance(w_OI, BitWeight):
                 x_NI, dacc_NO = self._straight_through(x_NI, dy_NO, w_OI)
                 w_OI = w_OI.w
             if x_NI.size * len(w_OI) <= SERIAL_MACS:
-                gemm_nn(1.0, dacc_NO, w_OI, 0.0, dx_NI)
+                gemm_nn(1.0, dacc_NO, w_OI, keep, dx_NI)
                 gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
             else:
-                _linear_dx(dacc_NO, w_OI, dx_NI, *tile(*x_NI.shape))
+                _linear_dx(dacc_NO, w_OI, keep, dx_NI, *tile(*x_NI.shape))
                 _linear_dw(dy_NO, x_NI, dw_OI, max(128, blocks(len(w_OI), 8)))
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)

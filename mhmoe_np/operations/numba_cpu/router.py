@@ -9,26 +9,47 @@ from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel, task
 from mhmoe_np.operations.table import Routing
 from mhmoe_np.types import BoolArray, FloatArray
 
 
-@task
-def _choose(p_E: Any, expert_K: Any) -> None:
-    """The K largest, largest first; a later equal one never displaces an earlier one.
+@exact
+def _first_equal(x_E: Any, value: Any) -> Any:
+    """The lowest index at which x is `value`; len(x) if there is none."""
+    first = np.int32(len(x_E))
+    for e in range(len(x_E)):
+        here = np.int32(e) if x_E[e] == value else np.int32(len(x_E))
+        first = min(first, here)
+    return first
 
-    K rounds over E: cheaper than a sort for the few experts chosen. With NaN in p_E every comparison
-    fails and the lowest free index is taken, so that indices stay valid.
+
+@task
+def _first_free(E: int, taken_J: Any) -> Any:
+    for e in range(E):
+        free = True
+        for j in range(len(taken_J)):
+            free = free and taken_J[j] != e
+        if free:
+            return e
+    return 0  # never: fewer than E are taken
+
+
+@task
+def _choose(p_E: Any, left_E: Any, expert_K: Any) -> None:
+    """The K largest, largest first, equal ones in index order; left_E is room for those left.
+
+    K times the largest of what is left, which vectorises where a sort would not. NaN is never equal to
+    anything: with NaN in p_E the lowest free index is taken, so that indices stay valid.
     """
+    E = len(p_E)
+    for e in range(E):
+        left_E[e] = p_E[e]
     for j in range(len(expert_K)):
-        best = -1
-        for e in range(len(p_E)):
-            free = True
-            for i in range(j):
-                free = free and expert_K[i] != e
-            if free and (best < 0 or p_E[e] > p_E[best]):
-                best = e
+        best = _first_equal(left_E, row_max(left_E, E))
+        if best == E:
+            best = _first_free(E, expert_K[:j])
+        left_E[best] = -1  # below every probability
         expert_K[j] = best
 
 
@@ -39,6 +60,7 @@ def _route_rows(
     real = logits_ME.dtype.type
     M, E = logits_ME.shape
     K = expert_MK.shape[1]
+    left_E = np.empty(E, p_ME.dtype)
     for m in range(M):
         logits_E, p_E = logits_ME[m], p_ME[m]
         highest = row_max(logits_E, E)
@@ -48,7 +70,7 @@ def _route_rows(
         log_sum_exp_M[m] = highest + np.log(total)
         for e in range(E):
             p_E[e] /= total
-        _choose(p_E, expert_MK[m])
+        _choose(p_E, left_E, expert_MK[m])
         chosen = real(0)
         for j in range(K):
             gate_MK[m, j] = p_E[expert_MK[m, j]]

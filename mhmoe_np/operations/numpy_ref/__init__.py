@@ -15,7 +15,7 @@ from mhmoe_np.operations.numpy_ref.linear import (
     linear_backward,
 )
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
-from mhmoe_np.operations.numpy_ref.norm import rms_norm, rms_norm_backward
+from mhmoe_np.operations.numpy_ref.norm import add_in_place_and_norm, rms_norm, rms_norm_backward
 from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, sum_of_squares
 from mhmoe_np.operations.numpy_ref.quantise import pack_in_place, quantise_rows, quantise_weight
 from mhmoe_np.operations.numpy_ref.router import route, route_backward
@@ -24,6 +24,7 @@ prefers_packed = False
 
 __all__ = [
     "adamw_in_place",
+    "add_in_place_and_norm",
     "attention",
     "attention_backward",
     "buffer_bytes",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mhmoe_np.types import FloatArray
+
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """See `Operations.empty`."""
@@ -22,3 +24,11 @@ def buffer_bytes() -> int:
 def scope() -> AbstractContextManager[None]:
     """See `Operations.scope`."""
     return nullcontext()
+
+
+def added(dx: FloatArray, onto: FloatArray | None) -> FloatArray:
+    """dx, or `onto` with dx added to it."""
+    if onto is None:
+        return dx
+    onto += dx
+    return onto

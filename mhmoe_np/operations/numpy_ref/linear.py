@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mhmoe_np.operations.numpy_ref.buffers import added
 from mhmoe_np.operations.numpy_ref.quantise import integers, quantise_rows, straight_through
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
@@ -33,6 +34,8 @@ def linear_backward(
     w_OI: Weight,
     dw_OI: FloatArray,
     db_O: FloatArray | None,
+    *,
+    onto_NI: FloatArray | None = None,
 ) -> FloatArray:
     """See `Operations.linear_backward`.
 
@@ -44,7 +47,7 @@ def linear_backward(
     dw_OI += dy_NO.T @ x_NI
     if db_O is not None:
         db_O += dy_NO.sum(axis=0)
-    return dy_NO @ w_hat_OI
+    return added(dy_NO @ w_hat_OI, onto_NI)
 
 
 def embedding(id_N: IntArray, w_VD: FloatArray) -> FloatArray:

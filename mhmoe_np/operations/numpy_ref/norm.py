@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mhmoe_np.operations.numpy_ref.buffers import added
 from mhmoe_np.types import FloatArray
 
 
@@ -13,12 +14,22 @@ def rms_norm(x_ND: FloatArray, w_D: FloatArray, *, eps: float) -> tuple[FloatArr
     return x_ND * rstd_N[:, None] * w_D, rstd_N
 
 
+def add_in_place_and_norm(
+    x_ND: FloatArray, branch_ND: FloatArray, w_D: FloatArray, *, eps: float
+) -> tuple[FloatArray, FloatArray]:
+    """See `Operations.add_in_place_and_norm`."""
+    branch_ND += x_ND
+    return rms_norm(branch_ND, w_D, eps=eps)
+
+
 def rms_norm_backward(
     dy_ND: FloatArray,
     x_ND: FloatArray,
     w_D: FloatArray,
     rstd_N: FloatArray,
     dw_D: FloatArray,
+    *,
+    onto_ND: FloatArray | None = None,
 ) -> FloatArray:
     """See `Operations.rms_norm_backward`.
 
@@ -29,4 +40,5 @@ def rms_norm_backward(
     n_ND = x_ND * rstd_N[:, None]
     dn_ND = dy_ND * w_D
     dw_D += (dy_ND * n_ND).sum(axis=0)
-    return rstd_N[:, None] * (dn_ND - n_ND * np.mean(dn_ND * n_ND, axis=1, keepdims=True))
+    dx_ND = rstd_N[:, None] * (dn_ND - n_ND * np.mean(dn_ND * n_ND, axis=1, keepdims=True))
+    return added(dx_ND, onto_ND)
