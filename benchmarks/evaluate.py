@@ -3,7 +3,7 @@
     python -m benchmarks.evaluate [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
                             [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]
 
-See `compare` for how it is measured. Writes a plot into benchmarks/results.
+See `compare` for how it is measured. Writes the row and a plot into benchmarks/results.
 """
 
 from benchmarks.report import main

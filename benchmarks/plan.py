@@ -3,7 +3,8 @@
     python -m benchmarks.plan [--only small|paper] [--json]
 
 For each of the paper's five models, at a quarter of its width and at the paper's, a forecast and then a
-short run with the same settings: peak memory of the whole process, and the time of a step.
+short run with the same settings: peak memory of the whole process, and the time of a step. All ten
+together are written into `results/plan.json`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import environment_of_sides
+from benchmarks.compare import environment_of_sides, machine
+from mhmoe_np.operations.load import cores
 from mhmoe_np.presets import PAPER_MODELS
 from mhmoe_np.run_folder import METRICS
 
+FORECASTS = Path(__file__).parent / "results" / "plan.json"
 COMMAND = (str(Path(sys.executable).with_name("mhmoe-np")),)
 SETTINGS = {
     "small": ("--steps", "12"),
@@ -86,6 +89,9 @@ def main() -> None:
             rows.append(row)
             if not options.json:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if not options.only:
+        found = {"machine": machine(cores()), "rows": rows}
+        FORECASTS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if options.json:
         print(json.dumps(rows))
 

@@ -1,4 +1,4 @@
-"""The command line of the comparisons, and what they print, save and draw."""
+"""The command line of the comparisons, and what they print, write and draw."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def main(work: Work, description: str) -> None:
     parser.add_argument("--peer", choices=PEERS, default="torch")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=7, help="undisturbed turns of each side")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where row and plot are written")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     model = options.model or ("mixtral" if options.peer == "hf-mixtral" else "mhmoe")
@@ -37,7 +38,11 @@ def main(work: Work, description: str) -> None:
     row = compare(
         options.size, model, options.peer, work, threads=options.threads, repeats=options.repeats
     )
-    draw(row)
+    options.results.mkdir(exist_ok=True)
+    keys = ("work", "size", "model", "peer")
+    name = "-".join([*(row[key] for key in keys), f"{row['threads']}-threads"])
+    (options.results / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n", "utf-8")
+    draw(row, options.results / f"{name}.png")
     if options.json:
         print(json.dumps(row))
     else:
@@ -45,8 +50,8 @@ def main(work: Work, description: str) -> None:
             print(f"{key:20s} {value}")
 
 
-def draw(row: dict[str, Any]) -> None:
-    """Speeds side by side, and our step by part, into `results/`, with the machine named."""
+def draw(row: dict[str, Any], path: Path) -> None:
+    """Speeds side by side, and our step by part, with the machine named."""
     figure, (speed, parts) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1, 1.6))
     names, values = ("mhmoe-np", row["peer"]), (row["ours_tokens_per_s"], row["peer_tokens_per_s"])
     speed.bar(names, values, color=("tab:blue", "tab:gray"))
@@ -59,10 +64,7 @@ def draw(row: dict[str, Any]) -> None:
         f"size {row['size']}, {row['model']}, {row['threads']} threads; {row['machine']}", fontsize=9
     )
     figure.tight_layout()
-    keys = ("work", "size", "model", "peer")
-    name = "-".join([*(row[key] for key in keys), f"{row['threads']}-threads"])
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{name}.png", dpi=90)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -1,0 +1,221 @@
+"""Makes benchmarks/README.md of what the benchmarks left in benchmarks/results.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.growth import GROWTH
+from benchmarks.parts import PARTS
+from benchmarks.plan import FORECASTS
+from benchmarks.report import RESULTS
+
+Point = dict[str, Any]
+Points = list[Point]
+PAGE = RESULTS.parent / "README.md"
+
+HEAD = """# Benchmarks
+
+This page is made by `python -m benchmarks.readme` of what the benchmarks wrote into `results/`; nothing in
+it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip install -e '.[bench]'`.
+
+    python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
+                               [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]
+    python -m benchmarks.evaluate      the same, forward and loss alone
+    python -m benchmarks.growth        how cost grows
+    python -m benchmarks.plan          whether `mhmoe-np plan` is right
+    python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
+    python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
+    python -m benchmarks.decode        the cost of a generated token
+"""
+
+COMPARISON = """
+## Beside PyTorch and Hugging Face
+
+Both sides have the same weights, batches and optimiser and are processes of their own. They take turns; a
+turn during which other processes took more than 5 % of the machine is dropped. Speeds are those of each
+side's fastest turn, `ratio` is ours over theirs, `median` that of the turns' own ratios. PyTorch frees no
+memory (glibc's `MALLOC_*` settings), and neither side is told which kernels to use. `MFU` counts the
+multiply-adds of the matrices, causal attention by half, training three times, against the best float32
+product of either side in the same run. `memory` is our process's peak over theirs. `mixtral` is `smoe`
+with two experts of half the width, as Mixtral's gate over a single one would be 1.
+
+Size A: width 256, 4 layers, 4 heads, 8 sequences of 256, vocabulary 8,192. Size B: width 768, 2 layers, 12
+heads, 4 sequences of 512, vocabulary 8,192. All layers are MoE: 8 experts of 512 (B: 2,048), one chosen; MH-MoE
+has 2 heads and 16 experts of 176 (B: 40 of 768), two chosen.
+"""
+
+
+def comparisons() -> Iterator[str]:
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*-threads.json"))]
+    yield COMPARISON
+    for name in sorted({row["machine"] for row in rows}):
+        yield f"**{name}**\n"
+        yield "| | size | model | peer | threads | tokens/s | peer's | ratio | median | MFU | peer's | memory |"
+        yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+        for row in sorted(rows, key=lambda row: (row["work"] != "train", row["size"], row["model"])):
+            if row["machine"] == name:
+                keys = ("work", "size", "model", "peer", "threads")
+                figures = ("ratio", "median_ratio", "mfu", "peer_mfu", "rss_ratio")
+                cells = [
+                    *(row[key] for key in keys),
+                    f"{row['ours_tokens_per_s']:,}",
+                    f"{row['peer_tokens_per_s']:,}",
+                    *(f"{row[key]:.2f}" for key in figures),
+                ]
+                yield f"| {' | '.join(map(str, cells))} |"
+        yield "\nOur step by part, in milliseconds:\n"
+        yield f"| | size | model | {' | '.join(PARTS)} |"
+        yield "|---" * (3 + len(PARTS)) + "|"
+        seen = set()
+        for row in sorted(rows, key=lambda row: (row["work"] != "train", row["size"], row["model"])):
+            case = row["work"], row["size"], row["model"]
+            if row["machine"] == name and case not in seen:
+                seen.add(case)
+                yield f"| {' | '.join(map(str, (*case, *(row['parts_ms'][part] for part in PARTS))))} |"
+        yield ""
+
+
+def per_thousand(point: Point, *parts: str) -> float:
+    """Milliseconds of these parts for a thousand tokens; of all parts without any named."""
+    spent: float = sum(point["parts_ms"][part] for part in parts or PARTS)
+    return 1e3 * spent / point["tokens"]
+
+
+def change(points: Points, *parts: str) -> str:
+    first, last = per_thousand(points[0], *parts), per_thousand(points[-1], *parts)
+    return f"{first:.3g} to {last:.3g} ms"
+
+
+def at(points: Points, value: int) -> Point:
+    return next(point for point in points if point["value"] == value)
+
+
+def about_sequence(points: Points) -> str:
+    rest = [part for part in PARTS if part != "attention"]
+    first, last = points[0]["step_mb"], points[-1]["step_mb"]
+    return (
+        f"Attention alone grows, from {change(points, 'attention')} for a thousand tokens: a token reads "
+        f"half as many keys as the sequence is long, so beyond its projections the time is proportional "
+        f"to T. All else stays ({change(points, *rest)}). With the tokens of a step fixed the step's memory "
+        f"goes from {first:,.0f} to {last:,.0f} MB: attention keeps its output and one number a row, and a "
+        f"block's scores live for that block alone, so memory is linear in T. Bound: the two products of "
+        f"64 query rows with all keys before them, which BLAS does for narrow heads at half its speed."
+    )
+
+
+def about_experts(points: Points) -> str:
+    few, many = at(points, 8), at(points, 256)
+    moe = ("router", "dispatch", "experts")
+    growth = per_thousand(many, "experts") / per_thousand(few, "experts")
+    whole = per_thousand(many, *moe) / per_thousand(few, *moe)
+    rows = 4 * points[0]["tokens"]
+    return (
+        f"The active work is fixed. From 8 to 256 experts the experts' time grows {growth:.2f} times, with "
+        f"router and dispatch {whole:.2f} times; at {points[-1]['value']} it is "
+        f"{per_thousand(points[-1], 'experts') / per_thousand(few, 'experts'):.2f} times. Bound: an expert "
+        f"has {rows // 8:,} rows at 8 experts, {rows // 256} at 256 and {rows // 1024} at 1,024, and each "
+        f"of its matrices is read and packed, and its gradient written, for ever less work. The router's "
+        f"own product is proportional to E ({change(points, 'router')} for a thousand tokens), as are the "
+        f"parameters, which AdamW passes over whatever was chosen ({change(points, 'optimiser')})."
+    )
+
+
+def about_vocabulary(points: Points) -> str:
+    return (
+        f"Output head and loss go from {change(points, 'head + loss')} for a thousand tokens, in proportion "
+        f"to V: three products of N x V x D, which bound them, and a pass of exponentials. The logits are "
+        f"held for a chunk of rows at a time, 16 MiB or 256 rows, so the step's memory goes from "
+        f"{points[0]['step_mb']:,.0f} to {points[-1]['step_mb']:,.0f} MB where all logits at once would be "
+        f"{points[-1]['tokens'] * points[-1]['value'] * 4 / 1e6:,.0f} MB. AdamW passes over the two matrices "
+        f"of the vocabulary ({change(points, 'optimiser')})."
+    )
+
+
+def about_layers(points: Points) -> str:
+    layers = points[-1]["value"] - points[0]["value"]
+    spent = (per_thousand(points[-1]) - per_thousand(points[0])) / layers
+    outside = per_thousand(points[0]) - spent
+    return (
+        f"A straight line: {spent:.3g} ms a layer for a thousand tokens, and {outside:.3g} ms outside the "
+        f"layers, for the most part head and loss. Memory grows by "
+        f"{(points[-1]['step_mb'] - points[0]['step_mb']) / layers:.3g} MB a layer, which the backward needs, "
+        f"beside the layer's parameters, gradient and moments. Bound: the products, see the parts above."
+    )
+
+
+def about_threads(points: Points) -> str:
+    if len(points) == 1:
+        return "This machine has one core."
+    first, last = per_thousand(points[0]), per_thousand(points[-1])
+    worst = max(
+        (part for part in PARTS if per_thousand(points[0], part) > 0.01 * first),
+        key=lambda part: per_thousand(points[-1], part) / per_thousand(points[0], part),
+    )
+    return (
+        f"{points[-1]['value']} threads are {first / last:.2f} times as fast as one. The products scale "
+        f"nearly fully, as tasks are drawn from a common counter; of the parts above one percent "
+        f"{worst} gains least ({change(points, worst)}). Bound: memory in the optimiser and the "
+        f"activations, and what Python does between operations (in `rest`)."
+    )
+
+
+ABOUT: dict[str, Callable[[Points], str]] = {
+    "sequence": about_sequence,
+    "experts": about_experts,
+    "vocabulary": about_vocabulary,
+    "layers": about_layers,
+    "threads": about_threads,
+}
+
+
+def growth() -> Iterator[str]:
+    curves = json.loads(GROWTH.read_text("utf-8"))
+    yield "\n## How cost grows\n"
+    yield "Training size A's MH-MoE, one size changed at a time. `model` is parameters, gradient and"
+    yield "moments; `step` what a step needs beside them; the program itself is not counted.\n"
+    for name, curve in curves.items():
+        points = [{**point, "tokens": curve["tokens"]} for point in curve["points"]]
+        if name == "experts":
+            assert points[0]["tokens"] == 8192  # the paragraph counts rows for H = K = 2
+        yield f"### {curve['key']}\n"
+        yield f"{curve['tokens']:,} tokens a step; {curve['machine']}.\n"
+        yield f"![{name}](results/growth-{name}.png)\n"
+        yield f"| {curve['key']} | tokens/s | model MB | step MB | {' | '.join(PARTS)} |"
+        yield "|---" * (4 + len(PARTS)) + "|"
+        for point in points:
+            cells = [
+                point["value"],
+                f"{point['tokens_per_s']:,}",
+                *(f"{point[key]:,.0f}" for key in ("model_mb", "step_mb")),
+                *(f"{point['parts_ms'][part]:.1f}" for part in PARTS),
+            ]
+            yield f"| {' | '.join(map(str, cells))} |"
+        yield f"\n{ABOUT[name](points)}\n"
+
+
+def forecasts() -> Iterator[str]:
+    found = json.loads(FORECASTS.read_text("utf-8"))
+    rows = found["rows"]
+    yield "\n## `mhmoe-np plan`\n"
+    yield f"Forecast and what the run then took; {found['machine']}. Memory is the whole process's peak.\n"
+    yield "| model | planned MB | MB | error | planned s a step | s a step | error |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        yield (
+            f"| {row['model']} | {row['planned_peak_mb']:,} | {row['peak_mb']:,} | {row['memory_error']:+.1%} "
+            f"| {row['planned_step_s']} | {row['step_s']} | {row['time_error']:+.1%} |"
+        )
+
+
+def main() -> None:
+    lines = [HEAD, *comparisons(), *growth(), *forecasts()]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
