@@ -36,7 +36,6 @@ PEERS = {
 BATCHES = 8
 TURN_SECONDS = 0.7  # at least so long is a turn, in whole steps
 WARM_STEPS = 3  # torch.compile compiles again as shapes change
-DISTURBED = 0.05  # foreign share of the machine that spoils a turn
 LOSS_TOLERANCE = 2e-5  # relative, of float32 rounding
 BITNET_TOLERANCE = 2e-4  # activations at a tie may quantise apart
 MEMORY_KEEPING = {
@@ -111,7 +110,9 @@ def take_turn(side: Process, work: Work, steps: int) -> Turn:
     return Turn(seconds / steps, max(0.0, foreign))
 
 
-def interleave(sides: list[Process], work: Work, repeats: int) -> tuple[list[list[float]], int]:
+def interleave(
+    sides: list[Process], work: Work, repeats: int, disturbed: float
+) -> tuple[list[list[float]], int]:
     """Seconds a step of each side's undisturbed turns, and how many rounds were dropped.
 
     Raises SystemExit: the machine is busy with something else.
@@ -127,16 +128,23 @@ def interleave(sides: list[Process], work: Work, repeats: int) -> tuple[list[lis
             raise SystemExit("other processes disturb the measurement; end them and try again")
         rounds += 1
         turns = [take_turn(side, work, count) for side, count in zip(sides, steps, strict=True)]
-        if max(turn.foreign for turn in turns) <= DISTURBED:
+        if max(turn.foreign for turn in turns) <= disturbed:
             for times, turn in zip(kept, turns, strict=True):
                 times.append(turn.seconds)
     return kept, rounds - repeats
 
 
 def compare(
-    size: str, model: str, peer: str, work: Work, *, threads: int, repeats: int
+    size: str,
+    model: str,
+    peer: str,
+    work: Work,
+    *,
+    threads: int,
+    repeats: int,
+    disturbed: float,
 ) -> dict[str, Any]:
-    """One row of the report.
+    """One row of the report. `disturbed`: the foreign share of the machine that spoils a turn.
 
     Raises SystemExit: the two sides' losses differ by more than rounding, or the machine is busy.
     """
@@ -161,7 +169,7 @@ def compare(
         for name, mine, theirs in zip(("nll", "loss"), *losses, strict=True):
             if not abs(mine - theirs) <= tolerance * abs(theirs):
                 raise SystemExit(f"the sides disagree on {name}: {mine} and {theirs}; no report")
-        (our_seconds, peer_seconds), dropped = interleave([ours, other], work, repeats)
+        (our_seconds, peer_seconds), dropped = interleave([ours, other], work, repeats, disturbed)
         memory = ours.ask("memory")[0], other.ask("memory")[0]
         sgemm = max(ours.ask("sgemm")[0], other.ask("sgemm")[0])
         ours.end(), other.end()

@@ -29,6 +29,9 @@ def main(work: Work, description: str) -> None:
     parser.add_argument("--peer", choices=PEERS, default="torch")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=7, help="undisturbed turns of each side")
+    parser.add_argument(
+        "--disturbed", type=float, default=0.05, help="share of others that spoils a turn"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where row and plot are written")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -36,7 +39,13 @@ def main(work: Work, description: str) -> None:
     if (options.peer == "hf-mixtral") != (model == "mixtral"):
         parser.error("--peer hf-mixtral goes with --model mixtral, and only with it")
     row = compare(
-        options.size, model, options.peer, work, threads=options.threads, repeats=options.repeats
+        options.size,
+        model,
+        options.peer,
+        work,
+        threads=options.threads,
+        repeats=options.repeats,
+        disturbed=options.disturbed,
     )
     options.results.mkdir(exist_ok=True)
     keys = ("work", "size", "model", "peer")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mhmoe_np.packing import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +31,35 @@ def test_packed_prints_a_list_of_rows() -> None:
     assert {(row["case"], row["rows"]) for row in rows} == {
         (f"experts {shape}", count) for shape in ("384x768", "256x512") for count in (1, 16, 256)
     }
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+def test_a_comparison_reports_both_sides_and_draws_them(work: str, tmp_path: Path) -> None:
+    options = ("--model", "mhmoe-bitnet", "--repeats", "1", "--results", str(tmp_path), "--json")
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{work}", *options, "--disturbed", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    row = json.loads(result.stdout)
+    name = f"{work}-A-mhmoe-bitnet-torch-{row['threads']}-threads"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
+    assert row["ratio"] == pytest.approx(row["ours_tokens_per_s"] / row["peer_tokens_per_s"], abs=1e-2)
+    assert row["mfu"] > 0
+    assert row["rss_ratio"] > 0
+    assert row["loss_difference"] < 2e-3
+    assert sum(row["parts_ms"].values()) > 0
+
+
+def test_a_peer_of_another_architecture_is_refused() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train", "--peer", "hf-mixtral", "--model", "dense"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "--model mixtral" in result.stderr

@@ -261,13 +261,13 @@ def _expert_rows_backward(
     scale_columns(dy_RU, down.beta[e], dy_RU)
     dn_RF = np.empty((rows, F), dy_MU.dtype)
     gemm_nn(1.0, dy_RU, down.w[e], 0.0, dn_RF)
-    activate_rows(gate_up_R2F, silu, gated_RF)
-    h_RF = gated_RF.copy() if len(sub_norm_F) > 0 else gated_RF
+    h_RF = np.empty((rows, F), dy_MU.dtype) if len(sub_norm_F) > 0 else gated_RF
+    activate_rows(gate_up_R2F, silu, h_RF)
     if len(sub_norm_F) > 0:
         for r in range(rows):
-            n_F = gated_RF[r]
+            h_F, n_F, rstd = h_RF[r], gated_RF[r], rstd_R[r]
             for f in range(F):
-                n_F[f] = n_F[f] * rstd_R[r] * sub_norm_F[f]
+                n_F[f] = h_F[f] * rstd * sub_norm_F[f]
     if down.beta.shape[1] > 0:
         act_as_quantised(gated_RF, gated_RF)
     for r in range(rows):

@@ -30,7 +30,7 @@ from mhmoe_np.operations.numba_cpu.quantise import (
     Quantise,
     act_as_quantised,
     scale_block,
-    scale_columns,
+    scale_rows,
 )
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.packing import PANEL
@@ -86,19 +86,18 @@ def _bit_linear(
         )
 
 
-@task
-def _straight_through(x_NI: Any, dy_NO: Any, beta_O: Any, x_hat_NI: Any, dacc_NO: Any) -> None:
-    act_as_quantised(x_NI, x_hat_NI)
-    scale_columns(dy_NO, beta_O, dacc_NO)
+@parallel
+def _act_as_quantised(x_NI: Any, x_hat_NI: Any, rows: int) -> None:
+    for block in prange((x_NI.shape[0] + rows - 1) // rows):
+        n, z = block * rows, (block + 1) * rows
+        act_as_quantised(x_NI[n:z], x_hat_NI[n:z])
 
 
 @parallel
-def _straight_through_all(
-    x_NI: Any, dy_NO: Any, beta_O: Any, x_hat_NI: Any, dacc_NO: Any, rows: int
-) -> None:
-    for block in prange((x_NI.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        _straight_through(x_NI[n:z], dy_NO[n:z], beta_O, x_hat_NI[n:z], dacc_NO[n:z])
+def _scale_rows(w_OI: Any, beta_O: Any, w_hat_OI: Any, rows: int) -> None:
+    for block in prange((w_OI.shape[0] + rows - 1) // rows):
+        o, z = block * rows, (block + 1) * rows
+        scale_rows(w_OI[o:z], beta_O[o:z], w_hat_OI[o:z])
 
 
 @parallel
@@ -194,31 +193,28 @@ class Linear(Quantise, PackedProducts):
         keep = 0.0 if onto_NI is None else 1.0
         dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
-            dacc_NO = dy_NO
             if isinstance(w_OI, BitWeight):
-                x_NI, dacc_NO = self._straight_through(x_NI, dy_NO, w_OI)
-                w_OI = w_OI.w
+                x_NI, w_OI = self._straight_through(x_NI, w_OI)
             if x_NI.size * len(w_OI) <= SERIAL_MACS:
-                gemm_nn(1.0, dacc_NO, w_OI, keep, dx_NI)
+                gemm_nn(1.0, dy_NO, w_OI, keep, dx_NI)
                 gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
             else:
-                _linear_dx(dacc_NO, w_OI, keep, dx_NI, *tile(*x_NI.shape))
+                _linear_dx(dy_NO, w_OI, keep, dx_NI, *tile(*x_NI.shape))
                 _linear_dw(dy_NO, x_NI, dw_OI, max(128, blocks(len(w_OI), 8)))
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)
         return dx_NI
 
-    def _straight_through(
-        self, x_NI: FloatArray, dy_NO: FloatArray, w_OI: BitWeight
-    ) -> tuple[FloatArray, FloatArray]:
-        """What x acts as, and the gradient of the sums of integers: dx = (dy beta) @ w."""
-        x_hat_NI, dacc_NO = self.empty(x_NI.shape, x_NI.dtype), self.empty(dy_NO.shape, dy_NO.dtype)
-        arrays = x_NI, dy_NO, w_OI.beta, x_hat_NI, dacc_NO
+    def _straight_through(self, x_NI: FloatArray, w_OI: BitWeight) -> tuple[FloatArray, FloatArray]:
+        """What x and w act as."""
+        x_hat_NI, w_hat_OI = self.empty(x_NI.shape, x_NI.dtype), self.empty(w_OI.w.shape, x_NI.dtype)
         if len(x_NI) <= ROWS_ELEMENTWISE:
-            _straight_through(*arrays)
+            act_as_quantised(x_NI, x_hat_NI)
+            scale_rows(w_OI.w, w_OI.beta, w_hat_OI)
         else:
-            _straight_through_all(*arrays, ROWS_ELEMENTWISE)
-        return x_hat_NI, dacc_NO
+            _act_as_quantised(x_NI, x_hat_NI, ROWS_ELEMENTWISE)
+            _scale_rows(w_OI.w, w_OI.beta, w_hat_OI, ROWS_ELEMENTWISE)
+        return x_hat_NI, w_hat_OI
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
         """See `Operations.embedding`."""
