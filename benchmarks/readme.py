@@ -98,13 +98,19 @@ def at(points: Points, value: int) -> Point:
 def about_sequence(points: Points) -> str:
     rest = [part for part in PARTS if part != "attention"]
     first, last = points[0]["step_mb"], points[-1]["step_mb"]
+    longest = points[-1]
+    # Forward two products, backward five, each of D multiply-adds for a token and a key seen.
+    layers, width = 4, 256
+    operations = 7 * layers * width * longest["value"] * longest["tokens"]
+    speed = operations / longest["parts_ms"]["attention"] / 1e6
     return (
         f"Attention alone grows, from {change(points, 'attention')} for a thousand tokens: a token reads "
         f"half as many keys as the sequence is long, so beyond its projections the time is proportional "
         f"to T. All else stays ({change(points, *rest)}). With the tokens of a step fixed the step's memory "
         f"goes from {first:,.0f} to {last:,.0f} MB: attention keeps its output and one number a row, and a "
-        f"block's scores live for that block alone, so memory is linear in T. Bound: the two products of "
-        f"64 query rows with all keys before them, which BLAS does for narrow heads at half its speed."
+        f"block's scores live for that block alone, so memory is linear in T. Bound: the products of 64 query "
+        f"rows with all keys before them; at {longest['value']:,} they and the exponentials run at "
+        f"{speed:.0f} GFLOP/s, the projections counted as time alone."
     )
 
 
@@ -129,7 +135,7 @@ def about_vocabulary(points: Points) -> str:
     return (
         f"Output head and loss go from {change(points, 'head + loss')} for a thousand tokens, in proportion "
         f"to V: three products of N x V x D, which bound them, and a pass of exponentials. The logits are "
-        f"held for a chunk of rows at a time, 16 MiB or 256 rows, so the step's memory goes from "
+        f"held for a chunk of rows at a time, 32 MiB or 256 rows, so the step's memory goes from "
         f"{points[0]['step_mb']:,.0f} to {points[-1]['step_mb']:,.0f} MB where all logits at once would be "
         f"{points[-1]['tokens'] * points[-1]['value'] * 4 / 1e6:,.0f} MB. AdamW passes over the two matrices "
         f"of the vocabulary ({change(points, 'optimiser')})."

@@ -384,10 +384,10 @@ def test_expert_ffn_agrees(
 
 # ---- loss ------------------------------------------------------------------------------------
 
-# Around the 64 rows of a task, the 256 of a product and the strips of 512 of the vocabulary; then
-# around a chunk of logits: 256 rows where 16 MiB hold fewer, 1024 where they hold more.
-VOCABULARIES = [{"N": N, "V": V} for N in (63, 129, 257) for V in (511, 512, 513, 1025)]
-CHUNKS = [{"N": N, "V": 17_000} for N in (256, 257)] + [{"N": N, "V": 7} for N in (1024, 1025)]
+# Around the 64 rows of a task, the 512 of a product and the strips of 512 of the vocabulary; then
+# around a chunk of logits: 256 rows where 32 MiB hold fewer, 1024 where they hold more.
+VOCABULARIES = [{"N": N, "V": V} for N in (63, 129, 513) for V in (511, 512, 513, 1025)]
+CHUNKS = [{"N": N, "V": 40_000} for N in (256, 257)] + [{"N": N, "V": 7} for N in (1024, 1025)]
 
 
 @always([case | {"D": 5, "ignored": 0.2, "seed": 16} for case in VOCABULARIES + CHUNKS])

@@ -20,9 +20,9 @@ from mhmoe_np.operations.numba_cpu.sharing import take_number, workers
 from mhmoe_np.types import FloatArray, IntArray
 
 ROWS_OF_TASK = 64  # of the softmax
-ROWS_OF_PRODUCT = 256  # of the gradient that goes down
+ROWS_OF_PRODUCT = 512  # of the gradient that goes down
 STRIP = 512  # of the vocabulary
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 256, 1024  # at least and at most
 
 
