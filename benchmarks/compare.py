@@ -35,7 +35,7 @@ PEERS = {
 }
 BATCHES = 8
 TURN_SECONDS = 0.7  # at least so long is a turn, in whole steps
-WARM_STEPS = 3  # torch.compile compiles again as shapes change
+WARM_STEPS = BATCHES + 1  # each batch once: torch.compile compiles again as shapes change
 LOSS_TOLERANCE = 2e-5  # relative, of float32 rounding
 BITNET_TOLERANCE = 2e-4  # activations at a tie may quantise apart
 MEMORY_KEEPING = {

@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments, resume it, and compare with a straight run.
 
-    python -m tests.resume [--kills 20] [--steps 6000] [--seed 0]
+    python -m tests.resume [--kills 20] [--steps 20000] [--seed 0]
 
 Prints the sha256 of the weights and of the optimiser's state of both runs; exits with 1 if
 they differ, or if the run ended before it was killed that often.
@@ -94,7 +94,7 @@ def main() -> None:
     """Compare the two runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
