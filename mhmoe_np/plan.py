@@ -86,10 +86,11 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
     smaller = min(sequences, math.ceil(PROBE_TOKENS / training.sequence_length))
     larger = min(sequences, 2 * smaller)
     probes = []
-    for size in dict.fromkeys((smaller, larger)):
-        ops = load()
-        learner = Learner(parameters, moments, updates=0, ops=ops)
-        probes.append(_probe(learner, size, config, ops))
+    if smaller < larger:
+        probes.append(_probe_alone(smaller, parameters, moments, config, load))
+    ops = load()
+    learner = Learner(parameters, moments, updates=0, ops=ops)
+    probes.append(_probe(learner, larger, config, ops))
     whole = _extrapolated(probes, smaller, larger, sequences)
     _score(learner, config, ops)  # a run ends with it
 
@@ -147,6 +148,18 @@ def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations)
         batch_statistics(learner.model, [batch], ops=ops)
         routings.append(time.perf_counter() - end)
     return _Probe(min(gradients), min(routings), min(updates), ops.buffer_bytes())
+
+
+def _probe_alone(
+    sequences: int,
+    parameters: Parameters,
+    moments: Moments,
+    config: RunConfig,
+    load: Callable[[], Operations],
+) -> _Probe:
+    """A probe whose memory is given back."""
+    ops = load()
+    return _probe(Learner(parameters, moments, updates=0, ops=ops), sequences, config, ops)
 
 
 def _extrapolated(probes: list[_Probe], smaller: int, larger: int, sequences: int) -> _Probe:
