@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from benchmarks.compare import environment_of_sides, machine
+from benchmarks.numpy_side import CLIP_NORM, SETTINGS
 from benchmarks.parts import Stopwatch, breakdown
 from benchmarks.report import RESULTS, draw_curve
 from benchmarks.sizes import benchmark_config
@@ -25,11 +26,10 @@ from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.language_model import Batch
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import cores, load_operations
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.step import Learner, Moments
 
 GROWTH = RESULTS / "growth.json"
-SETTINGS = AdamWSettings(6e-4, 0.9, 0.95, 1e-6, 0.1)
 STEPS = 3
 
 
@@ -62,7 +62,7 @@ def measure(curve: Curve, value: int) -> dict[str, Any]:
     sequence = config.max_position_embeddings
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (max(1, curve.tokens // sequence), sequence + 1))
-    batch = Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]))
+    batch = Batch.of(tokens)
     parameters = Parameters(config, np.float32)
     initialise(parameters, seed=0)
     ops = load_operations("numba", threads=threads, keep_buffers=True)
@@ -74,7 +74,7 @@ def measure(curve: Curve, value: int) -> dict[str, Any]:
 
     def step() -> None:
         _, _, norm = learner.loss_and_gradient([batch])
-        learner.update(norm, SETTINGS, clip_norm=2.0)
+        learner.update(norm, SETTINGS, clip_norm=CLIP_NORM)
 
     step()
     parts = min((breakdown(step, stopwatch, 1) for _ in range(STEPS)), key=lambda p: sum(p.values()))

@@ -44,7 +44,7 @@ class NumpySide:
         return tokens
 
     def loss(self) -> tuple[float, float]:
-        batch = _batch(self._tokens[0])
+        batch = Batch.of(self._tokens[0])
         target_N = batch.target_BT.reshape(-1)
         with self._ops.scope():
             x_ND, statistics, _ = forward(
@@ -57,7 +57,7 @@ class NumpySide:
 
     def train_step(self) -> None:
         assert self._learner is not None
-        _, _, norm = self._learner.loss_and_gradient([_batch(self._next_tokens())])
+        _, _, norm = self._learner.loss_and_gradient([Batch.of(self._next_tokens())])
         self._learner.update(norm, SETTINGS, clip_norm=CLIP_NORM)
 
     def evaluate_batch(self) -> None:
@@ -70,10 +70,6 @@ class NumpySide:
         threadpool_limits(self._threads, user_api="blas")
         x, out = np.ones((SGEMM, SGEMM), np.float32), np.empty((SGEMM, SGEMM), np.float32)
         return lambda: np.matmul(x, x, out=out), 2.0 * SGEMM**3
-
-
-def _batch(tokens_BT1: np.ndarray) -> Batch:
-    return Batch(np.ascontiguousarray(tokens_BT1[:, :-1]), np.ascontiguousarray(tokens_BT1[:, 1:]))
 
 
 def main() -> None:

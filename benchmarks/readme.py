@@ -13,6 +13,7 @@ from benchmarks.growth import GROWTH
 from benchmarks.parts import PARTS
 from benchmarks.plan import FORECASTS
 from benchmarks.report import RESULTS
+from benchmarks.sizes import benchmark_config
 
 Point = dict[str, Any]
 Points = list[Point]
@@ -100,8 +101,9 @@ def about_sequence(points: Points) -> str:
     first, last = points[0]["step_mb"], points[-1]["step_mb"]
     longest = points[-1]
     # Forward two products, backward five, each of D multiply-adds for a token and a key seen.
-    layers, width = 4, 256
-    operations = 7 * layers * width * longest["value"] * longest["tokens"]
+    size = benchmark_config("A", "mhmoe")
+    width = size.num_hidden_layers * size.hidden_size
+    operations = 7 * width * longest["value"] * longest["tokens"]
     speed = operations / longest["parts_ms"]["attention"] / 1e6
     return (
         f"Attention alone grows, from {change(points, 'attention')} for a thousand tokens: a token reads "

@@ -31,14 +31,17 @@ def threads_option(command: Command) -> Command:
     )(command)
 
 
+def announce_compilation() -> None:
+    """Say so on standard error, once, if kernels must be compiled first."""
+    from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
+
+    on_first_compilation(
+        lambda: click.echo("compiling kernels for this processor (once; under a minute) ...", err=True)
+    )
+
+
 def load(name: BackendName, *, threads: int | None = None, keep_buffers: bool = False) -> Operations:
     """The backend; says so on standard error if its kernels must be compiled first."""
     if name == "numba":
-        from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
-
-        on_first_compilation(
-            lambda: click.echo(
-                "compiling kernels for this processor (once; under a minute) ...", err=True
-            )
-        )
+        announce_compilation()
     return load_operations(name, threads=threads, keep_buffers=keep_buffers)

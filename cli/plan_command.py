@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from mhmoe_cli.backend import load, threads_option
+from mhmoe_cli.backend import announce_compilation, threads_option
 from mhmoe_cli.run_settings import base_tables, flag_tables
 
 from mhmoe_np.operations.load import load_operations
@@ -45,15 +45,14 @@ def command(
     resolved = parse_run_config(
         merge(tables, flag_tables(data, steps, None, None)), source="configuration"
     )
-    load("numba", threads=threads)  # for its word about compiling
-    load_anew = partial(load_operations, "numba", threads=threads, keep_buffers=True)
 
-    from mhmoe_np.data.documents import embedded_domains, read_domains
+    from mhmoe_np.data.documents import chosen_domains
     from mhmoe_np.plan import make_plan
 
-    paths = resolved.data.paths
-    domains = read_domains(paths) if paths else embedded_domains()
-    plan = make_plan(resolved, sum(domain.byte_count for domain in domains), load=load_anew)
+    text_bytes = sum(domain.byte_count for domain in chosen_domains(resolved.data.paths))
+    announce_compilation()
+    load = partial(load_operations, "numba", threads=threads, keep_buffers=True)
+    plan = make_plan(resolved, text_bytes, load=load)
     if as_json:
         click.echo(json.dumps(_as_dict(plan), indent=2))
     else:

@@ -133,8 +133,7 @@ def _tokens(config: RunConfig, sequences: int) -> np.ndarray:
 
 def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations) -> _Probe:
     """Steps that change nothing: with learning rate and decay 0."""
-    tokens_BT1 = _tokens(config, sequences)
-    batch = Batch(np.ascontiguousarray(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
+    batch = Batch.of(_tokens(config, sequences))
     still = AdamWSettings(0.0, 0.9, 0.95, 1e-6, 0.0)
     gradients, updates, routings = [], [], []
     for _ in range(1 + REPEATS):  # the first one warms up

@@ -25,7 +25,7 @@ from typing import Any
 
 import tomli_w
 
-from mhmoe_np.data.documents import Domain, embedded_domains, read_domain, read_domains
+from mhmoe_np.data.documents import Domain, chosen_domains, read_domain
 from mhmoe_np.data.split import split_documents
 from mhmoe_np.data.store import TokenStore, open_store, write_store
 from mhmoe_np.data.tokenizer import (
@@ -65,7 +65,7 @@ def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: s
     """
     if path.exists():
         raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
-    domains = read_domains(config.data.paths) if config.data.paths else embedded_domains()
+    domains = chosen_domains(config.data.paths)
     parts = {
         domain.name: split_documents(
             domain.documents,

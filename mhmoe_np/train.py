@@ -172,9 +172,7 @@ class Trainer:
         training, optimizer = self.config.training, self.config.optimizer
         tokens_BT1 = self._batches.batch(self.step)
         parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
-        losses, statistics, norm = self.learner.loss_and_gradient(
-            [Batch(np.ascontiguousarray(part[:, :-1]), part[:, 1:]) for part in parts]
-        )
+        losses, statistics, norm = self.learner.loss_and_gradient([Batch.of(part) for part in parts])
         if not math.isfinite(losses.loss + norm):
             self._fail(losses)
         settings = AdamWSettings(

@@ -33,9 +33,13 @@ def test_packed_prints_a_list_of_rows() -> None:
     }
 
 
-@pytest.mark.parametrize("work", ["train", "evaluate"])
-def test_a_comparison_reports_both_sides_and_draws_them(work: str, tmp_path: Path) -> None:
-    options = ("--model", "mhmoe-bitnet", "--repeats", "1", "--results", str(tmp_path), "--json")
+@pytest.mark.parametrize(
+    ("work", "model"),
+    [("train", "mhmoe"), ("train", "mhmoe-bitnet"), ("evaluate", "mhmoe-bitnet")],
+)
+def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, tmp_path: Path) -> None:
+    options = ("--size", "A", "--model", model, "--peer", "torch", "--repeats", "1", "--json")
+    options += ("--results", str(tmp_path))
     result = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{work}", *options, "--disturbed", "1"],
         cwd=ROOT,
@@ -44,7 +48,7 @@ def test_a_comparison_reports_both_sides_and_draws_them(work: str, tmp_path: Pat
         check=True,
     )
     row = json.loads(result.stdout)
-    name = f"{work}-A-mhmoe-bitnet-torch-{row['threads']}-threads"
+    name = f"{work}-A-{model}-torch-{row['threads']}-threads"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
     assert row["ratio"] == pytest.approx(row["ours_tokens_per_s"] / row["peer_tokens_per_s"], abs=1e-2)
     assert row["mfu"] > 0

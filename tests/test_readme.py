@@ -66,6 +66,10 @@ def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
     assert config.model.max_position_embeddings == config.training.sequence_length
 
 
+def test_a_small_preset_can_be_planned(mhmoe: Run) -> None:
+    assert "memory at the peak" in mhmoe("plan", "--preset", "small-mh-moe-3").stdout
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_parity_solves(mhmoe: Run, heads: int) -> None:
     assert "experts E" in mhmoe("parity", "--heads", heads, "--top-k", 2).stdout

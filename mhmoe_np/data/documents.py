@@ -61,6 +61,14 @@ def embedded_domains() -> list[Domain]:
     return [_join(name, [_read_file(corpus / f"{name}.txt")], source=name) for name in EMBEDDED_NAMES]
 
 
+def chosen_domains(paths: Sequence[str]) -> list[Domain]:
+    """The domains of these paths; without any, the embedded corpus.
+
+    Raises UserError: as `read_domain`.
+    """
+    return read_domains(paths) if paths else embedded_domains()
+
+
 def domain_names(paths: Sequence[str]) -> list[str]:
     """Name a domain for each path by its stem; equal stems are told apart by -2, -3 and so on.
 

@@ -54,6 +54,11 @@ class Batch(NamedTuple):
     input_BT: IntArray
     target_BT: IntArray
 
+    @classmethod
+    def of(cls, token_BT1: IntArray) -> Batch:
+        """From windows [B, T+1]: all but the last token go in, all but the first are wanted."""
+        return cls(np.ascontiguousarray(token_BT1[:, :-1]), token_BT1[:, 1:])
+
 
 class ForwardCache(NamedTuple):
     """What the backward and the trace need of the forward."""

@@ -28,6 +28,7 @@ from mhmoe_np.operations.numba_cpu.packed import (
     SERIAL_PACKED_MACS,
     Packed,
     PackedProducts,
+    as_packed,
     as_stack,
     project_packed,
 )
@@ -117,12 +118,12 @@ def _project_floats(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
 @task
 def _expert_task(
     i: int,
+    gate_up: Any,
+    down: Any,
     blocks: Any,
     x_MU: Any,
     K: int,
     route_R: Any,
-    gate_up: Any,
-    down: Any,
     sub_norm_EF: Any,
     silu: bool,
     eps: float,
@@ -141,75 +142,18 @@ def _expert_task(
 
 
 @task
-def _expert_worker(
-    counter: Any,
-    blocks: Any,
-    x_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_up: Any,
-    down: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    eps: float,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    y_RU: Any,
-) -> None:
+def _expert_worker(counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
     while True:
         i = take_number(counter)
-        if i >= len(blocks):
+        if i >= tasks:
             return
-        _expert_task(
-            i,
-            blocks,
-            x_MU,
-            K,
-            route_R,
-            gate_up,
-            down,
-            sub_norm_EF,
-            silu,
-            eps,
-            gate_up_R2F,
-            rstd_R,
-            y_RU,
-        )
+        _expert_task(i, gate_up, down, *arrays)
 
 
 @parallel
-def _experts(
-    workers: int,
-    counter: Any,
-    blocks: Any,
-    x_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_up: Any,
-    down: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    eps: float,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    y_RU: Any,
-) -> None:
+def _experts(workers: int, counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
     for _ in prange(workers):
-        _expert_worker(
-            counter,
-            blocks,
-            x_MU,
-            K,
-            route_R,
-            gate_up,
-            down,
-            sub_norm_EF,
-            silu,
-            eps,
-            gate_up_R2F,
-            rstd_R,
-            y_RU,
-        )
+        _expert_worker(counter, tasks, gate_up, down, arrays)
 
 
 @task
@@ -233,15 +177,16 @@ def _combine(y_RU: Any, gate_MK: Any, slot_MK: Any, y_MU: Any, rows: int) -> Non
 
 
 @task
-def _expert_rows_backward(
+def _expert_task_backward(
+    i: int,
+    gate_up: Any,
+    down: Any,
+    blocks: Any,
     dy_MU: Any,
     K: int,
     route_R: Any,
     gate_MK: Any,
-    gate_up: Any,
-    down: Any,
-    e: int,
-    sub_norm_F: Any,
+    sub_norm_EF: Any,
     silu: bool,
     gate_up_R2F: Any,
     rstd_R: Any,
@@ -249,13 +194,17 @@ def _expert_rows_backward(
     dgate_up_R2F: Any,
     dx_RU: Any,
     dgate_MK: Any,
-    dsub_norm_F: Any,
+    dsub_norm_blocks: Any,
 ) -> None:
     """The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate * a.
 
     Leaves gate * n in gated_RF and the projections' gradient in dgate_up_R2F for the weights.
     Quantised, n is what it acts as, and dy @ (beta w) = (dy beta) @ w.
     """
+    e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
+    route_R, gate_up_R2F, rstd_R = route_R[r:z], gate_up_R2F[r:z], rstd_R[r:z]
+    gated_RF, dgate_up_R2F, dx_RU = gated_RF[r:z], dgate_up_R2F[r:z], dx_RU[r:z]
+    sub_norm_F, dsub_norm_F = sub_norm_EF[e], dsub_norm_blocks[i]
     rows, F = gated_RF.shape
     dy_RU = _gather(dy_MU, route_R, K)
     scale_columns(dy_RU, down.beta[e], dy_RU)
@@ -290,91 +239,20 @@ def _expert_rows_backward(
 
 
 @task
-def _backward_worker(
-    counter: Any,
-    blocks: Any,
-    dy_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_MK: Any,
-    gate_up: Any,
-    down: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    gated_RF: Any,
-    dgate_up_R2F: Any,
-    dx_RU: Any,
-    dgate_MK: Any,
-    dsub_norm_blocks: Any,
-) -> None:
+def _backward_worker(counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
     while True:
         i = take_number(counter)
-        if i >= len(blocks):
+        if i >= tasks:
             return
-        e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
-        _expert_rows_backward(
-            dy_MU,
-            K,
-            route_R[r:z],
-            gate_MK,
-            gate_up,
-            down,
-            e,
-            sub_norm_EF[e],
-            silu,
-            gate_up_R2F[r:z],
-            rstd_R[r:z],
-            gated_RF[r:z],
-            dgate_up_R2F[r:z],
-            dx_RU[r:z],
-            dgate_MK,
-            dsub_norm_blocks[i],
-        )
+        _expert_task_backward(i, gate_up, down, *arrays)
 
 
 @parallel
 def _experts_backward(
-    workers: int,
-    counter: Any,
-    blocks: Any,
-    dy_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_MK: Any,
-    gate_up: Any,
-    down: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    gated_RF: Any,
-    dgate_up_R2F: Any,
-    dx_RU: Any,
-    dgate_MK: Any,
-    dsub_norm_blocks: Any,
+    workers: int, counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any
 ) -> None:
     for _ in prange(workers):
-        _backward_worker(
-            counter,
-            blocks,
-            dy_MU,
-            K,
-            route_R,
-            gate_MK,
-            gate_up,
-            down,
-            sub_norm_EF,
-            silu,
-            gate_up_R2F,
-            rstd_R,
-            gated_RF,
-            dgate_up_R2F,
-            dx_RU,
-            dgate_MK,
-            dsub_norm_blocks,
-        )
+        _backward_worker(counter, tasks, gate_up, down, arrays)
 
 
 @task
@@ -400,8 +278,8 @@ def _weight_gradient_down(
 
 
 @task
-def _weight_gradient_worker(
-    counter: Any,
+def _weight_gradient_task(
+    i: int,
     start_Z: Any,
     x_MU: Any,
     dy_MU: Any,
@@ -416,51 +294,27 @@ def _weight_gradient_worker(
 ) -> None:
     """The larger matrices, of gate and up, first."""
     E = len(start_Z) - 1
+    e = i % E
+    r, z = start_Z[e], start_Z[e + 1]
+    if i < E:
+        _weight_gradient(dgate_up_R2F[r:z], x_MU, route_R[r:z], K, quantised, dgate_up_E2FU[e], rows)
+    else:
+        _weight_gradient_down(dy_MU, gated_RF[r:z], route_R[r:z], K, ddown_EUF[e], rows)
+
+
+@task
+def _weight_gradient_worker(counter: Any, tasks: int, arrays: Any) -> None:
     while True:
         i = take_number(counter)
-        if i >= 2 * E:
+        if i >= tasks:
             return
-        e = i % E
-        r, z = start_Z[e], start_Z[e + 1]
-        if i < E:
-            _weight_gradient(
-                dgate_up_R2F[r:z], x_MU, route_R[r:z], K, quantised, dgate_up_E2FU[e], rows
-            )
-        else:
-            _weight_gradient_down(dy_MU, gated_RF[r:z], route_R[r:z], K, ddown_EUF[e], rows)
+        _weight_gradient_task(i, *arrays)
 
 
 @parallel
-def _weight_gradients(
-    workers: int,
-    counter: Any,
-    start_Z: Any,
-    x_MU: Any,
-    dy_MU: Any,
-    K: int,
-    route_R: Any,
-    quantised: bool,
-    gated_RF: Any,
-    dgate_up_R2F: Any,
-    dgate_up_E2FU: Any,
-    ddown_EUF: Any,
-    rows: int,
-) -> None:
+def _weight_gradients(workers: int, counter: Any, tasks: int, arrays: Any) -> None:
     for _ in prange(workers):
-        _weight_gradient_worker(
-            counter,
-            start_Z,
-            x_MU,
-            dy_MU,
-            K,
-            route_R,
-            quantised,
-            gated_RF,
-            dgate_up_R2F,
-            dgate_up_E2FU,
-            ddown_EUF,
-            rows,
-        )
+        _weight_gradient_worker(counter, tasks, arrays)
 
 
 class Experts(PackedProducts):
@@ -481,7 +335,7 @@ class Experts(PackedProducts):
         """See `Operations.expert_ffn`."""
         route_R, slot_MK, start_Z = dispatch
         R, dtype = len(route_R), x_MU.dtype
-        gate_up, down = self._stack(_as_packed(gate_up_E2FU)), self._stack(_as_packed(down_EUF))
+        gate_up, down = self._stack(as_packed(gate_up_E2FU)), self._stack(as_packed(down_EUF))
         blocks = _row_blocks(start_Z, ROWS)
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
         gate_up_R2F = self.empty((R, _outputs(gate_up_E2FU)), dtype)
@@ -493,8 +347,6 @@ class Experts(PackedProducts):
                 x_MU,
                 gate_MK.shape[1],
                 route_R,
-                gate_up,
-                down,
                 _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
                 activation == "silu",
                 eps,
@@ -505,10 +357,9 @@ class Experts(PackedProducts):
             serial = SERIAL_PACKED_MACS if isinstance(down, Packed) else SERIAL_MACS
             if R * gate_up_R2F.shape[1] * x_MU.shape[1] * 3 // 2 <= serial:
                 for i in range(len(blocks)):
-                    _expert_task(i, *arrays)
+                    _expert_task(i, gate_up, down, *arrays)
             else:
-                in_parallel: Any = _experts
-                in_parallel(*workers(), *arrays)
+                _experts(*workers(), len(blocks), gate_up, down, arrays)
             self._combine(y_RU, gate_MK, slot_MK, y_MU)
         return y_MU, ExpertCache(gate_up_R2F, rstd_R)
 
@@ -558,15 +409,12 @@ class Experts(PackedProducts):
             dx_RU = self.empty((R, x_MU.shape[1]), dtype)
             sub_norm_width = 0 if sub_norm_EF is None else sub_norm_EF.shape[1]
             dsub_norm_blocks = np.zeros((len(blocks), sub_norm_width), dtype)
-            _experts_backward(
-                *workers(),
+            arrays = (
                 blocks,
                 dy_MU,
                 K,
                 route_R,
                 gate_MK,
-                gate_up,
-                down,
                 _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
                 activation == "silu",
                 cache.gate_up_R2F,
@@ -577,8 +425,8 @@ class Experts(PackedProducts):
                 dgate_MK,
                 dsub_norm_blocks,
             )
-            _weight_gradients(
-                *workers(),
+            _experts_backward(*workers(), len(blocks), gate_up, down, arrays)
+            matrices = (
                 start_Z,
                 x_MU,
                 dy_MU,
@@ -591,19 +439,13 @@ class Experts(PackedProducts):
                 ddown_EUF,
                 ROWS_OF_GRADIENT,
             )
+            _weight_gradients(*workers(), 2 * (len(start_Z) - 1), matrices)
             ones_MK = self.empty(gate_MK.shape, dtype)
             ones_MK[...] = 1
             self._combine(dx_RU, ones_MK, slot_MK, dx_MU)
         if dsub_norm_EF is not None:
             np.add.at(dsub_norm_EF, blocks[:, 0], dsub_norm_blocks)
         return dx_MU, dgate_MK
-
-
-def _as_packed(weight: Weight) -> Weight:
-    """A `BitWeight` in its packed form, if it has one."""
-    if isinstance(weight, BitWeight) and weight.packed is not None:
-        return PackedWeight(weight.packed, weight.beta)
-    return weight
 
 
 def _outputs(weight: Weight) -> int:

@@ -19,6 +19,7 @@ from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.packed import (
     SERIAL_PACKED_MACS,
     PackedProducts,
+    as_packed,
     as_stack,
     packed_tiles,
     padded_inputs,
@@ -137,8 +138,7 @@ class Linear(Quantise, PackedProducts):
         rows = len(x_NI)
         outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
-        if isinstance(w_OI, BitWeight) and w_OI.packed is not None:
-            w_OI = PackedWeight(w_OI.packed, w_OI.beta[None])
+        w_OI = as_packed(w_OI)
         if isinstance(w_OI, PackedWeight):
             self._packed_linear(x_NI, w_OI, y_NO)
         elif isinstance(w_OI, BitWeight):

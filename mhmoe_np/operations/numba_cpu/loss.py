@@ -132,49 +132,37 @@ def _nll(
 
 
 @task
-def _gradient_worker(
-    counter: Any,
-    dlogits_ZNS: Any,
-    x_ND: Any,
-    w_VD: Any,
-    dnll: float,
-    dx_ND: Any,
-    dw_VD: Any,
-    rows: int,
+def _gradient_task(
+    i: int, dlogits_ZNS: Any, x_ND: Any, w_VD: Any, dnll: float, dx_ND: Any, dw_VD: Any, rows: int
 ) -> None:
     """The long tasks first: some rows of dx = dl w; then a strip of dw += dl^T x."""
     N, (Z, _, S) = len(x_ND), dlogits_ZNS.shape
     down = (N + rows - 1) // rows
+    if i < down:
+        n, m = i * rows, min(N, (i + 1) * rows)
+        for z in range(Z):
+            w_SD = w_VD[z * S : (z + 1) * S]
+            keep = 0.0 if z == 0 else 1.0
+            gemm_nn(dnll, dlogits_ZNS[z, n:m, : len(w_SD)], w_SD, keep, dx_ND[n:m])
+    else:
+        z = i - down
+        dw_SD = dw_VD[z * S : (z + 1) * S]
+        gemm_tn(dnll, dlogits_ZNS[z, :N, : len(dw_SD)], x_ND, 1.0, dw_SD)
+
+
+@task
+def _gradient_worker(counter: Any, tasks: int, arrays: Any) -> None:
     while True:
         i = take_number(counter)
-        if i < down:
-            n, m = i * rows, min(N, (i + 1) * rows)
-            for z in range(Z):
-                w_SD = w_VD[z * S : (z + 1) * S]
-                keep = 0.0 if z == 0 else 1.0
-                gemm_nn(dnll, dlogits_ZNS[z, n:m, : len(w_SD)], w_SD, keep, dx_ND[n:m])
-        elif i < down + Z:
-            z = i - down
-            dw_SD = dw_VD[z * S : (z + 1) * S]
-            gemm_tn(dnll, dlogits_ZNS[z, :N, : len(dw_SD)], x_ND, 1.0, dw_SD)
-        else:
+        if i >= tasks:
             return
+        _gradient_task(i, *arrays)
 
 
 @parallel
-def _gradients(
-    workers: int,
-    counter: Any,
-    dlogits_ZNS: Any,
-    x_ND: Any,
-    w_VD: Any,
-    dnll: float,
-    dx_ND: Any,
-    dw_VD: Any,
-    rows: int,
-) -> None:
+def _gradients(workers: int, counter: Any, tasks: int, arrays: Any) -> None:
     for _ in prange(workers):
-        _gradient_worker(counter, dlogits_ZNS, x_ND, w_VD, dnll, dx_ND, dw_VD, rows)
+        _gradient_worker(counter, tasks, arrays)
 
 
 class Loss(Buffers):
@@ -209,8 +197,7 @@ class Loss(Buffers):
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
                 self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], logits_ZCS, keep=True)
-                _gradients(
-                    *workers(),
+                arrays = (
                     logits_ZCS,
                     x_ND[rows],
                     w_VD,
@@ -219,6 +206,8 @@ class Loss(Buffers):
                     dw_VD,
                     ROWS_OF_PRODUCT,
                 )
+                tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(logits_ZCS)
+                _gradients(*workers(), tasks, arrays)
         return nll_N, dx_ND
 
     def _nll(

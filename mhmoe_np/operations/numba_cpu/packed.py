@@ -28,7 +28,7 @@ from mhmoe_np.operations.numba_cpu.byte_dot import (
 from mhmoe_np.operations.numba_cpu.compiling import exact, parallel
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
 from mhmoe_np.operations.numba_cpu.quantise import quantise_row
-from mhmoe_np.operations.table import PackedWeight
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.packing import FORMATS, PANEL, PLACES, FormatName
 
 # One thread is done with so many before a second one has woken up (see `SERIAL_MACS`).
@@ -60,6 +60,14 @@ for _set in TILES:
                 "format": _format.name,
             },
         )
+
+
+def as_packed(weight: Weight) -> Weight:
+    """A `BitWeight` in its packed form, if it has one."""
+    if isinstance(weight, BitWeight) and weight.packed is not None:
+        experts = len(weight.packed.code)
+        return PackedWeight(weight.packed, weight.beta.reshape(experts, -1))
+    return weight
 
 
 def as_stack(weight: PackedWeight, instruction_set: InstructionSet) -> Packed:
