@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mhmoe_np.presets import PAPER_MODELS
+from mhmoe_np.settings.presets import PAPER_MODELS
 
 COMMAND = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
 

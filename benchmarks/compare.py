@@ -22,10 +22,10 @@ import numpy as np
 import psutil
 
 from benchmarks.sizes import BITNET, SIZES, benchmark_config
-from mhmoe_np.cost import macs_per_token
+from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.parameters import Parameters, initialise
-from mhmoe_np.run_folder import environment
-from mhmoe_np.tensors import save_tensors
+from mhmoe_np.storage.tensors import save_tensors
+from mhmoe_np.training.run_folder import environment
 
 Work = Literal["train", "evaluate"]
 PEERS = {

@@ -13,12 +13,12 @@ import time
 
 import numpy as np
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.presets import MODEL_PRESETS
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.settings.presets import MODEL_PRESETS
 
 WINDOW = 32
 

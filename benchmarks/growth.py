@@ -22,12 +22,13 @@ from benchmarks.numpy_side import CLIP_NORM, SETTINGS
 from benchmarks.parts import Stopwatch, breakdown
 from benchmarks.report import RESULTS, draw_curve
 from benchmarks.sizes import benchmark_config
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.language_model import Batch
+from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.step import Learner, Moments
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.training.step import Learner
 
 GROWTH = RESULTS / "growth.json"
 STEPS = 3

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from benchmarks.protocol import read_options, serve
 from benchmarks.sizes import benchmark_config
 from benchmarks.torch_side import TorchSide, batches_of
-from mhmoe_np.config import ModelConfig
+from mhmoe_np.settings.model import ModelConfig
 
 
 def mixtral(config: ModelConfig) -> MixtralForCausalLM:

@@ -1,4 +1,4 @@
-"""Our side of a comparison: the step of `mhmoe_np.train`, and evaluation, on given batches."""
+"""Our side of a comparison: the trainer's step, and evaluation, on given batches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.protocol import Options, read_options, serve
 from benchmarks.sizes import benchmark_config
-from mhmoe_np.evaluate import score_stream
+from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.language_model import Batch, Model, forward, losses_of
+from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import AdamWSettings, Operations
-from mhmoe_np.step import Learner, Moments
-from mhmoe_np.tensors import read_into
+from mhmoe_np.storage.tensors import read_into
+from mhmoe_np.training.step import Learner
 
 SETTINGS = AdamWSettings(6e-4, 0.9, 0.95, 1e-6, 0.1)
 CLIP_NORM = 2.0

@@ -25,19 +25,19 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.packed import pack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations.load import cores
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet, choose
+from mhmoe_np.operations.packing import FORMATS, FormatName, pack
 from mhmoe_np.operations.table import PackedWeight
-from mhmoe_np.packed_weights import pack_weights
-from mhmoe_np.packing import FORMATS, FormatName, pack
-from mhmoe_np.presets import MODEL_PRESETS, PAPER_MODELS
-from mhmoe_np.run_folder import environment
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
+from mhmoe_np.training.run_folder import environment
 
 SIZES = (768, 2048, 4096)
 ROWS = (1, 16, 64, 256)

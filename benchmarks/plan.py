@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.compare import environment_of_sides, machine
 from mhmoe_np.operations.load import cores
-from mhmoe_np.presets import PAPER_MODELS
-from mhmoe_np.run_folder import METRICS
+from mhmoe_np.settings.presets import PAPER_MODELS
+from mhmoe_np.training.run_folder import METRICS
 
 FORECASTS = Path(__file__).parent / "results" / "plan.json"
 COMMAND = (str(Path(sys.executable).with_name("mhmoe-np")),)

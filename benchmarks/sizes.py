@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mhmoe_np.config import ModelConfig
+from mhmoe_np.settings.model import ModelConfig
 
 
 class Size(NamedTuple):

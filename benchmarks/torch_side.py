@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.protocol import Options, read_options, serve
 from benchmarks.sizes import benchmark_config
-from mhmoe_np.config import ModelConfig
+from mhmoe_np.settings.model import ModelConfig
 
 SGEMM = 2048  # rows and columns of the large product
 LEARNING_RATE = 6e-4

@@ -41,9 +41,9 @@ def command(
     import numpy as np
     from mhmoe_cli.scores import print_scores
 
-    from mhmoe_np.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.data.documents import read_domain
-    from mhmoe_np.evaluate import evaluate
+    from mhmoe_np.inference.evaluate import evaluate
 
     named = [_split(domain) for domain in domains]
     names = [name for name, _ in named]

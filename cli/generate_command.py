@@ -36,8 +36,8 @@ def command(
     """Continue a prompt, printing text as it is made. Temperature 0 takes the most probable token."""
     import numpy as np
 
-    from mhmoe_np.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
-    from mhmoe_np.generate import Sampling, generate
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.inference.generate import Sampling, generate
 
     found = find_checkpoint(checkpoint)
     tokenizer = load_checkpoint_tokenizer(found)

@@ -24,7 +24,7 @@ def command(as_json: bool, backend: Literal["both", "numpy", "numba"]) -> None:
 
     Prints the worst relative error of each and its bound; exits with 1 if one is exceeded.
     """
-    from mhmoe_np.gradcheck import check_all
+    from mhmoe_np.audit.gradcheck import check_all
 
     names: list[BackendName] = ["numpy", "numba"] if backend == "both" else [backend]
     checks = []

@@ -16,10 +16,10 @@ def command(config: Path, out: Path, seed: int) -> None:
     """Write a checkpoint with random weights: a pure function of the configuration and the seed."""
     import numpy as np
 
-    from mhmoe_np.checkpoint import save_model
-    from mhmoe_np.config import read_model_config
-    from mhmoe_np.files import write_directory_atomically
+    from mhmoe_np.checkpoints.checkpoint import save_model
     from mhmoe_np.model.parameters import Parameters, initialise
+    from mhmoe_np.settings.model import read_model_config
+    from mhmoe_np.storage.files import write_directory_atomically
 
     parameters = Parameters(read_model_config(config), np.float32)
     initialise(parameters, seed)

@@ -23,8 +23,8 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     """
     import numpy as np
 
-    from mhmoe_np.checkpoint import find_checkpoint, load_model
-    from mhmoe_np.inspection import inspect_weights
+    from mhmoe_np.audit.inspection import inspect_weights
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
 
     model = load_model(find_checkpoint(checkpoint), np.float32, ops=load(backend, threads=threads))
     rows = inspect_weights(model.config, model.weights)

@@ -41,17 +41,17 @@ def command(
     """
     import numpy as np
 
-    from mhmoe_np.checkpoint import (
+    from mhmoe_np.audit.inspection import sizes
+    from mhmoe_np.checkpoints.checkpoint import (
         find_checkpoint,
         find_tokenizer,
         is_packed,
         load_parameters,
         save_packed_model,
     )
-    from mhmoe_np.files import write_directory_atomically
-    from mhmoe_np.inspection import sizes
+    from mhmoe_np.model.packed import pack_weights
     from mhmoe_np.model.weights import formats_for
-    from mhmoe_np.packed_weights import pack_weights
+    from mhmoe_np.storage.files import write_directory_atomically
 
     found = find_checkpoint(checkpoint)
     if is_packed(found):

@@ -8,8 +8,8 @@ from typing import Literal
 
 import click
 
+from mhmoe_np.costs.parity import Comparison, Solution, paper_rows, solve
 from mhmoe_np.errors import UserError
-from mhmoe_np.parity import Comparison, Solution, paper_rows, solve
 
 
 @click.command()

@@ -12,11 +12,11 @@ from mhmoe_cli.backend import announce_compilation, threads_option
 from mhmoe_cli.run_settings import base_tables, flag_tables
 
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.presets import DEFAULT_PRESET
-from mhmoe_np.run_config import merge, parse_run_config, with_settings
+from mhmoe_np.settings.presets import DEFAULT_PRESET
+from mhmoe_np.settings.run import merge, parse_run_config, with_settings
 
 if TYPE_CHECKING:
-    from mhmoe_np.plan import Plan
+    from mhmoe_np.costs.plan import Plan
 
 
 @click.command()
@@ -46,8 +46,8 @@ def command(
         merge(tables, flag_tables(data, steps, None, None)), source="configuration"
     )
 
+    from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.data.documents import chosen_domains
-    from mhmoe_np.plan import make_plan
 
     text_bytes = sum(domain.byte_count for domain in chosen_domains(resolved.data.paths))
     announce_compilation()

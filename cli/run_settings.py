@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.presets import DEFAULT_PRESET, RUN_PRESETS
-from mhmoe_np.run_config import Tables, merge, read_toml
+from mhmoe_np.settings.presets import DEFAULT_PRESET, RUN_PRESETS
+from mhmoe_np.settings.run import Tables, merge, read_toml
 
 
 def base_tables(config: Path | None, preset: str | None) -> Tables:
@@ -15,7 +15,7 @@ def base_tables(config: Path | None, preset: str | None) -> Tables:
     Raises UserError: no such preset, or a damaged file.
     """
     if preset is not None and preset not in RUN_PRESETS:
-        from mhmoe_np.config import nearest
+        from mhmoe_np.settings.model import nearest
 
         raise UserError(f"--preset {preset}: unknown{nearest(preset, RUN_PRESETS)}")
     named = RUN_PRESETS[preset] if preset else {} if config else RUN_PRESETS[DEFAULT_PRESET]

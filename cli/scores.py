@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from mhmoe_np.evaluate import DomainScore
+from mhmoe_np.inference.evaluate import DomainScore
 
 COLUMNS = {
     "token_ppl": "token ppl",

@@ -36,9 +36,9 @@ def command(
     backend: BackendName,
 ) -> None:
     """Run one forward and backward and write every tensor: inputs, activations, losses, gradients."""
-    from mhmoe_np.checkpoint import find_checkpoint, is_packed, load_model
-    from mhmoe_np.tensors import save_tensors
-    from mhmoe_np.trace import read_tokens, trace
+    from mhmoe_np.audit.trace import read_tokens, trace
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_model
+    from mhmoe_np.storage.tensors import save_tensors
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: its folder does not exist; create it first")

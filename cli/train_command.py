@@ -12,11 +12,10 @@ from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.run_settings import base_tables, flag_tables
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.files import write_json
 from mhmoe_np.operations.load import cores
 from mhmoe_np.operations.table import BackendName
-from mhmoe_np.presets import DEFAULT_PRESET
-from mhmoe_np.run_config import (
+from mhmoe_np.settings.presets import DEFAULT_PRESET
+from mhmoe_np.settings.run import (
     FREE_KEYS,
     RunConfig,
     Tables,
@@ -24,10 +23,11 @@ from mhmoe_np.run_config import (
     parse_run_config,
     with_settings,
 )
+from mhmoe_np.storage.files import write_json
 
 if TYPE_CHECKING:
     from mhmoe_np.operations.table import Operations
-    from mhmoe_np.train import StepReport, Trainer
+    from mhmoe_np.training.trainer import StepReport, Trainer
 
 SAMPLE_TOKENS = 120
 
@@ -88,8 +88,8 @@ def _numbers(folder: Path, name: str) -> list[int]:
 
 def _continued(resume: str | None, out: Path | None, name: str) -> Path | None:
     """The run folder to go on with, or None: start a new one."""
-    from mhmoe_np.checkpoint import CHECKPOINTS, checkpoints_of
-    from mhmoe_np.run_folder import is_run_folder
+    from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
+    from mhmoe_np.training.run_folder import is_run_folder
 
     if resume is None:
         return None
@@ -121,7 +121,7 @@ def _start(
     threads: int,
     backend: str,
 ) -> None:
-    from mhmoe_np.run_folder import create_run_folder
+    from mhmoe_np.training.run_folder import create_run_folder
 
     resolved = parse_run_config(merge(with_settings(base, settings), flags), source="configuration")
     create_run_folder(run, resolved, threads=threads, backend=backend)
@@ -132,7 +132,7 @@ def _resolve(run: Path, given: Tables | None, settings: tuple[str, ...], flags: 
 
     Raises UserError: they differ in a key that would make it another run.
     """
-    from mhmoe_np.run_folder import CONFIG, read_run_tables
+    from mhmoe_np.training.run_folder import CONFIG, read_run_tables
 
     saved_tables = read_run_tables(run)
     saved = parse_run_config(saved_tables, source=str(run / CONFIG))
@@ -150,8 +150,8 @@ def _resolve(run: Path, given: Tables | None, settings: tuple[str, ...], flags: 
 
 
 def _train(run: Path, config: RunConfig, ops: Operations) -> None:
-    from mhmoe_np.run_folder import EVALUATION
-    from mhmoe_np.train import Trainer, TrainingFailure
+    from mhmoe_np.training.run_folder import EVALUATION
+    from mhmoe_np.training.trainer import Trainer, TrainingFailure
 
     trainer = Trainer(run, config, ops)
     if trainer.finished and (run / EVALUATION).exists():
@@ -180,9 +180,9 @@ def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
     from mhmoe_cli.scores import print_scores
 
     from mhmoe_np.data.tokenizer import load_tokenizer
-    from mhmoe_np.evaluate import evaluate
-    from mhmoe_np.generate import Sampling, generate
-    from mhmoe_np.run_folder import EVALUATION, TOKENIZER, validation_domains
+    from mhmoe_np.inference.evaluate import evaluate
+    from mhmoe_np.inference.generate import Sampling, generate
+    from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
 
     tokenizer = load_tokenizer(run / TOKENIZER)
     scores = {

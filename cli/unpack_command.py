@@ -25,7 +25,7 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     """
     import numpy as np
 
-    from mhmoe_np.checkpoint import (
+    from mhmoe_np.checkpoints.checkpoint import (
         PACKED_WEIGHTS,
         find_checkpoint,
         find_tokenizer,
@@ -33,8 +33,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         load_model,
         save_model,
     )
-    from mhmoe_np.files import write_directory_atomically
-    from mhmoe_np.packed_weights import unpack_weights
+    from mhmoe_np.model.packed import unpack_weights
+    from mhmoe_np.storage.files import write_directory_atomically
 
     found = find_checkpoint(checkpoint)
     if not is_packed(found):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_np.packing import FORMATS
+from mhmoe_np.operations.packing import FORMATS
 
 ROOT = Path(__file__).parents[1]
 

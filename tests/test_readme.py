@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_np.run_config import parse_run_config, read_toml
+from mhmoe_np.settings.run import parse_run_config, read_toml
 from tests.conftest import Run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

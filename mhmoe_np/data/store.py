@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import ValidationError, model_validator
 from tokenizers import Tokenizer
 
-from mhmoe_np import files
-from mhmoe_np.config import Natural, Positive, StrictModel, first_fault
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
 from mhmoe_np.errors import UserError
+from mhmoe_np.settings.model import Natural, Positive, StrictModel, first_fault
+from mhmoe_np.storage import files
 from mhmoe_np.types import IntArray
 
 VERSION: Literal[1] = 1

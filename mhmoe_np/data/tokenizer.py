@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mhmoe_np import files
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage import files
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.rotary import Rotary
 from mhmoe_np.operations.table import LayerWeights, Operations
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
 QKV = "self_attn.qkv_proj.weight"

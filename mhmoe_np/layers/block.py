@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.attention import AttentionCache, attention_backward, attention_forward
 from mhmoe_np.layers.balance import RouterStatistics
 from mhmoe_np.layers.feed_forward import (
@@ -19,6 +18,7 @@ from mhmoe_np.layers.feed_forward import (
 from mhmoe_np.layers.moe import BalanceUpstream, MoeCache, moe_backward, moe_forward
 from mhmoe_np.layers.rotary import Rotary
 from mhmoe_np.operations.table import LayerWeights, Operations
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray
 
 NORM = "input_layernorm.weight"

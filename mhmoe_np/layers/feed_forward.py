@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.operations.table import LayerWeights, Operations
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
 DENSE = "mlp"

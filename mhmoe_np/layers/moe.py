@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.balance import (
     RouterStatistics,
     balance_loss_backward,
@@ -27,6 +26,7 @@ from mhmoe_np.layers.feed_forward import (
     feed_forward_forward,
 )
 from mhmoe_np.operations.table import Dispatch, ExpertCache, LayerWeights, Operations, Routing
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray
 
 HEAD, HEAD_BIAS = "mlp.head_proj.weight", "mlp.head_proj.bias"

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.layers.balance import RouterStatistics, balance_loss, expert_share, z_loss
 from mhmoe_np.layers.block import BlockCache, block_backward_in_place, block_forward
 from mhmoe_np.layers.moe import BalanceUpstream
@@ -20,6 +19,7 @@ from mhmoe_np.layers.rotary import Rotary, rotary_angles
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM, Weights, requantise
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 IGNORED = -100  # a target that is not counted

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mhmoe_np.config import ModelConfig
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
 Array = TypeVar("Array")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from mhmoe_np.config import ModelConfig
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
+from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, Weight
-from mhmoe_np.packing import FormatName, PackedMatrices, empty_code
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray, IntArray
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from numpy.typing import DTypeLike
 
-from mhmoe_np.packing import PackedMatrices
+from mhmoe_np.operations.packing import PackedMatrices
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 Activation = Literal["silu", "relu2"]

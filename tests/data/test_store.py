@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from mhmoe_np import files
 from mhmoe_np.data import store
 from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.store import open_store, tokenise, write_store
 from mhmoe_np.data.tokenizer import tokenizer_sha256, train_tokenizer
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage import files
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import example, settings
 from hypothesis import strategies as st
 
 from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.packing import FormatName, pack
 from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations, PackedWeight
-from mhmoe_np.packing import FormatName, pack
 
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")

@@ -19,8 +19,8 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, InstructionSet, available, choose
 from mhmoe_np.operations.numba_cpu.packed import as_stack, packed_product, padded_inputs
+from mhmoe_np.operations.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
 from mhmoe_np.operations.table import BitWeight, PackedWeight
-from mhmoe_np.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
 from tests.operations.cases import (
     ACTIVATIONS,
     BACKENDS,

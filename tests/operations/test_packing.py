@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.packing import (
+from mhmoe_np.operations.packing import (
     FORMATS,
     PANEL,
     FormatName,

@@ -26,7 +26,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
-from mhmoe_np.packing import FORMATS, PANEL, PLACES, FormatName, PackingFormat
+from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES, FormatName, PackingFormat
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 

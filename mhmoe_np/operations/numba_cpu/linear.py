@@ -33,8 +33,8 @@ from mhmoe_np.operations.numba_cpu.quantise import (
     scale_block,
     scale_rows,
 )
+from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
-from mhmoe_np.packing import PANEL
 from mhmoe_np.types import FloatArray, IntArray
 
 MANY_ROWS = 2 * ROWS  # of one tile, where there are enough to share out

@@ -28,8 +28,8 @@ from mhmoe_np.operations.numba_cpu.byte_dot import (
 from mhmoe_np.operations.numba_cpu.compiling import exact, parallel
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
 from mhmoe_np.operations.numba_cpu.quantise import quantise_row
+from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES, FormatName
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
-from mhmoe_np.packing import FORMATS, PANEL, PLACES, FormatName
 
 # One thread is done with so many before a second one has woken up (see `SERIAL_MACS`).
 SERIAL_PACKED_MACS = 1 << 22

@@ -11,8 +11,8 @@ from numba import prange
 from mhmoe_np.operations.numba_cpu.arithmetic import bits_of, float_of
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel, reduction
+from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES, PackedMatrices
 from mhmoe_np.operations.table import Quantization
-from mhmoe_np.packing import FORMATS, PANEL, PLACES, PackedMatrices
 from mhmoe_np.types import FloatArray, IntArray
 
 SERIAL_WEIGHTS = 1 << 15  # so many are quantised before a second thread has woken up

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mhmoe_np.operations.packing import PackedMatrices, pack, unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
-from mhmoe_np.packing import PackedMatrices, pack, unpack
 from mhmoe_np.types import FloatArray, IntArray
 
 SMALLEST_SCALE = 1e-5

@@ -1,0 +1,1 @@
+"""Checking the mathematics: every gradient, every tensor, every stored weight."""

@@ -1,0 +1,1 @@
+"""Checkpoint directories: whole state in, whole state out."""

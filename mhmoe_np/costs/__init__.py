@@ -1,0 +1,1 @@
+"""What a layer, a model and a run cost, before anything is trained."""

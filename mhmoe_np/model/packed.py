@@ -1,0 +1,94 @@
+"""Packed weights of a whole model: from float parameters, and back to floats."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.model.weights import Weights, matrix_starts, requantise
+from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code, unpack
+from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.types import FloatArray
+
+
+def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
+    """Quantise and pack; what is not quantised stays as it is, as views of the parameters."""
+    weights = Weights.of(parameters, packed=False)
+    requantise(weights, parameters, ops=ops)
+    arrays: dict[str, Weight] = {}
+    for name, weight in weights.arrays.items():
+        if isinstance(weight, BitWeight):
+            q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
+            experts, outputs, inputs = q_EOI.shape
+            code = empty_code(experts, outputs, inputs, format)
+            packed = PackedMatrices(code, outputs, inputs, format)
+            ops.pack_in_place(q_EOI, packed)
+            arrays[name] = PackedWeight(packed, weight.beta.reshape(q_EOI.shape[:2]))
+        else:
+            arrays[name] = weight
+    return Weights(parameters.config, arrays)
+
+
+def packed_format(weights: Weights) -> FormatName:
+    """The format of packed weights: one for all of them."""
+    return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
+
+
+def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) -> Parameters:
+    """Float32 parameters that are the same model: quantised again, they give these very weights.
+
+    The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
+    mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
+
+    Raises UserError: no floats quantise to these weights, so no checkpoint was packed into them.
+    """
+    parameters = Parameters(config, np.float32)
+    for entry in parameters.table:
+        weight, target = weights.arrays[entry.name], parameters.arrays[entry.name]
+        if not isinstance(weight, PackedWeight):
+            target[...] = weight
+            continue
+        q_OI = unpack(weight.w).reshape(-1, entry.shape[-1]).astype(np.float32)
+        beta_O = weight.beta.ravel()
+        target_OI = target.reshape(q_OI.shape)
+        for first, last in pairwise(matrix_starts(entry)):
+            target_OI[first:last] = _floats_of(q_OI[first:last], beta_O[first])
+    again = Weights.of(parameters, packed=False)
+    requantise(again, parameters, ops=ops)
+    for entry in parameters.table:
+        weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]
+        if isinstance(weight, PackedWeight) and isinstance(quantised, BitWeight):
+            same = np.array_equal(unpack(weight.w).ravel(), quantised.w.ravel())
+            if not same or not np.array_equal(weight.beta.ravel(), quantised.beta.ravel()):
+                raise UserError(f"{entry.name}: no float weights quantise to what is packed here")
+    return parameters
+
+
+def _floats_of(q_OI: FloatArray, beta: np.float32) -> FloatArray:
+    """Float32 weights of one matrix whose exact mean magnitude rounds to beta and whose signs are q's.
+
+    One magnitude m for all that is not 0 leaves |mean - beta| up to half a step of m, which may be a
+    whole step of beta. Where it rounds to another float, some weights take the next float above m, and
+    one that stands for 0 the small rest.
+    """
+    used = q_OI != 0
+    count = int(np.count_nonzero(used))
+    if count == 0:
+        return q_OI
+    wanted = float(beta) * q_OI.size  # exact: 24 bits times the size
+    m = np.float32(wanted / count)
+    if np.float32(float(m) * count / q_OI.size) == beta:
+        return q_OI * m
+    if float(m) * count > wanted:
+        m = np.nextafter(m, np.float32(0))
+    step = float(np.nextafter(m, np.float32(np.inf))) - float(m)
+    raised, rest = divmod(wanted - float(m) * count, step)
+    w_OI = q_OI * m
+    w_OI[used] += (q_OI[used] * np.float32(step)) * (np.arange(count) < raised)
+    if count < q_OI.size:
+        w_OI.ravel()[np.flatnonzero(~used)[0]] = rest
+    return w_OI

@@ -1,1 +1,0 @@
-"""What an update of the parameters needs besides their gradient."""

@@ -1,0 +1,187 @@
+"""A training run's configuration: TOML file, then `--set key=value`, then named flags; all strict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Field, ValidationError, model_validator
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.settings.model import ModelConfig, Natural, Positive, StrictModel, first_fault, nearest
+
+ScheduleKind: TypeAlias = Literal["linear", "cosine", "two-stage", "constant"]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class DataConfig(StrictModel):
+    """What is read. A relative path is relative to the working directory."""
+
+    paths: list[str] = Field(default_factory=list)  # none: the embedded corpus
+    tokenizer: str | None = None  # a tokenizer.json; none: byte-level BPE trained on the text
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of each domain's bytes
+
+
+class TrainingConfig(StrictModel):
+    """How long, how much at once, and what is kept."""
+
+    steps: Positive
+    batch_size: Positive  # sequences of one optimiser step
+    gradient_accumulation_steps: Positive = 1  # parts in which a batch goes through the model
+    sequence_length: Positive  # tokens of one sequence
+    seed: Natural = 0
+    checkpoint_every: Positive = 100  # steps
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 10  # steps between progress lines
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not divide "
+                f"batch_size {self.batch_size}"
+            )
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with decoupled decay on every parameter, and its schedule [spec 6]."""
+
+    schedule: ScheduleKind = "linear"
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4  # the peak
+    final_learning_rate: Rate = 3e-5
+    second_stage_learning_rate: Rate | None = None  # two-stage only; none: 2/3 of the peak
+    warmup_steps: Natural = 375
+    weight_decay: Rate = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    clip_norm: Annotated[float, Field(gt=0)] = 2.0
+
+
+class RunConfig(StrictModel):
+    """The four tables of a run's TOML file."""
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+    @model_validator(mode="after")
+    def _sequence_fits(self) -> Self:
+        if self.training.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"training.sequence_length: {self.training.sequence_length} is above "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+    def identity(self) -> str:
+        """The sha256 of all that decides the weights after a given step.
+
+        Steps between checkpoints or log lines do not; the number of steps shapes the schedule, yet
+        may be raised when a run is resumed.
+        """
+        tables = self.model_dump()
+        for key in FREE_KEYS:
+            table, _, name = key.partition(".")
+            del tables[table][name]
+        return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
+
+
+FREE_KEYS = (
+    "training.steps",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+)
+"""What may differ when a run is resumed."""
+
+TABLES: Mapping[str, type[StrictModel]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "optimizer": OptimizerConfig,
+}
+KEYS = tuple(f"{table}.{key}" for table, kind in TABLES.items() for key in kind.model_fields)
+
+Tables = dict[str, dict[str, Any]]
+
+
+def read_toml(path: Path) -> Tables:
+    """The tables of a TOML file.
+
+    Raises UserError: missing, not TOML, or a key outside the four tables.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    for name, table in values.items():
+        if name not in TABLES:
+            raise UserError(f"{path}: unknown table {name!r}{nearest(name, TABLES)}")
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name} must be a table: write [{name}] above its keys")
+    return values
+
+
+def parse_setting(setting: str) -> tuple[str, str, Any]:
+    """Table, key and value of one `--set key=value`; the value is TOML, or text where it is not.
+
+    The key may leave its table out where only one table has it.
+
+    Raises UserError: no '=', or an unknown or ambiguous key (the nearest known one is named).
+    """
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals:
+        raise UserError(f"--set {setting}: must be key=value")
+    matches = [known for known in KEYS if key in (known, known.partition(".")[2])]
+    if not matches:
+        bare = [known.partition(".")[2] for known in KEYS]
+        raise UserError(f"--set {key}: unknown key{nearest(key, [*KEYS, *bare])}")
+    if len(matches) > 1:
+        raise UserError(f"--set {key}: in several tables; write {' or '.join(matches)}")
+    table, _, name = matches[0].partition(".")
+    try:
+        return table, name, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return table, name, text.strip()
+
+
+def merge(*layers: Tables) -> Tables:
+    """Tables of settings laid over each other, the last one on top."""
+    merged: Tables = {}
+    for layer in layers:
+        for table, values in layer.items():
+            merged[table] = {**merged.get(table, {}), **values}
+    return merged
+
+
+def with_settings(tables: Tables, settings: Sequence[str]) -> Tables:
+    """Lay `--set` settings over the tables, in order."""
+    for setting in settings:
+        table, key, value = parse_setting(setting)
+        tables = merge(tables, {table: {key: value}})
+    return tables
+
+
+def parse_run_config(tables: Tables, *, source: str) -> RunConfig:
+    """Check the tables; `model.max_position_embeddings` not given is the sequence length.
+
+    Raises UserError: a key is unknown (the nearest known one is named), missing or unfit.
+    """
+    length = tables.get("training", {}).get("sequence_length")
+    if length is not None and "model" in tables:
+        tables = merge({"model": {"max_position_embeddings": length}}, tables)
+    try:
+        return RunConfig.model_validate(tables)
+    except ValidationError as error:
+        known = [key.partition(".")[2] for key in KEYS]
+        raise UserError(f"{source}: {first_fault(error, known)}") from None

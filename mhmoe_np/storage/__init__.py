@@ -1,0 +1,1 @@
+"""Bytes on disk, whole or absent: files and tensors. Knows no model."""

@@ -1,0 +1,85 @@
+"""Reading and writing safetensors files without surprises."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.storage.files import write_atomically
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, atomically; the same tensors give the same bytes.
+
+    metadata: one key and what the header says under it; with more, the library would write them in an
+    order that changes from run to run.
+
+    safetensors 0.8.0 writes wrong data, silently, for arrays that are not C-contiguous; so every
+    array passes through `ascontiguousarray` here, and nothing else in the package calls save_file.
+
+    Raises OSError: the disk is full or refuses; `path` is as it was.
+    """
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    header = dict(metadata or {"format": "np"})
+    try:
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary, header))
+    except SafetensorError as error:
+        # A full disk, say: the library has its own exception for what the system reports.
+        raise OSError(errno.EIO, str(error), str(path)) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors.
+
+    Raises UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
+    """Fill each array of `targets` from the tensor of its name, converting the float width.
+
+    Raises UserError: the file is missing or damaged, or lacks a tensor, has one too many, or one of
+    another shape or kind of number. All is checked before anything is filled.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="np") as file:
+            names = set(file.keys())
+            missing, unknown = sorted(targets.keys() - names), sorted(names - targets.keys())
+            if missing:
+                raise UserError(f"{path}: lacks tensor {missing[0]!r} that the configuration needs")
+            if unknown:
+                raise UserError(f"{path}: has tensor {unknown[0]!r} that the configuration lacks")
+            for name, target in targets.items():
+                found = file.get_slice(name)
+                shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                if shape != target.shape:
+                    raise UserError(
+                        f"{path}: tensor {name!r} has shape {list(shape)}, "
+                        f"the configuration says {list(target.shape)}"
+                    )
+                wanted = ("U8",) if target.dtype == np.uint8 else ("F16", "F32", "F64")
+                if dtype not in wanted:
+                    raise UserError(f"{path}: tensor {name!r} is {dtype}; needs {' or '.join(wanted)}")
+            for name, target in targets.items():
+                target[...] = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None

@@ -1,0 +1,91 @@
+"""Traces against an independent PyTorch model written from the specification alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mhmoe_np.audit.trace import trace
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.table import BackendName
+from mhmoe_np.settings.model import ModelConfig
+from tests.conftest import Run
+from tests.kinds import DEFAULT_SEED, KINDS, SEEDS, settings
+from tests.oracle.torch_model import trace as oracle_trace
+
+TOKENS = np.random.default_rng(3).integers(0, 37, (3, 12))
+PADDED = TOKENS.copy()
+PADDED[0, 7:] = -100
+PADDED[2, 11:] = -100
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["full", "padded"])
+def test_every_tensor_of_a_trace_equals_the_independent_model(
+    kind: str, tokens: np.ndarray, backend: BackendName
+) -> None:
+    config = ModelConfig.model_validate(settings(kind))
+    parameters = Parameters(config, np.float64)
+    initialise(parameters, seed=SEEDS.get(kind, DEFAULT_SEED))
+    ops = load_operations(backend)
+    ours = trace(Model.of(parameters, ops=ops), tokens, gradients=True, ops=ops)
+    weights = {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
+    theirs = oracle_trace(settings(kind), weights, tokens)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].shape == tensor.shape, name
+        if tensor.dtype.kind == "i":
+            np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+        else:
+            error = np.abs(ours[name] - tensor).max()
+            assert error <= 1e-10 * np.abs(tensor).max(), name
+
+
+def test_the_command_writes_what_the_library_computes(mhmoe: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings("mh2-shared")))
+    np.save(tmp_path / "tokens.npy", PADDED)
+    mhmoe("init", "config.json", "--out", "model", "--seed", 5)
+    mhmoe("trace", "model", "--tokens", "tokens.npy", "--out", "a.safetensors", "--dtype", "float64")
+    written = load_file(tmp_path / "a.safetensors")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    theirs = oracle_trace(config, weights, PADDED)
+    assert written.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert np.abs(written[name] - tensor).max() <= 1e-10 * np.abs(tensor).max(), name
+
+    (tmp_path / "tokens.json").write_text(json.dumps(PADDED.tolist()))
+    mhmoe("trace", "model", "--tokens", "tokens.json", "--out", "b.safetensors", "--no-grad")
+    names = load_file(tmp_path / "b.safetensors").keys()
+    assert names == {n for n in theirs if n.split(".")[0] in ("layers", "logits", "input_ids")}
+
+
+@pytest.mark.parametrize(
+    ("array", "word"),
+    [
+        (np.zeros((2, 5)), "integers"),
+        (np.zeros(5, int), "two-dimensional"),
+        (np.full((1, 4), 37), "0 .. 36"),
+        (np.full((1, 4), -1), "0 .. 36"),
+        (np.array([[1, -100, 2]]), "right end"),
+        (np.array([[1, -100, -100]]), "no target"),
+        (np.zeros((1, 34), int), "max_position_embeddings"),
+    ],
+)
+def test_unfit_tokens_are_one_line_and_write_nothing(
+    mhmoe: Run, tmp_path: Path, array: np.ndarray, word: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings("dense")))
+    mhmoe("init", "config.json", "--out", "model", "--seed", 0)
+    np.save(tmp_path / "tokens.npy", array)
+    result = mhmoe("trace", "model", "--tokens", "tokens.npy", "--out", "t.safetensors", code=2)
+    assert word in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "t.safetensors").exists()
