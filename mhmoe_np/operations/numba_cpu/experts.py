@@ -38,7 +38,7 @@ from mhmoe_np.operations.numba_cpu.quantise import (
     scale_block,
     scale_columns,
 )
-from mhmoe_np.operations.numba_cpu.sharing import take_number, workers
+from mhmoe_np.operations.numba_cpu.regions import take_number, workers
 from mhmoe_np.operations.table import (
     Activation,
     BitWeight,

@@ -16,7 +16,7 @@ from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_max, row_sum, side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import blocks, parallel, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
-from mhmoe_np.operations.numba_cpu.sharing import take_number, workers
+from mhmoe_np.operations.numba_cpu.regions import take_number, workers
 from mhmoe_np.types import FloatArray, IntArray
 
 ROWS_OF_TASK = 64  # of the softmax
