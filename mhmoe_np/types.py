@@ -37,6 +37,7 @@ DIMENSIONS = {
     "P": "all parameters of a model in one flat buffer",
     "J": "rotated pairs of an attention head, C/2",
     "W": "tokens of a stored stream",
+    "X": "parts into which a kernel cuts its work",
     "2": "a doubled axis: gate then up (2F)",
 }
 
