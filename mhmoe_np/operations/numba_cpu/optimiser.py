@@ -43,7 +43,8 @@ class AdamW(NamedTuple):
     first_moment_P: Any
     second_moment_P: Any
     gradient_scale: float
-    step: int
+    unbias1: float  # 1 / (1 - beta1^step)
+    unbias2: float
     settings: AdamWSettings
 
 
@@ -54,7 +55,7 @@ def _adamw(i: int, a: Any) -> None:
     g_scale, keep1, keep2 = real(a.gradient_scale), real(beta1), real(beta2)
     # Rounded once: 1 - (rounded beta) would be off by far more when beta is near 1.
     rest1, rest2 = real(1 - beta1), real(1 - beta2)
-    unbias1, unbias2 = real(1 / (1 - beta1**a.step)), real(1 / (1 - beta2**a.step))
+    unbias1, unbias2 = real(a.unbias1), real(a.unbias2)
     step, shrink, small = real(rate), real(1 - rate * decay), real(epsilon)
     chunk = block(i, CHUNK)
     parameter_P, gradient_P = a.parameter_P[chunk], a.gradient_P[chunk]
@@ -90,5 +91,6 @@ class Optimiser(Buffers):
     ) -> None:
         """See `Operations.adamw_in_place`."""
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
-        region = AdamW(*arrays, gradient_scale, step, settings)
+        unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
+        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
         run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)

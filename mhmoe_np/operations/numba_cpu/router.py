@@ -24,20 +24,18 @@ from mhmoe_np.types import BoolArray, FloatArray
 def _choose(p_E: Any, rank_E: Any, expert_K: Any) -> None:
     """The K largest, largest first, equal ones in index order, NaN last; rank_E has room for integers.
 
-    K times the first of the largest, which vectorises where a sort would not. What is compared are
-    integers, so whatever p_E holds, a largest is found, and none twice: those taken rank below all.
+    K passes are faster than a sort, and than passes that vectorise. Integers are compared, and those
+    taken rank below all: whatever p_E holds, no expert is chosen twice.
     """
     E = len(p_E)
     for e in range(E):
         # The bits of numbers that are not negative order as the numbers do.
         rank_E[e] = bits_of(p_E[e]) + 1 if p_E[e] >= 0 else 0
     for j in range(len(expert_K)):
-        highest = rank_E[0]
+        best = 0
         for e in range(1, E):
-            highest = max(highest, rank_E[e])
-        best = np.int32(E)
-        for e in range(E):
-            best = min(best, np.int32(e) if rank_E[e] == highest else np.int32(E))
+            if rank_E[e] > rank_E[best]:
+                best = e
         rank_E[best] = -1
         expert_K[j] = best
 
@@ -56,11 +54,11 @@ class Routes(NamedTuple):
 @tasks_of(Routes)
 def _route(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
-    M, E = a.logits_ME.shape
+    (M, E), K = a.logits_ME.shape, a.expert_MK.shape[1]
     rank_E = np.empty(E, np.int64)
     first = i * ROWS_ELEMENTWISE
     for m in range(first, min(first + ROWS_ELEMENTWISE, M)):
-        logits_E, p_E, expert_K, gate_K = a.logits_ME[m], a.p_ME[m], a.expert_MK[m], a.gate_MK[m]
+        logits_E, p_E = a.logits_ME[m], a.p_ME[m]
         highest = row_max(logits_E, E)
         for e in range(E):
             p_E[e] = exp(logits_E[e] - highest)
@@ -68,14 +66,14 @@ def _route(i: int, a: Any) -> None:
         a.log_sum_exp_M[m] = highest + np.log(total)
         for e in range(E):
             p_E[e] /= total
-        _choose(p_E, rank_E, expert_K)
+        _choose(p_E, rank_E, a.expert_MK[m])
         chosen = real(0)
-        for j in range(len(expert_K)):
-            gate_K[j] = p_E[expert_K[j]]
-            chosen += gate_K[j]
+        for j in range(K):
+            a.gate_MK[m, j] = p_E[a.expert_MK[m, j]]
+            chosen += a.gate_MK[m, j]
         if a.normalise:
-            for j in range(len(gate_K)):
-                gate_K[j] /= chosen
+            for j in range(K):
+                a.gate_MK[m, j] /= chosen
 
 
 class RoutesBackward(NamedTuple):
@@ -95,21 +93,20 @@ class RoutesBackward(NamedTuple):
 @tasks_of(RoutesBackward)
 def _route_backward(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
-    M, E = a.p_ME.shape
+    (M, E), K = a.p_ME.shape, a.expert_MK.shape[1]
     first = i * ROWS_ELEMENTWISE
     for m in range(first, min(first + ROWS_ELEMENTWISE, M)):
-        p_E, expert_K, gate_K = a.p_ME[m], a.expert_MK[m], a.gate_MK[m]
-        dgate_K, dlogits_E = a.dgate_MK[m], a.dlogits_ME[m]
+        p_E, expert_K, dlogits_E = a.p_ME[m], a.expert_MK[m], a.dlogits_ME[m]
         for e in range(E):
             dlogits_E[e] = a.dp_E[e] if a.counted_M[m] else real(0)
         total, pull = real(1), real(0)
         if a.normalise:
             total = real(0)
-            for j in range(len(expert_K)):
+            for j in range(K):
                 total += p_E[expert_K[j]]
-                pull += dgate_K[j] * gate_K[j]
-        for j in range(len(expert_K)):
-            dlogits_E[expert_K[j]] += (dgate_K[j] - pull) / total
+                pull += a.dgate_MK[m, j] * a.gate_MK[m, j]
+        for j in range(K):
+            dlogits_E[expert_K[j]] += (a.dgate_MK[m, j] - pull) / total
         shift = a.dlog_sum_exp_M[m] - row_dot(dlogits_E, p_E)
         for e in range(E):
             dlogits_E[e] = p_E[e] * (dlogits_E[e] + shift)
