@@ -57,7 +57,9 @@ def typed_intrinsic(definition: Any) -> Any:
 
 
 def _compiled(function: Function, **options: Any) -> Function:
-    compiled: Function = njit(cache=True, error_model="numpy", **options)(function)
+    compiled: Function = njit(cache=True, error_model="numpy", no_cfunc_wrapper=True, **options)(
+        function
+    )
     return compiled
 
 

@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 256, 1024  # at least and at most
 
 
-class Exponentials(NamedTuple):
+class _Exponentials(NamedTuple):
     """Logits as e^(logit - top), with each row's top and sum in each strip: a strip a task."""
 
     x_ND: Any
@@ -39,7 +39,7 @@ class Exponentials(NamedTuple):
     sum_XN: Any
 
 
-@tasks_of(Exponentials)
+@tasks_of(_Exponentials)
 def _exponentials(i: int, a: Any) -> None:
     N, strip = len(a.target_N), a.e_XNV.shape[2]
     w_VD = a.w_VD[block(i, strip)]
@@ -57,7 +57,7 @@ def _exponentials(i: int, a: Any) -> None:
         a.top_XN[i, n], a.sum_XN[i, n] = top, row_sum(e_V, V)
 
 
-class RowLosses(NamedTuple):
+class _RowLosses(NamedTuple):
     """Each row's NLL from its strips, 0 where uncounted: a block of rows a task.
 
     gradient: make softmax - onehot(target) of e_XNV.
@@ -86,7 +86,7 @@ def _nll_of_row(at_target: Any, top_X: Any, sum_X: Any, factor_X: Any) -> Any:
     return (highest - at_target) + np.log(total)
 
 
-@tasks_of(RowLosses)
+@tasks_of(_RowLosses)
 def _nll(i: int, a: Any) -> None:
     strips, _, strip = a.e_XNV.shape
     factor_X = np.empty(strips, a.nll_N.dtype)
@@ -106,7 +106,7 @@ def _nll(i: int, a: Any) -> None:
                 a.e_XNV[target // strip, n, target % strip] -= 1
 
 
-class LossGradients(NamedTuple):
+class _LossGradients(NamedTuple):
     """dx = dl w, some rows a task, and dw += dl^T x, a strip a task; dl = dnll * dlogits."""
 
     dlogits_XNV: Any
@@ -117,7 +117,7 @@ class LossGradients(NamedTuple):
     dw_VD: Any
 
 
-@tasks_of(LossGradients)
+@tasks_of(_LossGradients)
 def _gradients(i: int, a: Any) -> None:
     """The long tasks first."""
     N, (strips, _, strip) = len(a.x_ND), a.dlogits_XNV.shape
@@ -167,7 +167,7 @@ class Loss(Buffers):
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
                 self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_XNV, gradient=True)
-                region = LossGradients(e_XNV, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
+                region = _LossGradients(e_XNV, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
                 tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(e_XNV)
                 run(region, tasks, macs=2 * x_ND[rows].size * len(w_VD))
         return nll_N, dx_ND
@@ -187,9 +187,9 @@ class Loss(Buffers):
         with self.scope():
             at_target_N = self.empty((N,), x_ND.dtype)
             top_XN, sum_XN = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
-            exponentials = Exponentials(x_ND, w_VD, target_N, at_target_N, e_XNV, top_XN, sum_XN)
+            exponentials = _Exponentials(x_ND, w_VD, target_N, at_target_N, e_XNV, top_XN, sum_XN)
             run(exponentials, strips, macs=x_ND.size * len(w_VD))
-            losses = RowLosses(target_N, at_target_N, top_XN, sum_XN, nll_N, e_XNV, gradient)
+            losses = _RowLosses(target_N, at_target_N, top_XN, sum_XN, nll_N, e_XNV, gradient)
             touched = N * len(w_VD) if gradient else N * strips
             run(losses, blocks(N, ROWS_OF_TASK), macs=touched * ELEMENT_MACS)
 

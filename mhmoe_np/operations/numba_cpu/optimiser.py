@@ -1,4 +1,4 @@
-"""AdamW in one pass over the flat buffer, and the norm that clipping needs."""
+"""_AdamW in one pass over the flat buffer, and the norm that clipping needs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _sum_of_squares(x_P: Any) -> float:
     return total
 
 
-class Squares(NamedTuple):
+class _Squares(NamedTuple):
     """The sums of x^2 of all chunks."""
 
     x_P: Any
     sum_X: Any
 
 
-@tasks_of(Squares)
+@tasks_of(_Squares)
 def _squares(i: int, a: Any) -> None:
     a.sum_X[i] = _sum_of_squares(a.x_P[block(i, CHUNK)])
 
 
-class AdamW(NamedTuple):
+class _AdamW(NamedTuple):
     """One update, a chunk of the parameters a task."""
 
     parameter_P: Any
@@ -48,7 +48,7 @@ class AdamW(NamedTuple):
     settings: AdamWSettings
 
 
-@tasks_of(AdamW)
+@tasks_of(_AdamW)
 def _adamw(i: int, a: Any) -> None:
     real = a.parameter_P.dtype.type
     rate, beta1, beta2, epsilon, decay = a.settings
@@ -75,7 +75,7 @@ class Optimiser(Buffers):
     def sum_of_squares(self, x_P: FloatArray) -> float:
         """See `Operations.sum_of_squares`. The chunks' sums add up in order."""
         sum_X = np.empty(blocks(len(x_P), CHUNK))
-        run(Squares(x_P, sum_X), len(sum_X), macs=len(x_P) * ELEMENT_MACS)
+        run(_Squares(x_P, sum_X), len(sum_X), macs=len(x_P) * ELEMENT_MACS)
         return float(sum_X.sum())
 
     def adamw_in_place(
@@ -92,5 +92,5 @@ class Optimiser(Buffers):
         """See `Operations.adamw_in_place`."""
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
         unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
-        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
+        region = _AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
         run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)

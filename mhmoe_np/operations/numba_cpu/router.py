@@ -40,7 +40,7 @@ def _choose(p_E: Any, rank_E: Any, expert_K: Any) -> None:
         expert_K[j] = best
 
 
-class Routes(NamedTuple):
+class _Routes(NamedTuple):
     """What `Operations.route` reads and writes."""
 
     logits_ME: Any
@@ -51,7 +51,7 @@ class Routes(NamedTuple):
     gate_MK: Any
 
 
-@tasks_of(Routes)
+@tasks_of(_Routes)
 def _route(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
     (M, E), K = a.logits_ME.shape, a.expert_MK.shape[1]
@@ -76,7 +76,7 @@ def _route(i: int, a: Any) -> None:
                 a.gate_MK[m, j] /= chosen
 
 
-class RoutesBackward(NamedTuple):
+class _RoutesBackward(NamedTuple):
     """What `Operations.route_backward` reads and writes."""
 
     dgate_MK: Any
@@ -90,7 +90,7 @@ class RoutesBackward(NamedTuple):
     dlogits_ME: Any
 
 
-@tasks_of(RoutesBackward)
+@tasks_of(_RoutesBackward)
 def _route_backward(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
     (M, E), K = a.p_ME.shape, a.expert_MK.shape[1]
@@ -125,7 +125,7 @@ class Router(Buffers):
             gate_MK=self.empty((M, top_k), logits_ME.dtype),
         )
         macs = logits_ME.size * ELEMENT_MACS
-        run(Routes(logits_ME, normalise, *routing), blocks(M, ROWS_ELEMENTWISE), macs=macs)
+        run(_Routes(logits_ME, normalise, *routing), blocks(M, ROWS_ELEMENTWISE), macs=macs)
         return routing
 
     def route_backward(
@@ -140,7 +140,7 @@ class Router(Buffers):
     ) -> FloatArray:
         """See `Operations.route_backward`."""
         dlogits_ME: FloatArray = self.empty(routing.p_ME.shape, routing.p_ME.dtype)
-        region = RoutesBackward(
+        region = _RoutesBackward(
             dgate_MK,
             dp_E,
             dlog_sum_exp_M,
