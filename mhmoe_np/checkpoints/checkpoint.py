@@ -125,12 +125,12 @@ def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
     if is_packed(checkpoint):
         config = read_model_config(checkpoint / CONFIG)
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype)
-        return Model.with_weights(config, weights)
-    return Model.of(load_parameters(checkpoint, dtype), ops=ops)
+        return Model.with_weights(config, weights.to_device(ops), ops=ops)
+    return Model.of(load_parameters(checkpoint, dtype).to_device(ops), ops=ops)
 
 
 def load_parameters(checkpoint: Path, dtype: DTypeLike) -> Parameters:
-    """The float weights of a checkpoint directory, every tensor accounted for.
+    """The float weights of a checkpoint directory, on the host, every tensor accounted for.
 
     Raises UserError: a file is missing, damaged, or does not fit the configuration.
     """
