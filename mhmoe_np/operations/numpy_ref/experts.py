@@ -64,7 +64,7 @@ def _one_expert_backward(
     a_RF = dy_RU @ acting_down_UF
     dgate_R = (a_RF * n_RF).sum(axis=1)
     ddown_UF += dy_RU.T @ (gate_R1 * n_RF)
-    dh_RF = gate_R1 * a_RF
+    dh_RF: FloatArray = gate_R1 * a_RF
     if sub_norm_F is not None and rstd_R is not None and dsub_norm_F is not None:
         dh_RF = rms_norm_backward(dh_RF, h_RF, sub_norm_F, rstd_R, dsub_norm_F)
 
