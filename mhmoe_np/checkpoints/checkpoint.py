@@ -85,6 +85,7 @@ def save_training_checkpoint(
 ) -> None:
     """Write a checkpoint that training goes on from, as `directory`, which must not exist yet.
 
+    parameters, moments: the host's.
     Raises OSError: the disk is full or refuses; then nothing is left behind.
     """
 
@@ -99,7 +100,7 @@ def save_training_checkpoint(
 def load_training_checkpoint(
     directory: Path, config: ModelConfig
 ) -> tuple[Parameters, Moments, TrainerState]:
-    """What `save_training_checkpoint` wrote, for a model of `config`, in float32.
+    """What `save_training_checkpoint` wrote, for a model of `config`: float32, on the host.
 
     Raises UserError: a file is missing, damaged, or does not fit the configuration.
     """
@@ -161,12 +162,12 @@ def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
     if is_packed(checkpoint):
         config = read_model_config(checkpoint / MODEL_CONFIG)
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype)
-        return Model.with_weights(config, weights)
-    return Model.of(load_parameters(checkpoint, dtype), ops=ops)
+        return Model.with_weights(config, weights.to_device(ops), ops=ops)
+    return Model.of(load_parameters(checkpoint, dtype).to_device(ops), ops=ops)
 
 
 def load_parameters(checkpoint: Path, dtype: DTypeLike) -> Parameters:
-    """The float weights of a checkpoint directory, every tensor accounted for.
+    """The float weights of a checkpoint directory, on the host, every tensor accounted for.
 
     Raises UserError: a file is missing, damaged, or does not fit the configuration.
     """

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -161,15 +162,20 @@ class Parameters:
         tensors: the tensors on disk by name, views of the arrays.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        """Allocate zeros for every parameter of `config` in `dtype` (float32 or float64)."""
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, *, flat_P: FloatArray | None = None
+    ) -> None:
+        """Views of flat_P, in which every parameter of `config` lies; None: zeros, on the host.
+
+        dtype: float32 or float64.
+        """
         self.config = config
         self.table = parameter_table(config)
         places, length = {}, 0
         for entry in self.table:
             places[entry.name] = length
             length += -(-math.prod(entry.shape) // ALIGNMENT) * ALIGNMENT
-        self.flat_P: FloatArray = np.zeros(length, dtype)
+        self.flat_P: FloatArray = np.zeros(length, dtype) if flat_P is None else flat_P
         self.arrays: dict[str, FloatArray] = {
             entry.name: self.flat_P[places[entry.name] :][: math.prod(entry.shape)].reshape(entry.shape)
             for entry in self.table
@@ -180,6 +186,19 @@ class Parameters:
             for part in entry.parts
         }
         self.blocks: list[dict[str, FloatArray]] = blocks_of(self.arrays, config)
+
+    def zeros_like(self, *, ops: Operations) -> Parameters:
+        """As many zeros, allocated by the backend: a gradient, or a moment."""
+        dtype = self.flat_P.dtype
+        return Parameters(self.config, dtype, flat_P=ops.zeros(self.flat_P.shape, dtype))
+
+    def to_device(self, ops: Operations) -> Parameters:
+        """The host's as the backend's: these themselves, or a copy."""
+        return Parameters(self.config, self.flat_P.dtype, flat_P=ops.to_device(self.flat_P))
+
+    def to_host(self, ops: Operations) -> Parameters:
+        """The backend's as the host's: these themselves, or a copy."""
+        return Parameters(self.config, self.flat_P.dtype, flat_P=ops.to_host(self.flat_P))
 
     @property
     def output_VD(self) -> FloatArray:

@@ -7,7 +7,6 @@ run, bit for bit.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +28,10 @@ from mhmoe_np.data.batches import Batches
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.layers.balance import RouterStatistics
-from mhmoe_np.model.language_model import Batch, Losses
+from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.sums import Losses
 from mhmoe_np.model.weights import MatrixCounts
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.settings.run import RunConfig
@@ -175,9 +175,6 @@ class Trainer:
         training, optimizer = self.config.training, self.config.optimizer
         tokens_BT1 = self._batches.batch(self.step)
         parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
-        losses, statistics, norm = self.learner.loss_and_gradient([Batch.of(part) for part in parts])
-        if not math.isfinite(losses.loss + norm):
-            self._fail(losses)
         settings = AdamWSettings(
             learning_rate(
                 self.step,
@@ -197,8 +194,12 @@ class Trainer:
                 kind=optimizer.schedule,
                 decay=optimizer.weight_decay,
             ),
+            optimizer.clip_norm,
         )
-        matrices = self.learner.update(norm, settings, clip_norm=optimizer.clip_norm)
+        result = self.learner.step([Batch.of(part) for part in parts], settings)
+        if not result.is_finite:
+            self._fail(result.losses)
+        losses, statistics, norm, matrices = result
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
             step=self.step,
@@ -220,7 +221,7 @@ class Trainer:
             (
                 f"{kind} {name}"
                 for kind, group in suspects.items()
-                for name, tensor in group.tensors.items()
+                for name, tensor in group.to_host(self.ops).tensors.items()
                 if not np.isfinite(tensor).all()
             ),
             "the loss",
@@ -242,9 +243,9 @@ class Trainer:
             return directory
         state = TrainerState(step=self.step, config_sha256=self.config.identity())
         try:
-            save_training_checkpoint(
-                directory, self.learner.parameters, self._tokenizer, self.learner.moments, state
-            )
+            parameters = self.learner.parameters.to_host(self.ops)
+            moments = self.learner.moments.to_host(self.ops)
+            save_training_checkpoint(directory, parameters, self._tokenizer, moments, state)
         except OSError as error:
             raise UserError(
                 f"{directory}: cannot be written: {error.strerror}; free some space and continue "

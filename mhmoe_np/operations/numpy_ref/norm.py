@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.operations.numpy_ref.buffers import added
+from mhmoe_np.operations.numpy_ref.sums import added
 from mhmoe_np.types import FloatArray
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mhmoe_np.operations.packing import PackedMatrices, pack, unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import FloatArray
 
 SMALLEST_SCALE = 1e-5
 
@@ -25,26 +25,26 @@ def quantise_rows(x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def quantise_weight(
     w_OI: FloatArray,
-    start_Z: IntArray,
+    starts: tuple[int, ...],
     *,
     quantization: Quantization,
     q_OI: FloatArray,
     beta_O: FloatArray,
-) -> IntArray:
+    report_X5: FloatArray,
+) -> None:
     """See `Operations.quantise_weight`."""
-    counts = []
-    for first, last in pairwise(start_Z):
+    for x, (first, last) in enumerate(pairwise(starts)):
         matrix_OI = w_OI[first:last]
         beta = np.maximum(_mean(np.abs(matrix_OI)), w_OI.dtype.type(SMALLEST_SCALE))
         if quantization == "bitnet_b158":
             quantised_OI = np.clip(np.rint(matrix_OI * (1 / beta)), -1, 1)
         else:
             quantised_OI = np.where(matrix_OI - _mean(matrix_OI) > 0, w_OI.dtype.type(1), -1)
-        values = [np.count_nonzero(quantised_OI == value) for value in (-1, 0, 1)]
-        counts.append([*values, np.count_nonzero(quantised_OI != q_OI[first:last])])
+        counts = [np.count_nonzero(quantised_OI == value) for value in (-1, 0, 1)]
+        flipped = np.count_nonzero(quantised_OI != q_OI[first:last])
+        report_X5[x] = [beta, *counts, flipped]
         q_OI[first:last] = quantised_OI
         beta_O[first:last] = beta
-    return np.array(counts)
 
 
 def pack_in_place(q_EOI: FloatArray, packed: PackedMatrices) -> None:

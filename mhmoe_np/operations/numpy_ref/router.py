@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.operations.table import Routing
+from mhmoe_np.operations.table import Dispatch, RouterLosses, RouterSums, Routing
 from mhmoe_np.types import BoolArray, FloatArray
 
 
@@ -24,10 +24,9 @@ def route(logits_ME: FloatArray, *, top_k: int, normalise: bool) -> Routing:
 
 def route_backward(
     dgate_MK: FloatArray,
-    dp_E: FloatArray,
-    dlog_sum_exp_M: FloatArray,
     routing: Routing,
     counted_M: BoolArray,
+    losses: RouterLosses,
     *,
     normalise: bool,
 ) -> FloatArray:
@@ -37,7 +36,13 @@ def route_backward(
     dc = (dgate - sum(dgate gate)) / S.  Softmax:  dlogits = p (dp - sum(dp p)).
     The log-sum-exp's derivative is p itself.
     """
-    p_ME, _, expert_MK, gate_MK = routing
+    p_ME, log_sum_exp_M, expert_MK, gate_MK = routing
+    count_E, choices, sub_tokens, daux, dz = losses
+    real = p_ME.dtype.type
+    # Balance loss: aux = E sum_e f_e mean_s p[s, e].  z-loss: z = mean_s lse_s^2.
+    dp_E = (daux * len(count_E) * (count_E / choices) / sub_tokens).astype(real)
+    dlog_sum_exp_M = log_sum_exp_M * counted_M * real(2 * dz / sub_tokens)
+
     dchosen_MK = dgate_MK
     if normalise:
         sum_M1 = np.take_along_axis(p_ME, expert_MK, axis=1).sum(axis=1, keepdims=True)
@@ -48,3 +53,18 @@ def route_backward(
     )
     dsoftmax_ME = p_ME * (dp_ME - (dp_ME * p_ME).sum(axis=1, keepdims=True))
     return dsoftmax_ME + dlog_sum_exp_M[:, None] * p_ME
+
+
+def add_router_statistics(
+    routing: Routing, dispatch: Dispatch, counted_M: BoolArray, sums: RouterSums
+) -> None:
+    """See `Operations.add_router_statistics`."""
+    p_ME, log_sum_exp_M, expert_MK, _ = routing
+    E, real = p_ME.shape[1], p_ME.dtype
+    chosen_MK = expert_MK[counted_M]
+    dropped_MK = dispatch.slot_MK[counted_M] < 0
+    sums.first_choice_E[...] += np.bincount(chosen_MK[:, 0], minlength=E)
+    sums.choice_E[...] += np.bincount(chosen_MK.ravel(), minlength=E)
+    sums.p_E[...] = sums.p_E.astype(real) + counted_M.astype(real) @ p_ME
+    sums.dropped_E[...] += np.bincount(chosen_MK[dropped_MK], minlength=E)
+    sums.squared_log_sum_exp_1[...] += np.sum(np.square(log_sum_exp_M[counted_M]))
