@@ -1,8 +1,8 @@
 """The door of every operation: what the table's docstrings promise, checked at each call.
 
-`Checked(ops)` computes what `ops` computes and holds each call to the sections Shapes, Dtypes and Views
-of the operation's docstring in `table`: there is no second list. Tests and `gradcheck` come through this
-door; production does not.
+`Checked(ops)` computes what `ops` computes and holds each call to the sections Shapes, Dtypes and
+Views of the operation's docstring in `table`: there is no second list. Tests and `gradcheck` come
+through this door; production does not.
 """
 
 from __future__ import annotations
