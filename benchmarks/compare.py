@@ -25,7 +25,7 @@ from benchmarks.sizes import BITNET, SIZES, benchmark_config
 from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.storage.tensors import save_tensors
-from mhmoe_np.training.run_folder import environment
+from mhmoe_np.training.environment import environment
 
 Work = Literal["train", "evaluate"]
 PEERS = {

@@ -37,7 +37,7 @@ from mhmoe_np.operations.packing import FORMATS, FormatName, pack
 from mhmoe_np.operations.table import PackedWeight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
-from mhmoe_np.training.run_folder import environment
+from mhmoe_np.training.environment import environment
 
 SIZES = (768, 2048, 4096)
 ROWS = (1, 16, 64, 256)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import click
-from mhmoe_cli.backend import backend_option, load, threads_option
 
+from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_np.operations.table import BackendName
 
 

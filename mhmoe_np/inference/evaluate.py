@@ -94,7 +94,7 @@ def evaluate(
 
     Raises UserError: the text is a single token, or its tokenizer knows ids the model lacks.
     """
-    token_W, _ = tokenise(domain.documents, tokenizer)
+    token_W = tokenise(domain.documents, tokenizer)
     if len(token_W) < 2:
         raise UserError(f"domain {domain.name}: one token alone cannot be scored; give more text")
     if int(token_W.max()) >= model.config.vocab_size:

@@ -63,7 +63,7 @@ def generate(
     """
     config = model.config
     end_of_text = end_of_text_id(tokenizer)
-    id_T = tokenise([prompt], tokenizer)[0] if prompt else np.array([end_of_text])
+    id_T = tokenise([prompt], tokenizer) if prompt else np.array([end_of_text])
     room = config.max_position_embeddings - len(id_T)
     if room < 1:
         raise UserError(
