@@ -1,11 +1,11 @@
 """A backend whose arrays refuse everything but what the table of operations allows.
 
-It stands for a device: arrays of a class of their own, in memory that NumPy cannot see, computed with by
-`numpy_ref`, so that the results have that backend's bits. What a device would refuse, or would do slowly
-and silently, is an error here that names the line of the model: NumPy functions and operators, host
-arrays given to operations, implicit `float()`, `bool()` and iteration, arrays used after their scope,
-memory read before it was written (it holds NaN). Packed weights have a layout of their own. The two
-doors are counted.
+It stands for a device: arrays of a class of their own, in memory that NumPy cannot see, computed with
+by `numpy_ref`, so that the results have that backend's bits. What a device would refuse, or would do
+slowly and silently, is an error here that names the line of the model: NumPy functions and operators,
+host arrays given to operations, implicit `float()`, `bool()` and iteration, arrays used after their
+scope, memory read before it was written (it holds NaN). Packed weights have a layout of their own. The
+two doors are counted.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from mhmoe_np.training.preparation import create_run_folder
 
 from mhmoe_np.audit.gradcheck import check_all
 from mhmoe_np.audit.trace import trace
@@ -33,6 +32,7 @@ from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.settings.run import parse_run_config
+from mhmoe_np.training.preparation import create_run_folder
 from mhmoe_np.training.step import Learner
 from mhmoe_np.training.trainer import Trainer
 from tests.kinds import KINDS, QUANTISED, settings
