@@ -605,7 +605,7 @@ class Operations(Protocol):
         Where any number of `guard`, of any shape, is not finite, nothing is changed at all: a step that
         went wrong is found out on the host only later.
 
-        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1
+        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard
         Dtypes   float; float64 squares_1, guard
         Source   [spec 6]; Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
         Cost     12 P multiply-adds, P roots; 8 P numbers.
