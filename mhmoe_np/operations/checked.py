@@ -54,7 +54,7 @@ def promises() -> dict[str, Promise]:
             continue
         given, _, returned = sections["Shapes"].partition("->")
         arguments, results = _names(given), _names(returned)
-        dtypes = {}
+        dtypes: dict[str, str] = {}
         for clause in sections["Dtypes"].split(";"):
             dtype, *named = clause.replace(",", " ").split()
             dtypes |= dict.fromkeys(named, dtype)
@@ -101,16 +101,23 @@ class _Call:
         self._sizes: dict[str, tuple[int, str]] = {}
         self._float: tuple[Any, str] | None = None
 
-    def check(self, name: str, value: Any, *, result: bool = False) -> None:
-        """Hold one argument or result to what its name and the docstring say."""
-        if value is None:
-            if name not in self._promise.may_be_none:
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Hold arguments or results, by name, to what their names and the docstring say.
+
+        Shapes first, of all of them: a transposed array is also one that is not contiguous, and its
+        letters say more.
+        """
+        for name, value in values.items():
+            if value is None and name not in self._promise.may_be_none:
                 self._broken(name, "is None")
-            return
-        for label, array, shape in _arrays(name, value):
+        arrays = [
+            (name, *labelled) for name, value in values.items() for labelled in _arrays(name, value)
+        ]
+        for _, label, _, shape in arrays:
             self._check_axes(label, shape)
+        for name, label, array, _ in arrays:
             self._check_dtype(label, array.dtype)
-            self._check_order(label, array, may_be_view=not result and name in self._promise.views)
+            self._check_order(label, array, may_be_view=name in self._promise.views)
 
     def _check_axes(self, name: str, shape: tuple[int, ...]) -> None:
         axes = axes_of(name.partition(".")[2] or name)
@@ -199,15 +206,12 @@ def _behind_the_door(name: str, operation: Callable[..., Any], promise: Promise)
     def call(*arguments: Any, **options: Any) -> Any:
         bound = signature.bind(None, *arguments, **options).arguments
         door = _Call(name, promise)
-        for argument in promise.arguments:
-            if argument in bound:
-                door.check(argument, bound[argument])
+        door.check({name: bound[name] for name in promise.arguments if name in bound})
         result = operation(*arguments, **options)
         found = list(_flat(result))
         if len(found) != len(promise.results):
             raise BrokenPromise(f"{name}: returned {len(found)} arrays, not {len(promise.results)}")
-        for label, array in zip(promise.results, found, strict=True):
-            door.check(label, array, result=True)
+        door.check(dict(zip(promise.results, found, strict=True)))
         return result
 
     return call
