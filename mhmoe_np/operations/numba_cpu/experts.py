@@ -450,7 +450,7 @@ class Experts(PackedProducts):
 
 def _outputs(weight: Weight) -> int:
     """O of a stack [E, O, I]."""
-    outputs: int = weight.shape[1] if isinstance(weight, np.ndarray) else weight.beta.shape[-1]
+    outputs: int = weight.shape[-2]
     return outputs
 
 

@@ -136,7 +136,7 @@ class Linear(Quantise, PackedProducts):
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`. In tiles."""
         rows = len(x_NI)
-        outputs = len(w_OI) if isinstance(w_OI, np.ndarray) else w_OI.beta.shape[-1]
+        outputs = w_OI.shape[-2]
         y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
         w_OI = as_packed(w_OI)
         if isinstance(w_OI, PackedWeight):

@@ -4,7 +4,7 @@ A chunk is computed strip by strip of the vocabulary. While a strip is in cache 
 and its sum of exponentials are taken (Milakov and Gimelshein, arXiv 1805.02867); the row's own then
 follow from those of its strips. The gradient's two products use the chunk up.
 
-Here X numbers the strips and the V of an array of one strip is the strip's.
+The V of an array of one strip is the strip's width, which all strips have but the last.
 """
 
 from __future__ import annotations
@@ -34,82 +34,82 @@ class _Exponentials(NamedTuple):
     w_VD: Any
     target_N: Any
     at_target_N: Any  # the targets' logits
-    e_XNV: Any
-    top_XN: Any
-    sum_XN: Any
+    e_strips: Any  # [strips, N, V]
+    tops: Any  # [strips, N]
+    sums: Any  # [strips, N]
 
 
 @tasks_of(_Exponentials)
 def _exponentials(i: int, a: Any) -> None:
-    N, strip = len(a.target_N), a.e_XNV.shape[2]
-    w_VD = a.w_VD[block(i, strip)]
+    N, width = len(a.target_N), a.e_strips.shape[2]
+    w_VD = a.w_VD[block(i, width)]
     V = len(w_VD)
-    e_NV = a.e_XNV[i, :N, :V]
+    e_NV = a.e_strips[i, :N, :V]
     gemm_nt(1.0, a.x_ND, w_VD, 0.0, e_NV)
     for n in range(N):
         e_V = side_by_side(e_NV[n])
-        target = a.target_N[n] - i * strip
+        target = a.target_N[n] - i * width
         if 0 <= target < V:
             a.at_target_N[n] = e_V[target]
         top = row_max(e_V, V)
         for v in range(V):
             e_V[v] = exp(e_V[v] - top)
-        a.top_XN[i, n], a.sum_XN[i, n] = top, row_sum(e_V, V)
+        a.tops[i, n], a.sums[i, n] = top, row_sum(e_V, V)
 
 
 class _RowLosses(NamedTuple):
     """Each row's NLL from its strips, 0 where uncounted: a block of rows a task.
 
-    gradient: make softmax - onehot(target) of e_XNV.
+    gradient: make softmax - onehot(target) of e_strips.
     """
 
     target_N: Any
     at_target_N: Any
-    top_XN: Any
-    sum_XN: Any
+    tops: Any
+    sums: Any
     nll_N: Any
-    e_XNV: Any
+    e_strips: Any
     gradient: bool
 
 
 @task
-def _nll_of_row(at_target: Any, top_X: Any, sum_X: Any, factor_X: Any) -> Any:
+def _nll_of_row(at_target: Any, tops: Any, sums: Any, factors: Any) -> Any:
     """The row's NLL; leaves the factors that make each strip's exponentials probabilities."""
-    strips = len(top_X)
-    highest = row_max(top_X, strips)
-    total = top_X.dtype.type(0)
-    for x in range(strips):
-        factor_X[x] = exp(top_X[x] - highest)
-        total += sum_X[x] * factor_X[x]
-    for x in range(strips):
-        factor_X[x] /= total
+    strips = len(tops)
+    highest = row_max(tops, strips)
+    total = tops.dtype.type(0)
+    for strip in range(strips):
+        factors[strip] = exp(tops[strip] - highest)
+        total += sums[strip] * factors[strip]
+    for strip in range(strips):
+        factors[strip] /= total
     return (highest - at_target) + np.log(total)
 
 
 @tasks_of(_RowLosses)
 def _nll(i: int, a: Any) -> None:
-    strips, _, strip = a.e_XNV.shape
-    factor_X = np.empty(strips, a.nll_N.dtype)
+    strips, _, width = a.e_strips.shape
+    factors = np.empty(strips, a.nll_N.dtype)
     first = i * ROWS_OF_TASK
     for n in range(first, min(first + ROWS_OF_TASK, len(a.target_N))):
         target = a.target_N[n]
         if target < 0:
-            a.nll_N[n], factor_X[:] = 0, 0
+            a.nll_N[n], factors[:] = 0, 0
         else:
-            a.nll_N[n] = _nll_of_row(a.at_target_N[n], a.top_XN[:, n], a.sum_XN[:, n], factor_X)
+            a.nll_N[n] = _nll_of_row(a.at_target_N[n], a.tops[:, n], a.sums[:, n], factors)
         if a.gradient:
-            for x in range(strips):
-                e_V, factor = a.e_XNV[x, n], factor_X[x]
-                for v in range(strip):
+            for strip in range(strips):
+                e_V, factor = a.e_strips[strip, n], factors[strip]
+                for v in range(width):
                     e_V[v] *= factor
             if target >= 0:
-                a.e_XNV[target // strip, n, target % strip] -= 1
+                a.e_strips[target // width, n, target % width] -= 1
 
 
 class _LossGradients(NamedTuple):
     """dx = dl w, some rows a task, and dw += dl^T x, a strip a task; dl = dnll * dlogits."""
 
-    dlogits_XNV: Any
+    dlogits_strips: Any
     x_ND: Any
     w_VD: Any
     dnll: float
@@ -120,19 +120,19 @@ class _LossGradients(NamedTuple):
 @tasks_of(_LossGradients)
 def _gradients(i: int, a: Any) -> None:
     """The long tasks first."""
-    N, (strips, _, strip) = len(a.x_ND), a.dlogits_XNV.shape
+    N, (strips, _, width) = len(a.x_ND), a.dlogits_strips.shape
     down = blocks(N, ROWS_OF_PRODUCT)
     if i < down:
         first, last = i * ROWS_OF_PRODUCT, min(N, (i + 1) * ROWS_OF_PRODUCT)
-        for x in range(strips):
-            w_VD = a.w_VD[block(x, strip)]
-            beta = 0.0 if x == 0 else 1.0
-            dlogits_NV = a.dlogits_XNV[x, first:last, : len(w_VD)]
+        for strip in range(strips):
+            w_VD = a.w_VD[block(strip, width)]
+            beta = 0.0 if strip == 0 else 1.0
+            dlogits_NV = a.dlogits_strips[strip, first:last, : len(w_VD)]
             gemm_nn(a.dnll, dlogits_NV, w_VD, beta, a.dx_ND[first:last])
     else:
-        x = i - down
-        dw_VD = a.dw_VD[block(x, strip)]
-        gemm_tn(a.dnll, a.dlogits_XNV[x, :N, : len(dw_VD)], a.x_ND, 1.0, dw_VD)
+        strip = i - down
+        dw_VD = a.dw_VD[block(strip, width)]
+        gemm_tn(a.dnll, a.dlogits_strips[strip, :N, : len(dw_VD)], a.x_ND, 1.0, dw_VD)
 
 
 class Loss(Buffers):
@@ -142,11 +142,11 @@ class Loss(Buffers):
         """See `Operations.token_nll`."""
         nll_N: FloatArray = self.empty(target_N.shape, x_ND.dtype)
         with self.scope():
-            e_XNV = self._chunk(x_ND, w_VD)
-            chunk = e_XNV.shape[1]
+            e_strips = self._chunk(x_ND, w_VD)
+            chunk = e_strips.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_XNV, gradient=False)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_strips, gradient=False)
         return nll_N
 
     def token_nll_and_gradient(
@@ -162,13 +162,13 @@ class Loss(Buffers):
         nll_N = self.empty(target_N.shape, x_ND.dtype)
         dx_ND = self.empty(x_ND.shape, x_ND.dtype)
         with self.scope():
-            e_XNV = self._chunk(x_ND, w_VD)
-            chunk = e_XNV.shape[1]
+            e_strips = self._chunk(x_ND, w_VD)
+            chunk = e_strips.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_XNV, gradient=True)
-                region = _LossGradients(e_XNV, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
-                tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(e_XNV)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_strips, gradient=True)
+                region = _LossGradients(e_strips, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
+                tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(e_strips)
                 run(region, tasks, macs=2 * x_ND[rows].size * len(w_VD))
         return nll_N, dx_ND
 
@@ -178,18 +178,18 @@ class Loss(Buffers):
         w_VD: FloatArray,
         target_N: IntArray,
         nll_N: FloatArray,
-        e_XNV: FloatArray,
+        e_strips: FloatArray,
         *,
         gradient: bool,
     ) -> None:
-        """One chunk: its NLL; softmax - onehot(target) in e_XNV if that is wanted."""
-        N, strips = len(x_ND), len(e_XNV)
+        """One chunk: its NLL; softmax - onehot(target) in e_strips if that is wanted."""
+        N, strips = len(x_ND), len(e_strips)
         with self.scope():
             at_target_N = self.empty((N,), x_ND.dtype)
-            top_XN, sum_XN = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
-            exponentials = _Exponentials(x_ND, w_VD, target_N, at_target_N, e_XNV, top_XN, sum_XN)
+            tops, sums = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
+            exponentials = _Exponentials(x_ND, w_VD, target_N, at_target_N, e_strips, tops, sums)
             run(exponentials, strips, macs=x_ND.size * len(w_VD))
-            losses = _RowLosses(target_N, at_target_N, top_XN, sum_XN, nll_N, e_XNV, gradient)
+            losses = _RowLosses(target_N, at_target_N, tops, sums, nll_N, e_strips, gradient)
             touched = N * len(w_VD) if gradient else N * strips
             run(losses, blocks(N, ROWS_OF_TASK), macs=touched * ELEMENT_MACS)
 

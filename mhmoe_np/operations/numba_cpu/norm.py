@@ -105,7 +105,7 @@ class _NormRowsBackward(NamedTuple):
     w_D: Any
     rstd_N: Any
     dx_ND: Any
-    dw_XD: Any
+    dw_of_tasks: Any  # [tasks, D]
     onto: bool
 
 
@@ -113,7 +113,7 @@ class _NormRowsBackward(NamedTuple):
 def _norm_backward(i: int, a: Any) -> None:
     rows = block(i, ROWS_ELEMENTWISE)
     norm_rows_backward(
-        a.dy_ND[rows], a.x_ND[rows], a.w_D, a.rstd_N[rows], a.dx_ND[rows], a.dw_XD[i], a.onto
+        a.dy_ND[rows], a.x_ND[rows], a.w_D, a.rstd_N[rows], a.dx_ND[rows], a.dw_of_tasks[i], a.onto
     )
 
 
@@ -151,8 +151,8 @@ class Norm(Buffers):
         """See `Operations.rms_norm_backward`. The tasks' dw add up in order."""
         dx_ND: FloatArray = self.empty(x_ND.shape, x_ND.dtype) if onto_ND is None else onto_ND
         tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
-        dw_XD = np.zeros((tasks, len(w_D)), x_ND.dtype)
-        arrays = dy_ND, x_ND, w_D, rstd_N, dx_ND, dw_XD
+        dw_of_tasks = np.zeros((tasks, len(w_D)), x_ND.dtype)
+        arrays = dy_ND, x_ND, w_D, rstd_N, dx_ND, dw_of_tasks
         run(_NormRowsBackward(*arrays, onto_ND is not None), tasks, macs=x_ND.size * ELEMENT_MACS)
-        dw_D += dw_XD.sum(axis=0)
+        dw_D += dw_of_tasks.sum(axis=0)
         return dx_ND

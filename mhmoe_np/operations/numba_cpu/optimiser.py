@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +28,12 @@ class _Squares(NamedTuple):
     """The sums of x^2 of all chunks."""
 
     x_P: Any
-    sum_X: Any
+    sums: Any  # [chunks]
 
 
 @tasks_of(_Squares)
 def _squares(i: int, a: Any) -> None:
-    a.sum_X[i] = _sum_of_squares(a.x_P[block(i, CHUNK)])
+    a.sums[i] = _sum_of_squares(a.x_P[block(i, CHUNK)])
 
 
 class _AdamW(NamedTuple):
@@ -51,7 +52,7 @@ class _AdamW(NamedTuple):
 @tasks_of(_AdamW)
 def _adamw(i: int, a: Any) -> None:
     real = a.parameter_P.dtype.type
-    rate, beta1, beta2, epsilon, decay = a.settings
+    rate, beta1, beta2, epsilon, decay, _ = a.settings
     g_scale, keep1, keep2 = real(a.gradient_scale), real(beta1), real(beta2)
     # Rounded once: 1 - (rounded beta) would be off by far more when beta is near 1.
     rest1, rest2 = real(1 - beta1), real(1 - beta2)
@@ -72,11 +73,11 @@ def _adamw(i: int, a: Any) -> None:
 class Optimiser(Buffers):
     """See `Operations`: the optimiser."""
 
-    def sum_of_squares(self, x_P: FloatArray) -> float:
-        """See `Operations.sum_of_squares`. The chunks' sums add up in order."""
-        sum_X = np.empty(blocks(len(x_P), CHUNK))
-        run(_Squares(x_P, sum_X), len(sum_X), macs=len(x_P) * ELEMENT_MACS)
-        return float(sum_X.sum())
+    def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
+        """See `Operations.add_sum_of_squares`. The chunks' sums add up in order."""
+        sums = np.empty(blocks(len(x_P), CHUNK))
+        run(_Squares(x_P, sums), len(sums), macs=len(x_P) * ELEMENT_MACS)
+        total_1 += sums.sum()
 
     def adamw_in_place(
         self,
@@ -84,13 +85,17 @@ class Optimiser(Buffers):
         gradient_P: FloatArray,
         first_moment_P: FloatArray,
         second_moment_P: FloatArray,
+        squares_1: FloatArray,
+        guard: FloatArray,
         *,
         step: int,
-        gradient_scale: float,
         settings: AdamWSettings,
     ) -> None:
         """See `Operations.adamw_in_place`."""
+        if not np.isfinite(guard).all():
+            return
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
+        gradient_scale = min(1.0, settings.clip_norm / max(math.sqrt(squares_1[0]), 1e-30))
         unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
         region = _AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
         run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)

@@ -13,7 +13,7 @@ from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel, reduction
 from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES, PackedMatrices
 from mhmoe_np.operations.table import Quantization
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import FloatArray
 
 SERIAL_WEIGHTS = 1 << 15  # so many are quantised before a second thread has woken up
 
@@ -286,13 +286,15 @@ class Quantise(Buffers):
     def quantise_weight(
         self,
         w_OI: FloatArray,
-        start_Z: IntArray,
+        starts: tuple[int, ...],
         *,
         quantization: Quantization,
         q_OI: FloatArray,
         beta_O: FloatArray,
-    ) -> IntArray:
+        report_X5: FloatArray,
+    ) -> None:
         """See `Operations.quantise_weight`. A task for each matrix."""
+        start_Z = np.array(starts)
         matrices, ternary = len(start_Z) - 1, quantization == "bitnet_b158"
         sums, certain = np.zeros((matrices, 2)), np.empty(matrices, np.bool_)
         counts = np.empty((matrices, 4), np.int64)
@@ -313,7 +315,8 @@ class Quantise(Buffers):
                 _quantise_task(matrix, *to_quantise)
         else:
             _quantise_all(*to_quantise)
-        return counts
+        report_X5[:, 0] = beta_O[start_Z[:-1]]
+        report_X5[:, 1:] = counts
 
     def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
         """See `Operations.pack_in_place`. A task for each panel."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from mhmoe_np.operations.numba_cpu.arithmetic import bits_of, exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import exact
+from mhmoe_np.operations.numba_cpu.compiling import exact, task
 from mhmoe_np.operations.numba_cpu.regions import (
     ELEMENT_MACS,
     ROWS_ELEMENTWISE,
@@ -16,7 +16,7 @@ from mhmoe_np.operations.numba_cpu.regions import (
     run,
     tasks_of,
 )
-from mhmoe_np.operations.table import Routing
+from mhmoe_np.operations.table import Dispatch, RouterLosses, RouterSums, Routing
 from mhmoe_np.types import BoolArray, FloatArray
 
 
@@ -80,12 +80,13 @@ class _RoutesBackward(NamedTuple):
     """What `Operations.route_backward` reads and writes."""
 
     dgate_MK: Any
-    dp_E: Any
-    dlog_sum_exp_M: Any
     p_ME: Any
+    log_sum_exp_M: Any
     expert_MK: Any
     gate_MK: Any
     counted_M: Any
+    dp_E: Any  # that each counted sub-token's p receives from the balance loss
+    z_factor: float  # times its log-sum-exp is what that receives from the z-loss
     normalise: bool
     dlogits_ME: Any
 
@@ -107,9 +108,33 @@ def _route_backward(i: int, a: Any) -> None:
                 pull += a.dgate_MK[m, j] * a.gate_MK[m, j]
         for j in range(K):
             dlogits_E[expert_K[j]] += (a.dgate_MK[m, j] - pull) / total
-        shift = a.dlog_sum_exp_M[m] - row_dot(dlogits_E, p_E)
+        shift = -row_dot(dlogits_E, p_E)
+        if a.counted_M[m]:
+            shift += a.log_sum_exp_M[m] * real(a.z_factor)
         for e in range(E):
             dlogits_E[e] = p_E[e] * (dlogits_E[e] + shift)
+
+
+@task
+def _add_statistics(routing: Any, slot_MK: Any, counted_M: Any, sums: Any) -> None:
+    """One thread, in the order of the sub-tokens, in float64."""
+    real = routing.p_ME.dtype.type
+    M, K = routing.expert_MK.shape
+    p_E = np.zeros(len(sums.p_E))
+    squares = 0.0
+    for m in range(M):
+        if counted_M[m]:
+            for e in range(len(p_E)):
+                p_E[e] += routing.p_ME[m, e]
+            squares += np.float64(routing.log_sum_exp_M[m]) ** 2
+            sums.first_choice_E[routing.expert_MK[m, 0]] += 1
+            for j in range(K):
+                e = routing.expert_MK[m, j]
+                sums.choice_E[e] += 1
+                sums.dropped_E[e] += slot_MK[m, j] < 0
+    for e in range(len(p_E)):
+        sums.p_E[e] = real(sums.p_E[e]) + real(p_E[e])
+    sums.squared_log_sum_exp_1[0] += real(squares)
 
 
 class Router(Buffers):
@@ -131,26 +156,31 @@ class Router(Buffers):
     def route_backward(
         self,
         dgate_MK: FloatArray,
-        dp_E: FloatArray,
-        dlog_sum_exp_M: FloatArray,
         routing: Routing,
         counted_M: BoolArray,
+        losses: RouterLosses,
         *,
         normalise: bool,
     ) -> FloatArray:
         """See `Operations.route_backward`."""
+        count_E, choices, sub_tokens, daux, dz = losses
+        dp_E = daux * len(count_E) * (count_E / choices) / sub_tokens
         dlogits_ME: FloatArray = self.empty(routing.p_ME.shape, routing.p_ME.dtype)
         region = _RoutesBackward(
             dgate_MK,
-            dp_E,
-            dlog_sum_exp_M,
-            routing.p_ME,
-            routing.expert_MK,
-            routing.gate_MK,
+            *routing,
             counted_M,
+            dp_E.astype(dlogits_ME.dtype),
+            2 * dz / sub_tokens,
             normalise,
             dlogits_ME,
         )
         macs = dlogits_ME.size * ELEMENT_MACS
         run(region, blocks(len(dlogits_ME), ROWS_ELEMENTWISE), macs=macs)
         return dlogits_ME
+
+    def add_router_statistics(
+        self, routing: Routing, dispatch: Dispatch, counted_M: BoolArray, sums: RouterSums
+    ) -> None:
+        """See `Operations.add_router_statistics`."""
+        _add_statistics(routing, dispatch.slot_MK, counted_M, sums)
