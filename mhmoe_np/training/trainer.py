@@ -33,11 +33,11 @@ from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.sums import Losses
 from mhmoe_np.model.weights import MatrixCounts
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.files import remove_directory, remove_leftovers
 from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, TOKENIZER, cut_lines, training_store
-from mhmoe_np.training.schedule import learning_rate, weight_decay
+from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
 
 
@@ -172,29 +172,11 @@ class Trainer:
 
     def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts]]:
         start = time.perf_counter()
-        training, optimizer = self.config.training, self.config.optimizer
+        training = self.config.training
         tokens_BT1 = self._batches.batch(self.step)
         parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
-        settings = AdamWSettings(
-            learning_rate(
-                self.step,
-                total_steps=training.steps,
-                kind=optimizer.schedule,
-                peak=optimizer.learning_rate,
-                final=optimizer.final_learning_rate,
-                warmup_steps=optimizer.warmup_steps,
-                second_stage_peak=optimizer.second_stage_learning_rate,
-            ),
-            optimizer.beta1,
-            optimizer.beta2,
-            optimizer.epsilon,
-            weight_decay(
-                self.step,
-                total_steps=training.steps,
-                kind=optimizer.schedule,
-                decay=optimizer.weight_decay,
-            ),
-            optimizer.clip_norm,
+        settings = adamw_settings(
+            self.step, total_steps=training.steps, optimizer=self.config.optimizer
         )
         result = self.learner.step([Batch.of(part) for part in parts], settings)
         if not result.is_finite:
