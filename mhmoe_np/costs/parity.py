@@ -175,11 +175,11 @@ def solve(
     F is rounded to the nearest integer of at least 1 before E is found, and E to the nearest of at
     least K; a tie goes to the even integer.
 
+    Raises   UserError: a number is below 1, `heads` does not divide `hidden_size`, the baseline
+             chooses more experts than it has, or the baseline is too small to pay for head and merge.
     Source   swiglu [spec 7 equal FLOPs], [spec 7 equal parameters], which the paper's configurations
              obey; relu [P1 eq. 8-9], whose printed F = F0 - D/K is the case K = K0, and the example
              [P1 eq. 10]
-    Raises   UserError: a number is below 1, `heads` does not divide `hidden_size`, the baseline
-             chooses more experts than it has, or the baseline is too small to pay for head and merge.
     """
     numbers = {
         "hidden_size": hidden_size,

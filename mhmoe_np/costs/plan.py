@@ -77,8 +77,8 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
 
     load: makes the operations of a run; each probe has its own, since their buffers adapt to its size.
 
-    Source   [spec 7 multiply-adds]; accumulated steps [D5]; the rest is measured here
     Raises   UserError: the model alone does not fit into the memory that is free.
+    Source   [spec 7 multiply-adds]; accumulated steps [D5]; the rest is measured here
     """
     training = config.training
     count = parameter_count(config.model)

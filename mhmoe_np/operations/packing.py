@@ -97,8 +97,8 @@ def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:
     """Pack integers, of any dtype.
 
     Shapes   q_EOI
-    Source   [spec 5 packed weights]
     Raises   ValueError: a value that the format does not have.
+    Source   [spec 5 packed weights]
     """
     experts, outputs, inputs = q_EOI.shape
     _, depth, base, lowest, step = FORMATS[format]

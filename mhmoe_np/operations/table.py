@@ -212,7 +212,7 @@ class Operations(Protocol):
         Shapes   x_N, total_1
         Dtypes   float; float64 total_1
         Source   [spec 4 NLL]
-        Cost     N additions; N numbers.
+        Cost     N additions; N numbers. The backward is `dnll` of `token_nll_and_gradient`.
         """
 
     # ---- linear maps -------------------------------------------------------------------------
@@ -310,8 +310,9 @@ class Operations(Protocol):
 
         Shapes   q_EOI
         Dtypes   float
+        Raises   ValueError: an integer that the format does not have; a backend need not look.
         Source   [spec 5 packed weights]
-        Cost     no multiply-adds; E*O*I numbers read, 1, 1.6 or 2 bits each written.
+        Cost     no multiply-adds; E*O*I numbers read, 1, 1.6 or 2 bits each written. No gradient.
         """
 
     # ---- normalisation -----------------------------------------------------------------------
@@ -332,12 +333,11 @@ class Operations(Protocol):
     ) -> tuple[FloatArray, FloatArray]:
         """branch += x, in place; return what `rms_norm` makes of that sum.
 
-        The backward is that of the norm, onto the gradient that the sum receives elsewhere.
-
         Shapes   x_ND, branch_ND, w_D -> y_ND, rstd_N
         Dtypes   float
         Source   [spec 2 pre-norm] x + f(x), then [spec 2 RMSNorm]
-        Cost     4 N*D multiply-adds; 4 N*D numbers.
+        Cost     4 N*D multiply-adds; 4 N*D numbers. The backward is the norm's, onto the gradient that
+                 the sum receives elsewhere.
         """
 
     def rms_norm_backward(
@@ -487,12 +487,12 @@ class Operations(Protocol):
         """Sort the choices by expert; keep at most `capacity` of each expert's (None: all).
 
         An expert's rows are in filling order: all first choices in sub-token order, then all second
-        ones. Integers only, no gradient.
+        ones.
 
         Shapes   expert_MK -> route_R, slot_MK, start_Z
         Dtypes   int64 expert_MK, route_R, slot_MK, start_Z
         Source   [spec 4 capacity]
-        Cost     no multiply-adds, a counting sort; 4 M*K + E numbers.
+        Cost     no multiply-adds, a counting sort; 4 M*K + E numbers. No gradient: integers.
         """
 
     def expert_ffn(
@@ -585,7 +585,7 @@ class Operations(Protocol):
         Shapes   x_P, total_1
         Dtypes   float; float64 total_1
         Source   [spec 6 clip]
-        Cost     P multiply-adds; P numbers.
+        Cost     P multiply-adds; P numbers. No gradient.
         """
 
     def adamw_in_place(
@@ -611,5 +611,5 @@ class Operations(Protocol):
         Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard
         Dtypes   float; float64 squares_1, guard
         Source   [spec 6 AdamW], [AdamW algorithm 2]
-        Cost     12 P multiply-adds, P roots; 8 P numbers.
+        Cost     12 P multiply-adds, P roots; 8 P numbers. No gradient.
         """

@@ -73,7 +73,10 @@ def weight_decay(step: int, *, total_steps: int, kind: ScheduleKind, decay: floa
 
 
 def adamw_settings(step: int, *, total_steps: int, optimizer: OptimizerConfig) -> AdamWSettings:
-    """The optimiser's numbers for update `step` of a run of `total_steps`."""
+    """The optimiser's numbers for update `step` of a run of `total_steps`.
+
+    Source   [spec 6 AdamW]
+    """
     return AdamWSettings(
         learning_rate(
             step,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from tests.house.ledger import HEADING, ROOT, Ledger, units_of
+from tests.house.ledger import HEADING, ROOT, Ledger
 
 LEDGER = Ledger()
 
@@ -22,21 +23,28 @@ def test_sources_marks_and_tests_fit_together() -> None:
     assert LEDGER.faults() == []
 
 
-@pytest.mark.parametrize("row", LEDGER.page.partition(HEADING)[2].splitlines()[2:])
-def test_every_function_and_test_that_the_page_names_exists(row: str) -> None:
+def test_every_function_and_test_that_the_page_names_exists() -> None:
     """Read off the page itself, and looked up by importing."""
-    *_, code, tests, _ = ["", "", *row.split(" | "), ""] if row.startswith("| ") else [""] * 3
-    for path, names in re.findall(r"`([\w/]+\.py)`:? ?((?:`[\w.]+`(?:, )?)*)", code):
-        module = importlib.import_module(f"mhmoe_np.{path.removesuffix('.py').replace('/', '.')}")
-        for name in re.findall(r"`([\w.]+)`", names):
-            assert callable(getattr(module, name)), f"{path}: {name}"
-    for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", tests):
-        defined = {
-            node.name
-            for node in ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8")).body
-            if isinstance(node, ast.FunctionDef)
-        }
-        assert set(re.findall(r"`(\w+)`", names)) <= defined
+    rows = [line for line in LEDGER.page.partition(HEADING)[2].splitlines() if line.endswith(" |")]
+    assert len(rows) > 50
+    for row in rows:
+        *_, code, tests = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        for path, names in named_in(code):
+            module = importlib.import_module(f"mhmoe_np.{path.replace('/', '.')}")
+            for name in names:
+                assert callable(attrgetter(name)(module))
+        for path, names in named_in(tests):
+            text = (ROOT / "tests" / f"{path}.py").read_text(encoding="utf-8")
+            defined = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+            assert set(names) <= defined
+
+
+def named_in(cell: str) -> list[tuple[str, list[str]]]:
+    """Module paths without `.py`, each with the names that follow it."""
+    return [
+        (path, re.findall(r"`([\w.]+)`", names))
+        for path, names in re.findall(r"`([\w/]+)\.py`(?:: ([^;]*))?", cell)
+    ]
 
 
 # ---- what is found ------------------------------------------------------------------------------
@@ -65,12 +73,12 @@ def norm(x):
     # P1 eq. 2: n = sqrt(s)
     return square**0.5
 '''
-TEST = '''
+TEST = """
 def test_norm():
     # [P1 eq. 1-2], [spec 2 square root]: a square's root.
     # [D1]: and so on.
     assert norm(2) == 2
-'''
+"""
 
 
 def planted(root: Path, *changes: tuple[str, str]) -> Ledger:
@@ -133,7 +141,7 @@ def test_a_row_names_the_equation_its_formula_its_function_and_its_test(tmp_path
         (
             "# P1 eq. 2: n",
             "# P1 eq. 2; eq. 2: n",
-            "layers/norm.py: '2; eq.' does not name a source of REFERENCES.md",
+            "layers/norm.py: '; eq.' does not name a source of REFERENCES.md",
         ),
         (
             "    # [P1 eq. 1-2], [spec 2 square root]: a square's root.\n",
@@ -159,27 +167,3 @@ def test_what_does_not_fit_is_found(tmp_path: Path, old: str, new: str, fault: s
 def test_a_renamed_function_makes_another_page(tmp_path: Path) -> None:
     before = planted(tmp_path).rewritten()
     assert planted(tmp_path, ("def norm(x)", "def length(x)")).rewritten() != before
-
-
-# ---- docstrings -----------------------------------------------------------------------------------
-
-
-ROOMS = "layers", "model", "costs", "training/schedule.py"
-
-
-def public_functions() -> list[tuple[str, ast.FunctionDef]]:
-    """Those of the rooms in which formulas are put together, with their place; methods as well."""
-    found = []
-    for path in sorted((ROOT / "mhmoe_np").rglob("*.py")):
-        shown = path.relative_to(ROOT / "mhmoe_np").as_posix()
-        if not shown.startswith(ROOMS):
-            continue
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            inside = node.body if isinstance(node, ast.ClassDef) else [node]
-            prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-            found += [
-                (f"{shown}: {prefix}{child.name}", child)
-                for child in inside
-                if isinstance(child, ast.FunctionDef) and not child.name.startswith("_")
-            ]
-    return found
