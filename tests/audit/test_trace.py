@@ -32,7 +32,8 @@ def test_every_tensor_of_a_trace_equals_the_independent_model(
     kind: str, tokens: np.ndarray, backend: BackendName
 ) -> None:
     # The layer: [P1 eq. 1-5], [P2 eq. 4-5, 8], [spec 3 head layer], [spec 3 reshape],
-    # [spec 3 softmax], [spec 3 K largest], [spec 3 Expert], [spec 3 merge layer], [spec 3 SharedExpert].
+    # [spec 3 softmax], [spec 3 K largest], [spec 3 Expert], [spec 3 merge layer],
+    # [spec 3 SharedExpert].
     # The rest: [spec 1 Model keys], [spec 1 tensor names], [spec 1 embed_tokens], [spec 1 not tied],
     # [spec 2 pre-norm], [spec 2 final norm], [spec 2 RMSNorm], [spec 2 attention], [spec 2 RoPE],
     # [spec 2 FFN], [GLU eq. 5-6], [spec 2 use_sub_norm], [spec 2 logits].

@@ -15,7 +15,7 @@ from mhmoe_np.audit.trace import trace
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model, forward
-from mhmoe_np.model.loss import Batch
+from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.packed import pack_weights, unpack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -101,7 +101,7 @@ B, T = 2, 13
 
 
 def all_of(config: ModelConfig, ops: Operations) -> None:
-    """Training with padding in one and in two micro-batches, evaluation, decoding, trace, packing."""
+    """Training in one and in two micro-batches, evaluation, decoding, trace, packing; with padding."""
     parameters = Parameters(config, np.float32)
     initialise(parameters, 1)
     learner = Learner(parameters, Moments.zeros(config, np.float32), updates=0, ops=ops)
@@ -113,6 +113,7 @@ def all_of(config: ModelConfig, ops: Operations) -> None:
     for micro_batches in ([whole], halves):
         learner.step(micro_batches, AdamWSettings(1e-3, 0.9, 0.95, 1e-6, 0.1, 1.0))
     model = learner.model
+    loss(model, halves, ops=ops)
     score_stream(model, windows.ravel(), window=T, batch_tokens=2 * T, ops=ops)
     cache = KeyValueCache(model, sequences=B, positions=9, ops=ops)
     for new in (5, 1):
@@ -140,7 +141,7 @@ def test_arrays_have_the_shapes_that_their_names_say(model: str, watches: dict[s
     assert list(watches[model].faults) == []
 
 
-@pytest.mark.parametrize("model", ["heads", "heads-ternary", "dense-sign"])
+@pytest.mark.parametrize("model", ["heads", "heads-ternary"])
 def test_the_methods_of_the_fast_backend_have_them_too(model: str) -> None:
     config = ModelConfig.model_validate(COMMON | MODELS[model])
     ops = load_operations("numba")
@@ -154,11 +155,16 @@ def test_the_methods_of_the_fast_backend_have_them_too(model: str) -> None:
 
 
 def test_no_function_of_a_formula_went_unwatched(watches: dict[str, Watch]) -> None:
-    watched = {place for watch in watches.values() for place, names in watch.seen.items() if names}
+    watched = {
+        place.partition(".<locals>")[0]  # a comprehension's own frame counts for its function
+        for watch in watches.values()
+        for place, names in watch.seen.items()
+        if names
+    }
     unwatched = [
         place
         for path in MODULES
-        if path.relative_to(PACKAGE).parts[:-1] in (("layers",), ("operations", "numpy_ref"))
+        if path.parent.name in ("layers", "model", "numpy_ref")
         for place, text in functions_of(path)
         if any(map(suffixed, names_in(text))) and place not in watched
     ]
