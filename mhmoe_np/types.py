@@ -17,6 +17,7 @@ DIMENSIONS = {
     "B": "sequences in the batch",
     "T": "positions being computed",
     "S": "positions attended to (= T in training)",
+    "Y": "positions that there is room for: in a model, or in a key-value cache",
     "N": "tokens, B*T",
     "D": "model width",
     "V": "vocabulary",

@@ -18,16 +18,19 @@ SUB_NORM = "self_attn.attn_sub_norm.weight"
 class Past(NamedTuple):
     """The keys and values of all positions of some sequences so far, with room for more."""
 
-    kv_BS2GC: FloatArray  # keys, then values
+    kv_BY2GC: FloatArray  # keys, then values
     filled: int  # positions
 
     def extended(self, k_BTGC: FloatArray, v_BTGC: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Put T more positions after those that are filled; return k_BSGC and v_BSGC of all."""
+        """Put T more positions after those that are filled; return the keys and values of all S.
+
+        Shapes   k_BTGC, v_BTGC -> k_BSGC, v_BSGC
+        """
         T, G = k_BTGC.shape[1:3]
-        last = self.filled + T
-        self.kv_BS2GC[:, self.filled : last, :G] = k_BTGC
-        self.kv_BS2GC[:, self.filled : last, G:] = v_BTGC
-        return self.kv_BS2GC[:, :last, :G], self.kv_BS2GC[:, :last, G:]
+        S = self.filled + T
+        self.kv_BY2GC[:, self.filled : S, :G] = k_BTGC
+        self.kv_BY2GC[:, self.filled : S, G:] = v_BTGC
+        return self.kv_BY2GC[:, :S, :G], self.kv_BY2GC[:, :S, G:]
 
 
 class AttentionCache(NamedTuple):
@@ -42,7 +45,11 @@ class AttentionCache(NamedTuple):
 
 
 def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Views q_BTAC, k_BTGC and v_BTGC of the joint projection."""
+    """Views of the joint projection.
+
+    Shapes   qkv_BTQ -> q_BTAC, k_BTGC, v_BTGC
+    Source   [spec 2 attention]
+    """
     B, T, _ = qkv_BTQ.shape
     A, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     heads = qkv_BTQ.reshape(B, T, A + 2 * G, C)
@@ -50,7 +57,11 @@ def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, F
 
 
 def turned_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> FloatArray:
-    """The view of the joint projection's heads that have positions: those of q and of k."""
+    """The view of the joint projection's heads that have positions: those of q, then those of k.
+
+    Shapes   qkv_BTQ -> [B, T, A+G, C]
+    Source   [spec 2 RoPE]
+    """
     B, T, _ = qkv_BTQ.shape
     turned = config.num_attention_heads + config.num_key_value_heads
     return qkv_BTQ.reshape(B, T, -1, config.head_dim)[:, :, :turned]
@@ -68,9 +79,10 @@ def attention_forward(
 ) -> tuple[FloatArray, AttentionCache]:
     """y = W_o attention(rotate(W_q x), rotate(W_k x), W_v x), sequence by sequence.
 
-    Source   [spec 2].
-    Shapes   x_ND with N = sequences * T, T being the rotary window's length -> y_ND.
-    past     keys and values of earlier positions, which these T extend; None: there are none.
+    past: keys and values of earlier positions, which these T extend; None: there are none.
+
+    Shapes   x_ND, rotary -> y_ND; N = sequences * T
+    Source   [spec 2 attention], [spec 2 RoPE]; before the output projection [spec 2 use_sub_norm]
     """
     N, T = len(x_ND), len(rotary.cos_TJ)
     qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, T, -1)
@@ -99,6 +111,9 @@ def attention_backward(
     """Return dx_ND; add to dw. The backward of a rotation is the opposite rotation.
 
     For a forward without a past.
+
+    Shapes   dy_ND, cache, rotary -> dx_ND
+    Source   [spec 2 attention]
     """
     dout_NI = ops.linear_backward(dy_ND, cache.normed_NI, w[OUT], dw[OUT], None)
     if cache.rstd_N is not None:

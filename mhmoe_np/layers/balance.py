@@ -36,7 +36,10 @@ class RouterStatistics(NamedTuple):
 
     @classmethod
     def of(cls, sums: RouterSums, sub_tokens: int, dtype: DTypeLike) -> RouterStatistics:
-        """From the sums of a model of `dtype`, once they are on the host."""
+        """From the sums of a model of `dtype`, once they are on the host.
+
+        Shapes   sums
+        """
         return cls(
             sub_tokens,
             sums.first_choice_E.astype(np.int64),
@@ -52,20 +55,24 @@ def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:
 
     f_e is the share of first choices (top1) or of all choices (topk) that went to e.
 
-    Source   [spec 4]; Switch Transformer (arXiv 2101.03961) eq. 4-6, first choices as in [R1].
+    Shapes   statistics
+    Source   [spec 4 aux], [Switch eq. 4-6], [P2 eq. 10]; first choices as in [R1]
     """
     top1 = config.router_aux_loss_type == "top1"
     count_E = statistics.first_choice_E if top1 else statistics.choice_E
-    share_E = count_E / count_E.sum()
-    mean_p_E = statistics.p_sum_E / statistics.sub_tokens
+    share_E = count_E / count_E.sum()  # Switch eq. 5: f
+    mean_p_E = statistics.p_sum_E / statistics.sub_tokens  # Switch eq. 6: P
+    # Switch eq. 4, P2 eq. 10: E sum_e f_e P_e
     return float(len(mean_p_E) * np.sum(share_E * mean_p_E))
 
 
 def z_loss(statistics: RouterStatistics) -> float:
     """z = mean_s logsumexp(logits_s)^2.
 
-    Source   [spec 4]; ST-MoE (arXiv 2202.08906) eq. 5.
+    Shapes   statistics
+    Source   [spec 4 z-loss], [ST-MoE eq. 5]
     """
+    # ST-MoE eq. 5: mean_s (log sum_e exp(logits[s, e]))^2
     return statistics.squared_log_sum_exp / statistics.sub_tokens
 
 
@@ -75,7 +82,8 @@ def router_losses(sums: RouterSums, sub_tokens: int, config: ModelConfig) -> Rou
     How many choices there are follows from how many sub-tokens count: nothing is asked of the device.
     The counts themselves carry no gradient.
 
-    Source   [spec 4].
+    Shapes   sums
+    Source   [spec 4 aux], [spec 4 z-loss]
     """
     top1 = config.router_aux_loss_type == "top1"
     return RouterLosses(

@@ -48,8 +48,10 @@ def block_forward(
 ) -> tuple[FloatArray, BlockCache]:
     """x <- x + attn(norm(x)); x <- x + ffn(norm(x)), the ffn being MH-MoE where w has a router.
 
-    Source   [spec 2].
-    past, tally, drop   see `attention_forward` and `moe_forward`.
+    past, tally, drop: see `attention_forward` and `moe_forward`.
+
+    Shapes   x_ND, rotary -> y_ND
+    Source   [spec 2 pre-norm]
     """
     eps = config.rms_norm_eps
     normed_ND, rstd_N = ops.rms_norm(x_ND, w[NORM], eps=eps)
@@ -81,6 +83,9 @@ def block_backward_in_place(
     """Turn dx_ND, the gradient of the block's output, into that of its input; add to dw.
 
     A residual hands its gradient on and adds its branch's: x + f(x) gives dx += f'(x)^T dx.
+
+    Shapes   dx_ND, cache, rotary
+    Source   [spec 2 pre-norm]
     """
     with ops.scope():
         if isinstance(cache.feed_forward, MoeCache):

@@ -54,7 +54,9 @@ class MoeCache(NamedTuple):
 def capacity(config: ModelConfig, sub_tokens: int) -> int | None:
     """How many choices one expert takes: max(1, ceil(factor * K * ceil(M/E))), or None: all.
 
-    Source   [spec 4], multiplied from left to right.
+    Multiplied from left to right.
+
+    Source   [spec 4 capacity]
     """
     if config.moe_capacity_factor is None:
         return None
@@ -73,18 +75,21 @@ def moe_forward(
 ) -> tuple[FloatArray, MoeCache]:
     """Split each token into H sub-tokens, route each to its own experts, join and merge.
 
-    Source   [P1 eq. 2-4], [spec 3]; with H = 1 and no projections [P1 eq. 1].
-    Shapes   x_ND -> y_ND.
-    tally    where the router's statistics are added up; None: nobody asks for them.
-    drop     whether `moe_capacity_factor` applies.
+    tally: where the router's statistics are added up; None: nobody asks for them.
+    drop: whether `moe_capacity_factor` applies.
+
+    Shapes   x_ND -> y_ND
+    Source   [P1 eq. 2-4], with one head and no projections [P1 eq. 1]; the splitting [P2 eq. 4], the
+             joining [P2 eq. 8]; [spec 3 head layer], [spec 3 reshape], [spec 3 merge layer]
     """
     N, D = x_ND.shape
     H, U = config.moe_heads, config.sub_token_width
 
     x_head_ND = x_ND
     if config.moe_head_layer:
-        x_head_ND = ops.linear(x_ND, w[HEAD], w.get(HEAD_BIAS))  # eq. 2: x W_head
-    x_MU = x_head_ND.reshape(N * H, U)  # token-major: row n*H + j is head j of token n
+        x_head_ND = ops.linear(x_ND, w[HEAD], w.get(HEAD_BIAS))  # P1 eq. 2: x^ = x W_head
+    # P2 eq. 4: sub-tokens, row n*H + j being the j-th of token n
+    x_MU = x_head_ND.reshape(N * H, U)
 
     logits_ME = ops.linear(x_MU, w[ROUTER], None)
     routing = ops.route(logits_ME, top_k=config.num_experts_per_tok, normalise=config.norm_topk_prob)
@@ -93,7 +98,7 @@ def moe_forward(
         experts=config.num_experts,
         capacity=capacity(config, N * H) if drop else None,
     )
-    y_MU, experts = ops.expert_ffn(  # eq. 3: sum_p G(x)_p Expert_p(x)
+    y_MU, experts = ops.expert_ffn(  # P1 eq. 3 (with one head P1 eq. 1)
         x_MU,
         routing.gate_MK,
         dispatch,
@@ -104,10 +109,10 @@ def moe_forward(
         eps=config.rms_norm_eps,
     )
 
-    y_ND, joined_ND = y_MU.reshape(N, D), None
+    y_ND, joined_ND = y_MU.reshape(N, D), None  # P2 eq. 8: a token's sub-tokens side by side
     if config.moe_merge_layer:
         joined_ND = y_ND
-        y_ND = ops.linear(joined_ND, w[MERGE], w.get(MERGE_BIAS))  # eq. 4: y W_merge
+        y_ND = ops.linear(joined_ND, w[MERGE], w.get(MERGE_BIAS))  # P1 eq. 4: y = y^ W_merge
     shared = None
     if config.shared_expert_intermediate_size:
         y_shared_ND, shared = feed_forward_forward(x_ND, w, SHARED_EXPERT, config=config, ops=ops)
@@ -136,15 +141,18 @@ def moe_backward(
 
     A sub-token's gradient has two sources: the experts it went to and the router that chose them. Into
     the router the task sends dgate, the balance loss and the z-loss what `losses` says.
+
+    Shapes   dy_ND, cache, losses -> dx_ND
+    Source   [P1 eq. 2-4], [spec 3 head layer], [spec 3 merge layer]
     """
     assert cache.counted_M is not None
     N, D = dy_ND.shape
     djoined_ND = dy_ND
-    if cache.joined_ND is not None:  # eq. 4
+    if cache.joined_ND is not None:  # P1 eq. 4
         djoined_ND = ops.linear_backward(
             dy_ND, cache.joined_ND, w[MERGE], dw[MERGE], dw.get(MERGE_BIAS)
         )
-    dx_MU, dgate_MK = ops.expert_ffn_backward(  # eq. 3
+    dx_MU, dgate_MK = ops.expert_ffn_backward(  # P1 eq. 3
         djoined_ND.reshape(cache.x_MU.shape),
         cache.x_MU,
         cache.routing.gate_MK,
@@ -164,7 +172,7 @@ def moe_backward(
     ops.linear_backward(dlogits_ME, cache.x_MU, w[ROUTER], dw[ROUTER], None, onto_NI=dx_MU)
 
     dx_ND = dx_MU.reshape(N, D)
-    if config.moe_head_layer:  # eq. 2
+    if config.moe_head_layer:  # P1 eq. 2
         dx_ND = ops.linear_backward(dx_ND, cache.x_ND, w[HEAD], dw[HEAD], dw.get(HEAD_BIAS))
     if cache.shared is not None:
         dx_shared_ND = feed_forward_backward(

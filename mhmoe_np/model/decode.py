@@ -19,7 +19,7 @@ class KeyValueCache:
     Attributes:
         length: positions filled.
         positions: that there is room for.
-        layers: the backend's array of each layer, [B, S, 2G, C]: keys, then values.
+        layers: the backend's array of each layer, [B, Y, 2G, C]: keys, then values.
     """
 
     def __init__(self, model: Model, *, sequences: int, positions: int, ops: Operations) -> None:
@@ -39,12 +39,19 @@ class KeyValueCache:
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
 
+    def pasts(self) -> list[Past]:
+        """What each layer has seen."""
+        return [Past(kv_BY2GC, self.length) for kv_BY2GC in self.layers]
+
 
 def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operations) -> FloatArray:
-    """Extend the cache by T tokens of each sequence; return the logits_BV after the last.
+    """Extend the cache by T tokens of each sequence; return the logits after the last.
 
     id_BT: the host's.
-    Raises ValueError: the cache has no room for them, or what `start` raises.
+
+    Shapes   id_BT -> logits_BV
+    Source   [spec 2 logits], [D4]
+    Raises   ValueError: the cache has no room for them, or what `start` raises.
     """
     config, weights, _ = model
     B, T = id_BT.shape
@@ -52,8 +59,7 @@ def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operatio
     if last > cache.positions:
         raise ValueError(f"{last} positions do not fit the cache's {cache.positions}")
     _, x_ND, rotary = start(model, id_BT, first=cache.length, ops=ops)
-    for w, kv_BS2GC in zip(weights.blocks, cache.layers, strict=True):
-        past = Past(kv_BS2GC, cache.length)
+    for w, past in zip(weights.blocks, cache.pasts(), strict=True):
         x_ND, _ = block_forward(
             x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
         )

@@ -1,7 +1,6 @@
 """The whole model, there and back: the list of layers in both directions.
 
-Source   [spec 2]. Layers hold no state; a `Model` is its configuration, its weights and the tables of
-rotary angles.
+Layers hold no state; a `Model` is its configuration, its weights and the tables of rotary angles.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.block import BlockCache, block_backward_in_place, block_forward
-from mhmoe_np.layers.rotary import Rotary, rotary_angles
+from mhmoe_np.layers.rotary import Rotary, RotaryTables, rotary_tables
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM, Weights, quantised_anew
 from mhmoe_np.operations.table import Operations, RouterLosses
@@ -24,7 +23,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     weights: Weights
-    rotary: Rotary
+    rotary: RotaryTables
 
     @classmethod
     def of(cls, parameters: Parameters, *, ops: Operations) -> Model:
@@ -38,7 +37,7 @@ class Model(NamedTuple):
     @classmethod
     def with_weights(cls, config: ModelConfig, weights: Weights, *, ops: Operations) -> Model:
         """The model with weights that are ready for use, in the backend's arrays."""
-        rotary = rotary_angles(
+        rotary = rotary_tables(
             config.max_position_embeddings,
             config.head_dim,
             config.rope_theta,
@@ -68,7 +67,9 @@ class ForwardCache(NamedTuple):
 def start(model: Model, id_BT: IntArray, *, first: int, ops: Operations) -> Start:
     """Take the host's ids of positions first .. first+T-1 to the device, and embed them there.
 
-    Raises ValueError: positions beyond the model's, or an id outside the vocabulary.
+    Shapes   id_BT -> id_N, x_ND, rotary
+    Source   [spec 1 embed_tokens]
+    Raises   ValueError: positions beyond the model's, or an id outside the vocabulary.
     """
     config = model.config
     last = first + id_BT.shape[1]
@@ -99,7 +100,10 @@ def forward(
     nobody counts, and no backward follows.
     drop: whether `moe_capacity_factor` applies (training and traces) or not (evaluation,
     generation) [D4].
-    Raises ValueError: see `start`.
+
+    Shapes   input_BT -> y_ND
+    Source   [spec 2 pre-norm], [spec 2 final norm]
+    Raises   ValueError: see `start`.
     """
     config, weights, _ = model
     begun = start(model, input_BT, first=0, ops=ops)
@@ -135,6 +139,9 @@ def backward(
 
     dy_ND is the gradient of the final norm's output; losses has an entry for each layer
     (`StepSums.losses_backward`).
+
+    Shapes   dy_ND, cache, losses
+    Source   [spec 2 pre-norm], [spec 2 final norm]
     """
     config, weights, _ = model
     id_N, _, rotary = cache.start
@@ -155,7 +162,9 @@ def backward(
 def last_hidden(model: Model, input_BT: IntArray, *, ops: Operations) -> FloatArray:
     """`forward`'s y_ND without capacity, where no backward follows: one block's memory serves all.
 
-    Raises ValueError: see `start`.
+    Shapes   input_BT -> y_ND
+    Source   [spec 2 pre-norm], [spec 2 final norm], [D4]
+    Raises   ValueError: see `start`.
     """
     config, weights, _ = model
     _, x_ND, rotary = start(model, input_BT, first=0, ops=ops)

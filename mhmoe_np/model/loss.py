@@ -1,8 +1,6 @@
 """The loss of a batch, and its gradient: the one path from tokens to numbers.
 
 Training, traces, gradient checks and benchmarks all come through here.
-
-Source   [spec 4].
 """
 
 from __future__ import annotations
@@ -28,9 +26,12 @@ class Batch(NamedTuple):
     target_BT: IntArray
 
     @classmethod
-    def of(cls, token_BT1: IntArray) -> Batch:
-        """From windows [B, T+1]: all but the last token go in, all but the first are wanted."""
-        return cls(np.ascontiguousarray(token_BT1[:, :-1]), token_BT1[:, 1:])
+    def of(cls, windows: IntArray) -> Batch:
+        """From windows [B, T+1]: all but the last token go in, all but the first are wanted.
+
+        Shapes   [B, T+1] -> input_BT, target_BT
+        """
+        return cls(np.ascontiguousarray(windows[:, :-1]), windows[:, 1:])
 
     @property
     def target_N(self) -> IntArray:
@@ -50,7 +51,9 @@ Watch = Callable[[FloatArray, ForwardCache], None]
 def targets_of(micro_batches: Sequence[Batch]) -> int:
     """How many targets count.
 
-    Raises ValueError: none does.
+    Shapes   micro_batches
+    Source   [spec 4 not counted]
+    Raises   ValueError: none does.
     """
     targets = sum(int(np.count_nonzero(batch.counted_N)) for batch in micro_batches)
     if targets == 0:
@@ -63,7 +66,9 @@ def loss(
 ) -> StepResult:
     """The losses and router statistics of a batch by forward passes alone.
 
-    Raises ValueError: no target is counted, or what `forward` raises.
+    Shapes   micro_batches
+    Source   [spec 4 NLL]
+    Raises   ValueError: no target is counted, or what `forward` raises.
     """
     targets, sums = targets_of(micro_batches), StepSums(model.config, ops=ops)
     for batch in micro_batches:
@@ -80,7 +85,11 @@ def loss(
 def add_router_statistics(
     model: Model, micro_batches: Sequence[Batch], sums: StepSums, *, ops: Operations
 ) -> None:
-    """Add each MoE layer's router statistics to `sums`, by forward passes alone."""
+    """Add each MoE layer's router statistics to `sums`, by forward passes alone.
+
+    Shapes   micro_batches
+    Source   [D5]
+    """
     for batch in micro_batches:
         with ops.scope():
             forward(model, batch.input_BT, sums.tallies(batch.counted_N), drop=True, ops=ops)
@@ -103,7 +112,9 @@ def add_loss_and_gradient(
 
     Nothing is read back: `sums` says what came of it once it is read.
 
-    Raises ValueError: no target is counted, or what `forward` raises.
+    Shapes   micro_batches
+    Source   [spec 4 NLL], [D5]
+    Raises   ValueError: no target is counted, or what `forward` raises.
     """
     targets = targets_of(micro_batches)
     routed = len(micro_batches) > 1 and model.config.num_experts > 0
@@ -136,7 +147,9 @@ def loss_and_gradient(
 ) -> StepResult:
     """`add_loss_and_gradient` and its sums, read.
 
-    Raises ValueError: see there.
+    Shapes   micro_batches
+    Source   [spec 4 loss], [D5]
+    Raises   ValueError: see there.
     """
     sums = StepSums(model.config, ops=ops)
     add_loss_and_gradient(model, gradient, micro_batches, sums, watch=watch, ops=ops)

@@ -16,7 +16,10 @@ from mhmoe_np.types import FloatArray
 
 
 def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
-    """Quantise and pack the backend's parameters; what is not quantised stays as views of them."""
+    """Quantise and pack the backend's parameters; what is not quantised stays as views of them.
+
+    Source   [spec 5 packed weights]
+    """
     weights = quantised_anew(parameters, packed=False, ops=ops)
     arrays: dict[str, Weight] = {}
     for name, weight in weights.arrays.items():
@@ -32,7 +35,10 @@ def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations)
 
 
 def packed_format(weights: Weights) -> FormatName:
-    """The format of packed weights: one for all of them."""
+    """The format of packed weights: one for all of them.
+
+    Source   [spec 5 packed weights]
+    """
     return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
 
 
@@ -42,7 +48,8 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
     The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
     mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
 
-    Raises UserError: no floats quantise to these weights, so no checkpoint was packed into them.
+    Source   [D11]
+    Raises   UserError: no floats quantise to these weights, so no checkpoint was packed into them.
     """
     weights = weights.to_host(ops)
     parameters = Parameters(config, np.float32)

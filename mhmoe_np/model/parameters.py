@@ -132,8 +132,8 @@ def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
 def parameter_table(config: ModelConfig) -> list[Entry]:
     """Every array of the model, in the order of computation.
 
-    Source   [spec 1] tensor names; [spec 5] which of them are quantised; [spec 6] initial
-    distributions.
+    Source   [spec 1 tensor names]; which of them are quantised [spec 5 never quantised]; their initial
+             distributions [spec 6 initialisation]
     """
     V, D = config.vocab_size, config.hidden_size
     entries = [_whole("model.embed_tokens.weight", (V, D), "embedding")]
@@ -207,12 +207,18 @@ class Parameters:
 
 
 def output_name(config: ModelConfig) -> str:
-    """The array of the output head."""
+    """The array of the output head.
+
+    Source   [spec 1 not tied]
+    """
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str, Array]]:
-    """For each layer its arrays, by name without `model.layers.{i}.`."""
+    """For each layer its arrays, by name without `model.layers.{i}.`.
+
+    Source   [spec 1 tensor names]
+    """
     return [
         {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         for prefix in (f"model.layers.{layer}." for layer in range(config.num_hidden_layers))
@@ -222,9 +228,10 @@ def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str
 def initialise(parameters: Parameters, seed: int) -> None:
     """Draw every tensor from its distribution: a pure function of (seed, tensor name).
 
-    Source   [spec 6], from [R1]: embedding N(0, D^-1/2); head layer Xavier uniform with gain
-    1/sqrt(2), merge layer with gain 1, its bias 0; norms 1; every other linear, and the head layer's
-    bias, U(+-1/sqrt(in)).
+    Embedding N(0, D^-1/2); head layer Xavier uniform with gain 1/sqrt(2), merge layer with gain 1, its
+    bias 0; norms 1; every other linear, and the head layer's bias, U(+-1/sqrt(in)).
+
+    Source   [spec 6 initialisation], from [R1]
     """
     D = parameters.config.hidden_size
     for entry in parameters.table:

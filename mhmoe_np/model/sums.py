@@ -99,6 +99,8 @@ class StepSums:
         """For each layer what its router counts and where; None for a dense one.
 
         counted_N: the host's; known: the sums are complete already and are not added to again.
+
+        Shapes   counted_N
         """
         config = self._config
         counted_M = self._ops.to_device(np.repeat(counted_N, config.moe_heads))
@@ -142,10 +144,12 @@ def losses_of(
 ) -> Losses:
     """loss = mean NLL + aux_coef * sum of layers' aux + z_coef * sum of layers' z.
 
-    Source   [spec 4].
+    Shapes   statistics
+    Source   [spec 4 loss], [P2 eq. 11]
     """
     nll = nll_sum / targets
     aux = sum(balance_loss(layer, config) for layer in statistics)
     z = sum(z_loss(layer) for layer in statistics)
+    # P2 eq. 11: L = L_task + alpha L_balance
     total = nll + config.router_aux_loss_coef * aux + config.router_z_loss_coef * z
     return Losses(total, nll, aux, z)

@@ -23,7 +23,10 @@ FINAL_NORM = "model.norm.weight"
 
 
 def formats_for(config: ModelConfig) -> list[FormatName]:
-    """The formats that hold a model's quantised weights, the one to prefer first; none without such."""
+    """The formats that hold a model's quantised weights, the one to prefer first; none without such.
+
+    Source   [spec 5 packed weights]
+    """
     formats: dict[str, list[FormatName]] = {
         "none": [],
         "bitnet_b158": ["ternary-2bit", "ternary-base3"],
@@ -98,13 +101,19 @@ class Weights:
 
 
 def floats(weight: Weight) -> FloatArray:
-    """A weight that is not quantised."""
+    """A weight that is not quantised.
+
+    Source   [spec 5 never quantised]
+    """
     assert not isinstance(weight, BitWeight | PackedWeight)
     return weight
 
 
 def matrix_starts(entry: Entry) -> tuple[int, ...]:
-    """The rows at which each part of a quantised entry starts, and their number at the end."""
+    """The rows at which each part of a quantised entry starts, and their number at the end.
+
+    Source   [spec 5 One β per matrix]
+    """
     rows = np.arange(math.prod(entry.shape[:-1])).reshape(entry.shape[:-1])
     return *(int(rows[part.where].flat[0]) for part in entry.parts), rows.size
 
@@ -123,6 +132,8 @@ def quantised_anew(parameters: Parameters, *, packed: bool, ops: Operations) -> 
     """The weights of the backend's parameters, what is quantised in arrays of its own.
 
     packed: see `Weights.of`.
+
+    Source   [spec 5 BitLinear]
     """
     weights = Weights.of(parameters, packed=packed, ops=ops)
     matrices = sum(len(entry.parts) for entry in parameters.table if entry.quantised)
@@ -138,7 +149,8 @@ def requantise(
     report_X5: overwritten by what became of each matrix (`Operations.quantise_weight`), in the table's
     order. Without quantised entries nothing is done.
 
-    Source   [spec 5].
+    Shapes   report_X5
+    Source   [spec 5 bitnet_b158 weights], [spec 5 bitnet weights]
     """
     done = 0
     for entry in parameters.table:

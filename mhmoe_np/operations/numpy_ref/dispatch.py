@@ -11,23 +11,22 @@ from mhmoe_np.types import IntArray
 def dispatch(expert_MK: IntArray, *, experts: int, capacity: int | None) -> Dispatch:
     """See `Operations.dispatch`.
 
-    A choice is a number s*K + j: the j-th of sub-token s. R choices are kept.
+    A choice is a number s*K + j: the j-th of sub-token s. There are M*K; R of them are kept.
     """
     M, K = expert_MK.shape
     expert_of_choice = expert_MK.reshape(M * K)
-    # Filling order: all first choices in sub-token order, then all second choices, and so on.
-    filling_order = np.arange(M * K).reshape(M, K).T.reshape(M * K)
-    # A stable sort keeps that order within an expert.
-    sorted_by_expert = np.argsort(expert_of_choice[filling_order], kind="stable")
-    route_R = filling_order[sorted_by_expert]
+    # The order in which experts fill: all first choices by sub-token, then all second ones, and so on.
+    choices = np.arange(M * K).reshape(M, K).T.reshape(M * K)
+    # By expert; a stable sort leaves each expert's choices in that order.
+    choices = choices[np.argsort(expert_of_choice[choices], kind="stable")]
     if capacity is not None:
-        expert_R = expert_of_choice[route_R]
-        first_row_R = np.searchsorted(expert_R, expert_R)  # of the same expert
-        place_R = np.arange(M * K) - first_row_R  # within the expert
-        route_R = route_R[place_R < capacity]
+        experts_sorted = expert_of_choice[choices]
+        place = np.arange(M * K) - np.searchsorted(experts_sorted, experts_sorted)  # in its expert
+        choices = choices[place < capacity]
 
+    route_R = choices
     count_E = np.bincount(expert_of_choice[route_R], minlength=experts)
     start_Z = np.concatenate([[0], np.cumsum(count_E)])
-    slot_of_choice = np.full(M * K, -1)
-    slot_of_choice[route_R] = np.arange(len(route_R))  # the inverse of route
-    return Dispatch(route_R, slot_of_choice.reshape(M, K), start_Z)
+    slot_MK = np.full((M, K), -1)  # dropped, unless set
+    slot_MK.reshape(M * K)[route_R] = np.arange(len(route_R))  # the inverse of route
+    return Dispatch(route_R, slot_MK, start_Z)

@@ -24,13 +24,17 @@ def _one_expert(
     activation: Activation,
     eps: float,
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Expert(x) = down(norm(act(gate(x)) * up(x))), with what the backward needs."""
+    """Expert(x) = down(n) with n = h or norm(h), h = act(gate(x)) * up(x).
+
+    Returns what the backward needs as well: gate(x) beside up(x), and the norm's 1 / sqrt.
+    """
     gate_up_R2F = linear(x_RU, gate_up_2FU, None)
-    n_RF = gated_activation(gate_up_R2F, activation=activation)
-    rstd_R = None
+    h_RF = gated_activation(gate_up_R2F, activation=activation)
+    n_RF, rstd_R = h_RF, None
     if sub_norm_F is not None:
-        n_RF, rstd_R = rms_norm(n_RF, sub_norm_F, eps=eps)
-    y_RU = linear(n_RF, down_UF, None)  # P1 eq. 5, with SwiGLU in ReLU's place
+        n_RF, rstd_R = rms_norm(h_RF, sub_norm_F, eps=eps)
+    # P1 eq. 5: Expert(x) = max(x W1^T, 0) W2, here in the form of GLU eq. 6: (act(x W) * x V) W2
+    y_RU = linear(n_RF, down_UF, None)
     return y_RU, gate_up_R2F, rstd_R
 
 
@@ -51,9 +55,8 @@ def _one_expert_backward(
 ) -> tuple[FloatArray, FloatArray]:
     """Return dx_RU and dgate_R, of rows that contribute gate * Expert(x).
 
-    With h = act(gate) up and n = h or norm(h), Expert(x) = n @ down^T. Let a = dy @ down. Then
-    dgate = dy . (n @ down^T) = a . n, so the expert's output itself need not be kept;
-    ddown += (gate dy)^T n;  dn = gate a;  the rest is the chain rule.
+    Expert(x) = n @ down^T; let a = dy @ down. Then dgate = dy . (n @ down^T) = a . n, so the expert's
+    output itself need not be kept;  ddown += (gate dy)^T n;  dn = gate a;  the rest is the chain rule.
     Quantised, each map's input and weight are what they act as (`straight_through`).
     """
     h_RF = n_RF = gated_activation(gate_up_R2F, activation=activation)
@@ -87,11 +90,12 @@ def expert_ffn(
 ) -> tuple[FloatArray, ExpertCache]:
     """See `Operations.expert_ffn`. Expert by expert; one sees a sub-token at most once."""
     route_R, _, start_Z = dispatch
-    sub_token_R = route_R // gate_MK.shape[1]  # whose row it is
-    gate_R1 = gate_MK.reshape(-1, 1)[route_R]  # G(x)_p of that sub-token and the row's expert
-    gate_up_R2F: FloatArray = np.empty((len(route_R), gate_up_E2FU.shape[1]), x_MU.dtype)
-    rstd_R: FloatArray | None = None if sub_norm_EF is None else np.empty(len(route_R), x_MU.dtype)
-    expert_RU: FloatArray = np.empty((len(route_R), x_MU.shape[1]), x_MU.dtype)
+    R, K = len(route_R), gate_MK.shape[1]
+    sub_token_R = route_R // K  # whose row it is
+    gate_R1 = gate_MK.reshape(-1, 1)[route_R]  # G(x)_p of that sub-token and the row's expert p
+    expert_RU: FloatArray = np.empty((R, x_MU.shape[1]), x_MU.dtype)  # Expert_p(x)
+    gate_up_R2F: FloatArray = np.empty((R, gate_up_E2FU.shape[1]), x_MU.dtype)
+    rstd_R: FloatArray | None = None if sub_norm_EF is None else np.empty(R, x_MU.dtype)
     y_MU = np.zeros_like(x_MU)
     for e in range(len(start_Z) - 1):
         rows = slice(start_Z[e], start_Z[e + 1])
@@ -105,7 +109,8 @@ def expert_ffn(
         )
         if rstd_R is not None:
             rstd_R[rows] = rstd
-        y_MU[sub_token_R[rows]] += gate_R1[rows] * expert_RU[rows]  # P1 eq. 3
+        # P1 eq. 3: y~ = sum_p G(x~)_p Expert_p(x~); with one head P1 eq. 1. A row is one summand.
+        y_MU[sub_token_R[rows]] += gate_R1[rows] * expert_RU[rows]
     return y_MU, ExpertCache(gate_up_R2F, rstd_R)
 
 
@@ -126,8 +131,8 @@ def expert_ffn_backward(
 ) -> tuple[FloatArray, FloatArray]:
     """See `Operations.expert_ffn_backward`.
 
-    Eq. 3 sums rows into sub-tokens: each row receives its sub-token's dy, and a sub-token's dx is the
-    sum of its rows'.
+    P1 eq. 3 sums rows into sub-tokens: each row receives its sub-token's dy, and a sub-token's dx is
+    the sum of its rows'.
     """
     route_R, _, start_Z = dispatch
     sub_token_R = route_R // gate_MK.shape[1]

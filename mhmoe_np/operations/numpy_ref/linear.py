@@ -25,6 +25,7 @@ def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
     """
     q_OI, beta_O, _ = integers(w_OI, x_NI.dtype)
     q_NI, scale_N = quantise_rows(x_NI)
+    # B1 eq. 11: W~ Quant(x) * (beta gamma / 127); the norm before it is the layers'
     return (q_NI @ q_OI.T + 0) * (beta_O * scale_N[:, None])
 
 

@@ -8,6 +8,7 @@ from mhmoe_np.types import FloatArray, IntArray
 
 
 def _log_softmax(logits_NV: FloatArray) -> FloatArray:
+    """logits - logsumexp(logits), row by row."""
     shifted_NV = logits_NV - logits_NV.max(axis=1, keepdims=True)
     return shifted_NV - np.log(np.exp(shifted_NV).sum(axis=1, keepdims=True))
 

@@ -32,6 +32,7 @@ def adamw_in_place(
     learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm = settings
     norm = math.sqrt(squares_1[0])
     g_P = gradient_P * parameter_P.dtype.type(min(1.0, clip_norm / max(norm, 1e-30)))
+    # AdamW algorithm 2: p -= lr (decay p + m^ / (sqrt(v^) + epsilon))
     first_moment_P[...] = beta1 * first_moment_P + (1 - beta1) * g_P
     second_moment_P[...] = beta2 * second_moment_P + (1 - beta2) * g_P**2
     mean_P = first_moment_P / (1 - beta1**step)
