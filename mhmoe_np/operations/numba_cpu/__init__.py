@@ -15,10 +15,20 @@ from mhmoe_np.operations.numba_cpu.loss import Loss
 from mhmoe_np.operations.numba_cpu.norm import Norm
 from mhmoe_np.operations.numba_cpu.optimiser import Optimiser
 from mhmoe_np.operations.numba_cpu.router import Router
+from mhmoe_np.operations.numba_cpu.sums import Sums
 
 
 class NumbaOperations(
-    Linear, Norm, Attention, FeedForward, Router, DispatchOperations, Experts, Loss, Optimiser
+    Sums,
+    Linear,
+    Norm,
+    Attention,
+    FeedForward,
+    Router,
+    DispatchOperations,
+    Experts,
+    Loss,
+    Optimiser,
 ):
     """The table of operations in Numba.
 

@@ -228,7 +228,7 @@ def _expert_task_backward(
             dn_F[f] *= gate
             n_F[f] *= gate
     if len(sub_norm_F) > 0:
-        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, dsub_norm_F, 0.0)
+        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, dsub_norm_F, False)
     activate_rows_backward(dn_RF, gate_up_R2F, silu, dgate_up_R2F)
     if gate_up.beta.shape[1] > 0:
         dacc_R2F = np.empty_like(dgate_up_R2F)
