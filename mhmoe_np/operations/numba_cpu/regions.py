@@ -12,12 +12,12 @@ does not depend on who runs it: the same input gives the same bits at any number
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, prange, types
-from numba.extending import overload
 
 from mhmoe_np.operations.numba_cpu.compiling import exact, parallel, task, typed_intrinsic
 
@@ -26,30 +26,52 @@ from mhmoe_np.operations.numba_cpu.compiling import exact, parallel, task, typed
 SERIAL_MACS = 1 << 19
 
 
-def run_task(i: int, region: Any) -> None:
-    """Task number i of a region, whichever its kind is."""
-    raise NotImplementedError("compiled code only")
+class Loops(NamedTuple):
+    """The two compiled loops over the tasks of one kind of region."""
+
+    work: Any
+    shared_out: Any
+
+
+LOOPS: dict[type, Loops] = {}
+_ALONE = np.empty(0, np.int64)  # in the place of a counter: nobody else draws numbers
 
 
 def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
     """Declare the decorated `function(i, region)` to be what the tasks of regions of `kind` do.
 
     compiled_as: `task`, or `exact` where every operation must round as written.
+    Returns the compiled function, for kernels that do such a task within one of their own.
     """
 
     def declare(function: Any) -> Any:
         compiled = compiled_as(function)
-
-        def call(i: int, region: Any) -> None:
-            compiled(i, region)
-
-        @overload(run_task, strict=False)
-        def choose(i: Any, region: Any) -> Any:
-            return call if getattr(region, "instance_class", None) is kind else None
-
+        work = exact(_for_task(function, _work, KIND=kind, TASK=compiled))
+        shared_out = parallel(_for_task(function, _shared_out, WORK=work))
+        LOOPS[kind] = Loops(work, shared_out)
         return compiled
 
     return declare
+
+
+KIND: Any = None  # in each task's copy of the loops: the region's tuple,
+TASK: Any = None  # the compiled task
+WORK: Any = None  # and the compiled loop of one thread
+
+
+def _for_task(function: Any, loop: Any, **names: Any) -> Any:
+    """A copy of a loop in which the given names stand for what belongs to one task.
+
+    With one common loop, in which Numba finds the task by the tuple's type, small calls would take half
+    as long again: it compares the names of all fields. The copy seems to stand where the task does;
+    Numba names and dates the files of its cache by that.
+    """
+    code = loop.__code__.replace(
+        co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno
+    )
+    copy = FunctionType(code, {**loop.__globals__, **names}, loop.__name__)
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__ + loop.__name__
+    return copy
 
 
 @typed_intrinsic
@@ -63,40 +85,36 @@ def take_number(typing_context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
-@exact
-def _in_turn(tasks: int, region: Any) -> None:
-    """All tasks on the calling thread."""
-    for i in range(tasks):
-        run_task(i, region)
-
-
-@exact
-def _worker(counter: Any, tasks: int, region: Any) -> None:
-    """The tasks that one thread gets hold of."""
+def _work(counter: Any, tasks: int, fields: Any) -> None:
+    """The tasks that one thread gets hold of; without a counter, all of them in turn."""
+    region = KIND(*fields)
+    i = 0
     while True:
-        i = take_number(counter)
+        if len(counter) > 0:
+            i = take_number(counter)
         if i >= tasks:
             return
-        run_task(i, region)
+        TASK(i, region)
+        i += 1
 
 
-@parallel
-def _shared_out(workers: int, counter: Any, tasks: int, region: Any) -> None:
+def _shared_out(workers: int, counter: Any, tasks: int, fields: Any) -> None:
     """All tasks on all threads."""
     for _ in prange(workers):
-        _worker(counter, tasks, region)
+        WORK(counter, tasks, fields)
 
 
-def run(region: Any, tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
+def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
     """Do tasks 0 .. tasks-1 of a region.
 
     macs: about how many multiply-adds they are together; up to `serial` of them one thread does all.
     Numba cannot cancel a region: what a task cannot do must be refused before.
     """
+    loops = LOOPS[type(region)]
     if tasks == 1 or macs <= serial:
-        _in_turn(tasks, region)
+        loops.work(_ALONE, tasks, tuple(region))
     else:
-        _shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, region)
+        loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, tuple(region))
 
 
 def workers() -> Any:
