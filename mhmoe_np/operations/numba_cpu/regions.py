@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, prange, types
+from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
 
 from mhmoe_np.operations.numba_cpu.compiling import exact, parallel, task, typed_intrinsic
 
@@ -32,6 +34,8 @@ class Loops(NamedTuple):
     work: Any
     shared_out: Any
 
+
+borrowed: Callable[..., Any] = impl_ret_borrowed  # Numba counts whoever holds an array
 
 LOOPS: dict[type, Loops] = {}
 _ALONE = np.empty(0, np.int64)  # in the place of a counter: nobody else draws numbers
@@ -85,6 +89,34 @@ def take_number(typing_context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
+@typed_intrinsic
+def address_of(typing_context: Any, fields: Any) -> Any:
+    """Where the fields lie while the calling function runs.
+
+    A parallel loop takes tuples apart and cannot take one within another, such as a weight in a region;
+    an address it passes on as it is.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        allocate: Callable[..., Any] = cgutils.alloca_once
+        address = allocate(builder, context.get_data_type(fields))
+        context.pack_value(builder, fields, arguments[0], address)
+        return address
+
+    return types.CPointer(fields)(fields), code  # type: ignore[no-untyped-call]
+
+
+@typed_intrinsic
+def fields_at(typing_context: Any, address: Any) -> Any:
+    """The fields at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        fields = context.unpack_value(builder, address.dtype, arguments[0])
+        return borrowed(context, builder, address.dtype, fields)
+
+    return address.dtype(address), code
+
+
 def _work(counter: Any, tasks: int, fields: Any) -> None:
     """The tasks that one thread gets hold of; without a counter, all of them in turn."""
     region = KIND(*fields)
@@ -100,8 +132,9 @@ def _work(counter: Any, tasks: int, fields: Any) -> None:
 
 def _shared_out(workers: int, counter: Any, tasks: int, fields: Any) -> None:
     """All tasks on all threads."""
+    address = address_of(fields)
     for _ in prange(workers):
-        WORK(counter, tasks, fields)
+        WORK(counter, tasks, fields_at(address))
 
 
 def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
