@@ -34,30 +34,24 @@ MANY_ROWS = 2 * ROWS  # of one tile, where there are enough to share out
 COLUMNS = 512  # of one tile, where there are too few rows to share out
 
 
-class Tile(NamedTuple):
-    """How much of an output one task computes; the last ones may be smaller."""
+def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
+    """Height and width of the tiles in which an output is computed, a task each, and their number.
 
-    rows: int
-    columns: int
-
-
-def tile_of(rows: int, columns: int) -> Tile:
-    """The tile for an output of a size."""
+    The last ones of rows and columns may be smaller.
+    """
+    height, width = ROWS, columns
     if rows >= 4 * MANY_ROWS:
-        return Tile(MANY_ROWS, columns)
-    return Tile(ROWS, columns if rows >= 4 * ROWS else min(columns, COLUMNS))
-
-
-def tiles_in(tile: Tile, y_NO: FloatArray) -> int:
-    """How many of them cover an output."""
-    return blocks(len(y_NO), tile.rows) * blocks(y_NO.shape[1], tile.columns)
+        height = MANY_ROWS
+    elif rows < 4 * ROWS:
+        width = min(columns, COLUMNS)
+    return height, width, blocks(rows, height) * blocks(columns, width)
 
 
 @exact
-def _corner(i: int, tile: Any, columns: int) -> Any:
+def _corner(i: int, height: int, width: int, columns: int) -> Any:
     """The first row and column of tile number i in an output of so many columns."""
-    across = (columns + tile.columns - 1) // tile.columns
-    return i // across * tile.rows, i % across * tile.columns
+    across = (columns + width - 1) // width
+    return i // across * height, i % across * width
 
 
 @task
@@ -73,13 +67,14 @@ class _Product(NamedTuple):
     x_NI: Any
     w_OI: Any
     y_NO: Any  # written
-    tile: Tile
+    height: int
+    width: int
 
 
 @tasks_of(_Product)
 def _product_tile(i: int, a: Any) -> None:
-    n, o = _corner(i, a.tile, a.y_NO.shape[1])
-    end, last = n + a.tile.rows, o + a.tile.columns
+    n, o = _corner(i, a.height, a.width, a.y_NO.shape[1])
+    end, last = n + a.height, o + a.width
     product_nt(a.x_NI[n:end], a.w_OI[o:last], a.y_NO[n:end, o:last])
 
 
@@ -91,13 +86,14 @@ class _BitProduct(NamedTuple):
     scale_N: Any  # gamma/127
     beta_O: Any
     y_NO: Any  # written
-    tile: Tile
+    height: int
+    width: int
 
 
 @tasks_of(_BitProduct)
 def _bit_product_tile(i: int, a: Any) -> None:
-    n, o = _corner(i, a.tile, a.y_NO.shape[1])
-    end, last = n + a.tile.rows, o + a.tile.columns
+    n, o = _corner(i, a.height, a.width, a.y_NO.shape[1])
+    end, last = n + a.height, o + a.width
     product_nt(a.q_NI[n:end], a.w_OI[o:last], a.y_NO[n:end, o:last])
     scale_block(a.y_NO[n:end, o:last], a.scale_N[n:end], a.beta_O[o:last])
 
@@ -121,15 +117,16 @@ class _PackedProduct(NamedTuple):
     weight: Any
     rows: ByteRows
     y_NO: Any  # written
-    tile: Tile  # of whole panels
+    height: int
+    width: int  # whole panels
 
 
 @tasks_of(_PackedProduct, exact)
 def _packed_product_tile(i: int, a: Any) -> None:
     panels = a.weight.code.shape[1]
-    n, o = _corner(i, a.tile, panels * PANEL)
-    end, first = n + a.tile.rows, o // PANEL
-    last = min(first + a.tile.columns // PANEL, panels)
+    n, o = _corner(i, a.height, a.width, panels * PANEL)
+    end, first = n + a.height, o // PANEL
+    last = min(first + a.width // PANEL, panels)
     packed_product(a.weight, np.intp(0), rows_between(a.rows, n, end), a.y_NO[n:end], first, last)
 
 
@@ -140,13 +137,14 @@ class _InputGradient(NamedTuple):
     w_OI: Any
     dx_NI: Any  # written, or added to
     added: bool
-    tile: Tile  # of dx
+    height: int
+    width: int
 
 
 @tasks_of(_InputGradient)
 def _input_gradient_tile(i: int, a: Any) -> None:
-    n, j = _corner(i, a.tile, a.dx_NI.shape[1])
-    end, last = n + a.tile.rows, j + a.tile.columns
+    n, j = _corner(i, a.height, a.width, a.dx_NI.shape[1])
+    end, last = n + a.height, j + a.width
     gemm_nn(1.0, a.dy_NO[n:end], a.w_OI[:, j:last], 1.0 if a.added else 0.0, a.dx_NI[n:end, j:last])
 
 
@@ -211,9 +209,9 @@ class Linear(QuantiseRows, PackedProducts):
         elif isinstance(weight, BitWeight):
             self._bit_linear(x_NI, weight, y_NO)
         else:
-            tile = tile_of(*y_NO.shape)
-            product = _Product(x_NI, weight, y_NO, tile)
-            run(product, tiles_in(tile, y_NO), macs=y_NO.size * x_NI.shape[1])
+            height, width, tiles = tiles_of(*y_NO.shape)
+            product = _Product(x_NI, weight, y_NO, height, width)
+            run(product, tiles, macs=y_NO.size * x_NI.shape[1])
         if b_O is not None:
             _add_bias(y_NO, b_O)
         return y_NO
@@ -221,9 +219,9 @@ class Linear(QuantiseRows, PackedProducts):
     def _bit_linear(self, x_NI: FloatArray, weight: BitWeight, y_NO: FloatArray) -> None:
         with self.scope():
             q_NI, scale_N = self.quantise_rows(x_NI)
-            tile = tile_of(*y_NO.shape)
-            product = _BitProduct(q_NI, weight.w, scale_N, weight.beta, y_NO, tile)
-            run(product, tiles_in(tile, y_NO), macs=y_NO.size * x_NI.shape[1])
+            height, width, tiles = tiles_of(*y_NO.shape)
+            product = _BitProduct(q_NI, weight.w, scale_N, weight.beta, y_NO, height, width)
+            run(product, tiles, macs=y_NO.size * x_NI.shape[1])
 
     def _packed_linear(self, x_NI: FloatArray, weight: PackedWeight, y_NO: FloatArray) -> None:
         """In two regions, but small products in one call: each token that is decoded has dozens."""
@@ -241,9 +239,14 @@ class Linear(QuantiseRows, PackedProducts):
             )
             to_bytes = _ToBytes(x_NI, rows)
             run(to_bytes, blocks(size, ROWS_ELEMENTWISE), macs=x_NI.size, serial=SERIAL_NUMBERS)
-            tile = tile_of(*y_NO.shape)
-            tile = Tile(tile.rows, blocks(tile.columns, PANEL) * PANEL)
-            run(_PackedProduct(stack, rows, y_NO, tile), tiles_in(tile, y_NO), macs=macs, serial=0)
+            padded = blocks(y_NO.shape[1], PANEL) * PANEL
+            height, width, tiles = tiles_of(size, padded)
+            run(
+                _PackedProduct(stack, rows, y_NO, height, width),
+                tiles,
+                macs=macs,
+                serial=SERIAL_PACKED_MACS,
+            )
 
     def linear_backward(
         self,
@@ -262,9 +265,10 @@ class Linear(QuantiseRows, PackedProducts):
         with self.scope():
             if isinstance(w_OI, BitWeight):
                 x_NI, w_OI = self._straight_through(x_NI, w_OI)
-            macs, tile = dy_NO.size * x_NI.shape[1], tile_of(*x_NI.shape)
-            to_input = _InputGradient(dy_NO, w_OI, dx_NI, onto_NI is not None, tile)
-            run(to_input, tiles_in(tile, dx_NI), macs=macs)
+            macs = dy_NO.size * x_NI.shape[1]
+            height, width, tiles = tiles_of(*dx_NI.shape)
+            to_input = _InputGradient(dy_NO, w_OI, dx_NI, onto_NI is not None, height, width)
+            run(to_input, tiles, macs=macs)
             strip = max(128, blocks(len(w_OI), 8))
             run(_WeightGradient(dy_NO, x_NI, dw_OI, strip), blocks(len(w_OI), strip), macs=macs)
         if db_O is not None:
