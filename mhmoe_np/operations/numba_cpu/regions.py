@@ -117,9 +117,37 @@ def fields_at(typing_context: Any, address: Any) -> Any:
     return address.dtype(address), code
 
 
+def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.BaseTuple):
+        parts = [
+            _without_owner(context, builder, kind[i], builder.extract_value(value, i))
+            for i in range(len(kind))
+        ]
+        return context.make_tuple(builder, kind, parts)
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = array.meminfo.type(None)
+        array.parent = array.parent.type(None)
+        return array._getvalue()
+    return value
+
+
+@typed_intrinsic
+def without_owners(typing_context: Any, region: Any) -> Any:
+    """The same region, whose arrays nobody counts the holders of: who called `run` holds them.
+
+    Otherwise every row that a task slices out would be counted, by all threads in one place.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_owner(context, builder, region, arguments[0])
+
+    return region(region), code
+
+
 def _work(counter: Any, tasks: int, fields: Any) -> None:
     """The tasks that one thread gets hold of; without a counter, all of them in turn."""
-    region = KIND(*fields)
+    region = without_owners(KIND(*fields))
     i = 0
     while True:
         if len(counter) > 0:
