@@ -11,12 +11,11 @@ from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack, outputs_of
 from mhmoe_np.operations.numba_cpu.packed_product import (
     SERIAL_PACKED_MACS,
-    ByteRows,
+    PackedProduct,
     packed_product,
     padded_inputs,
     project_packed,
     quantise_to_bytes,
-    rows_between,
 )
 from mhmoe_np.operations.numba_cpu.quantise import (
     SERIAL_NUMBERS,
@@ -102,32 +101,38 @@ class _ToBytes(NamedTuple):
     """Rows to quantise for a packed product, a block a task."""
 
     x_NI: Any
-    rows: ByteRows  # written
+    q_NI: Any  # written, as are its scales and sums
+    scale_N: Any
+    sum_N: Any
 
 
 @tasks_of(_ToBytes, exact)
 def _to_bytes(i: int, a: Any) -> None:
     n, end = i * ROWS_ELEMENTWISE, (i + 1) * ROWS_ELEMENTWISE
-    quantise_to_bytes(a.x_NI[n:end], rows_between(a.rows, n, end))
+    quantise_to_bytes(a.x_NI[n:end], a.q_NI[n:end], a.scale_N[n:end], a.sum_N[n:end])
 
 
-class _PackedProduct(NamedTuple):
+class _PackedTiles(NamedTuple):
     """The same of packed integers, a stack of one matrix."""
 
     weight: Any
-    rows: ByteRows
+    q_NI: Any  # int8, padded with zeros to whole groups
+    scale_N: Any  # gamma/127
+    sum_N: Any  # of each row of q
     y_NO: Any  # written
     height: int
     width: int  # whole panels
 
 
-@tasks_of(_PackedProduct, exact)
-def _packed_product_tile(i: int, a: Any) -> None:
+@tasks_of(_PackedTiles, exact)
+def _packed_tile(i: int, a: Any) -> None:
     panels = a.weight.code.shape[1]
     n, o = _corner(i, a.height, a.width, panels * PANEL)
     end, first = n + a.height, o // PANEL
-    last = min(first + a.width // PANEL, panels)
-    packed_product(a.weight, np.intp(0), rows_between(a.rows, n, end), a.y_NO[n:end], first, last)
+    product = PackedProduct(
+        a.weight, np.intp(0), a.q_NI[n:end], a.scale_N[n:end], a.sum_N[n:end], a.y_NO[n:end]
+    )
+    packed_product(product, first, min(first + a.width // PANEL, panels))
 
 
 class _InputGradient(NamedTuple):
@@ -230,23 +235,15 @@ class Linear(QuantiseRows, PackedProducts):
         if macs <= SERIAL_PACKED_MACS:
             project_packed(x_NI, stack, 0, y_NO)
             return
-        size = len(x_NI)
+        rows = len(x_NI)
         with self.scope():
-            rows = ByteRows(
-                self.empty((size, padded_inputs(stack)), np.int8),
-                self.empty((size,), x_NI.dtype),
-                self.empty((size,), np.int32),
-            )
-            to_bytes = _ToBytes(x_NI, rows)
-            run(to_bytes, blocks(size, ROWS_ELEMENTWISE), macs=x_NI.size, serial=SERIAL_NUMBERS)
-            padded = blocks(y_NO.shape[1], PANEL) * PANEL
-            height, width, tiles = tiles_of(size, padded)
-            run(
-                _PackedProduct(stack, rows, y_NO, height, width),
-                tiles,
-                macs=macs,
-                serial=SERIAL_PACKED_MACS,
-            )
+            q_NI = self.empty((rows, padded_inputs(stack)), np.int8)
+            scale_N, sum_N = self.empty((rows,), x_NI.dtype), self.empty((rows,), np.int32)
+            to_bytes = _ToBytes(x_NI, q_NI, scale_N, sum_N)
+            run(to_bytes, blocks(rows, ROWS_ELEMENTWISE), macs=x_NI.size, serial=SERIAL_NUMBERS)
+            height, width, tiles = tiles_of(rows, blocks(y_NO.shape[1], PANEL) * PANEL)
+            product = _PackedTiles(stack, q_NI, scale_N, sum_N, y_NO, height, width)
+            run(product, tiles, macs=macs, serial=SERIAL_PACKED_MACS)
 
     def linear_backward(
         self,

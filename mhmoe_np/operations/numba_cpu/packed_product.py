@@ -68,31 +68,17 @@ def _compiled_constants(weight: Any) -> Any:
     return of_its_class
 
 
-class ByteRows(NamedTuple):
-    """Rows of activations in 8 bits."""
-
-    q_NI: Any  # int8, padded with zeros to whole groups of inputs
-    scale_N: Any  # gamma/127
-    sum_N: Any  # int32: each row's sum of q
-
-
 @exact
-def rows_between(rows: Any, n: Any, end: Any) -> Any:
-    """Rows n .. end-1, without a copy."""
-    return ByteRows(rows.q_NI[n:end], rows.scale_N[n:end], rows.sum_N[n:end])
-
-
-@exact
-def quantise_to_bytes(x_NI: Any, rows: Any) -> None:
-    """Fill `rows`."""
+def quantise_to_bytes(x_NI: Any, q_NI: Any, scale_N: Any, sum_N: Any) -> None:
+    """Quantise rows to int8, padded with zeros to whole groups of inputs, with each row's sum."""
     for n in range(x_NI.shape[0]):
-        x_I, q_I = x_NI[n], rows.q_NI[n]
-        rows.scale_N[n] = quantise_row(x_I, q_I[: len(x_I)])
+        x_I, q_I = x_NI[n], q_NI[n]
+        scale_N[n] = quantise_row(x_I, q_I[: len(x_I)])
         q_I[len(x_I) :] = 0
         total = np.int32(0)
         for i in range(len(x_I)):
             total += np.int32(q_I[i])
-        rows.sum_N[n] = total
+        sum_N[n] = total
 
 
 @exact
@@ -102,23 +88,40 @@ def padded_inputs(weight: Any) -> int:
     return (weight.inputs + group - 1) // group * group
 
 
-@exact
-def _finish(weight: Any, e: Any, sums: Any, column: Any, columns: Any, rows: Any, y_NO: Any) -> None:
-    """y = (lowest * sum q + step * sums) * (beta * gamma/127), `columns` of them from `column` on.
+class PackedProduct(NamedTuple):
+    """y = (q @ w[e]^T) * (beta * gamma/127) on some rows."""
 
-    sums: flat, row by row. A tile may reach beyond the outputs: what is padding there is dropped.
+    weight: Any
+    e: Any
+    q_NI: Any  # int8, padded with zeros to whole groups
+    scale_N: Any  # gamma/127
+    sum_N: Any  # int32, of each row of q
+    y_NO: Any  # written
+
+
+@exact
+def packed_product(a: Any, first_panel: Any, last_panel: Any) -> None:
+    """The product's outputs of panels first .. last-1.
+
+    Vectors of outputs outside, rows inside: the codes of a tile's vectors stay in the nearest cache
+    while all rows pass them. At the end, vectors too few for a tile are taken one by one.
     """
-    constants = _constants(weight)
-    real = y_NO.dtype.type
-    present = min(columns, y_NO.shape[1] - column)
-    beta = weight.beta_EO[e, column : column + present]
-    for n in range(y_NO.shape[0]):
-        base = np.int32(constants.lowest) * rows.sum_N[n]
-        scale = rows.scale_N[n]
-        sums_of_row = sums[n * columns : n * columns + present]
-        y = y_NO[n, column : column + present]
-        for c in range(present):
-            y[c] = real(base + np.int32(constants.step) * sums_of_row[c]) * (beta[c] * scale)
+    lanes, across = _constants(a.weight).lanes, _constants(a.weight).across
+    v, last = first_panel * PANEL // lanes, last_panel * PANEL // lanes
+    rows = len(a.y_NO)
+    if rows == 1:
+        _row_product(a, v, last)
+        return
+    sums = np.empty(MOST_SUMS, np.int32)
+    while v < last:
+        start = _code_offset(a.weight, a.e, v)
+        vectors = across if v + across <= last else 1
+        n = 0
+        while n < rows:
+            end = n + _sum_tile(a, vectors, n, start, sums)
+            _finish(a, sums, n, end, v * lanes, vectors * lanes)
+            n = end
+        v += vectors
 
 
 @exact
@@ -131,34 +134,7 @@ def _code_offset(weight: Any, e: Any, v: Any) -> Any:
 
 
 @exact
-def packed_product(
-    weight: Any, e: Any, rows: Any, y_NO: Any, first_panel: Any, last_panel: Any
-) -> None:
-    """y[:, outputs of panels first .. last-1] = (q @ w[e]^T) * (beta * gamma/127).
-
-    Vectors of outputs outside, rows inside: the codes of a tile's vectors stay in the nearest cache
-    while all rows pass them. At the end, vectors too few for a tile are taken one by one.
-    """
-    lanes, across = _constants(weight).lanes, _constants(weight).across
-    v, last = first_panel * PANEL // lanes, last_panel * PANEL // lanes
-    if len(y_NO) == 1:
-        _row_product(weight, e, rows, y_NO, v, last)
-        return
-    sums = np.empty(MOST_SUMS, np.int32)
-    while v < last:
-        start = _code_offset(weight, e, v)
-        vectors = across if v + across <= last else 1
-        n = 0
-        while n < len(y_NO):
-            end = n + _sum_tile(weight, vectors, rows.q_NI, n, start, sums)
-            cut = rows_between(rows, n, end)
-            _finish(weight, e, sums, v * lanes, vectors * lanes, cut, y_NO[n:end])
-            n = end
-        v += vectors
-
-
-@exact
-def _sum_tile(weight: Any, vectors: Any, q_NI: Any, n: Any, start: Any, sums: Any) -> int:
+def _sum_tile(a: Any, vectors: Any, n: Any, start: Any, sums: Any) -> int:
     """Fill `sums` from the largest tile of rows n, n+1, ... that fits; return how many rows it has.
 
     Every tile unpacks its vectors' codes anew, which takes as many instructions as the products of two
@@ -166,7 +142,8 @@ def _sum_tile(weight: Any, vectors: Any, q_NI: Any, n: Any, start: Any, sums: An
     many, then 4, 2 and 1. Each size is machine code of its own, hence not every number of rows has one;
     vectors left over are few, and do with two sizes.
     """
-    constants, groups, left = _constants(weight), weight.code.shape[2], len(q_NI) - n
+    weight, q_NI, groups = a.weight, a.q_NI, a.weight.code.shape[2]
+    constants, left = _constants(weight), len(a.y_NO) - n
     if vectors < constants.across:
         if left >= 4:
             dot_tile(weight, FOUR_BY_ONE, q_NI, n, start, groups, sums)
@@ -187,37 +164,55 @@ def _sum_tile(weight: Any, vectors: Any, q_NI: Any, n: Any, start: Any, sums: An
 
 
 @exact
-def _row_product(weight: Any, e: Any, row: Any, y_1O: Any, first: Any, last: Any) -> None:
+def _row_product(a: Any, first: Any, last: Any) -> None:
     """The same for a single row and the vectors first .. last-1; all its sums are finished at once.
 
     Nothing shares the unpacking, so its tiles have more vectors, and a loop that unpacks less.
     """
+    weight, q_1I, groups = a.weight, a.q_NI, a.weight.code.shape[2]
     lanes, alone = _constants(weight).lanes, _constants(weight).alone
-    groups = weight.code.shape[2]
     sums = np.empty((last - first) * lanes, np.int32)
     v = first
     while v < last:
-        start = _code_offset(weight, e, v)
+        start = _code_offset(weight, a.e, v)
         place = (v - first) * lanes
         if v + alone <= last:
-            dot_tile(weight, ALONE, row.q_NI, 0, start, groups, sums[place:])
+            dot_tile(weight, ALONE, q_1I, 0, start, groups, sums[place:])
             v += alone
         else:
-            dot_tile(weight, ONE_BY_ONE, row.q_NI, 0, start, groups, sums[place:])
+            dot_tile(weight, ONE_BY_ONE, q_1I, 0, start, groups, sums[place:])
             v += 1
-    _finish(weight, e, sums, first * lanes, len(sums), row, y_1O)
+    _finish(a, sums, np.intp(0), np.intp(1), first * lanes, len(sums))
+
+
+@exact
+def _finish(a: Any, sums: Any, n: Any, end: Any, column: Any, columns: Any) -> None:
+    """y = (lowest * sum q + step * sums) * (beta * gamma/127) for rows n .. end-1.
+
+    sums: flat, row by row, `columns` of them from `column` on. What reaches beyond the outputs is
+    padding, and dropped.
+    """
+    constants = _constants(a.weight)
+    real = a.y_NO.dtype.type
+    present = min(columns, a.y_NO.shape[1] - column)
+    beta_O = a.weight.beta_EO[a.e, column : column + present]
+    for row in range(n, end):
+        base = np.int32(constants.lowest) * a.sum_N[row]
+        scale = a.scale_N[row]
+        first = (row - n) * columns
+        sums_O = sums[first : first + present]
+        y_O = a.y_NO[row, column : column + present]
+        for o in range(present):
+            y_O[o] = real(base + np.int32(constants.step) * sums_O[o]) * (beta_O[o] * scale)
 
 
 @exact
 def project_packed(x_NI: Any, weight: Any, e: int, y_NO: Any) -> None:
     """A whole BitLinear on some rows: quantise, multiply, scale."""
-    size = len(x_NI)
-    rows = ByteRows(
-        np.empty((size, padded_inputs(weight)), np.int8),
-        np.empty(size, x_NI.dtype),
-        np.empty(size, np.int32),
-    )
-    quantise_to_bytes(x_NI, rows)
+    rows = len(x_NI)
+    q_NI = np.empty((rows, padded_inputs(weight)), np.int8)
+    scale_N, sum_N = np.empty(rows, x_NI.dtype), np.empty(rows, np.int32)
+    quantise_to_bytes(x_NI, q_NI, scale_N, sum_N)
     # A literal 0 would be a type of its own and compile everything once more.
     first = np.intp(0)
-    packed_product(weight, e, rows, y_NO, first, weight.code.shape[1])
+    packed_product(PackedProduct(weight, e, q_NI, scale_N, sum_N, y_NO), first, weight.code.shape[1])
