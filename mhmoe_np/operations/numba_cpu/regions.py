@@ -119,9 +119,10 @@ def fields_at(typing_context: Any, address: Any) -> Any:
 
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.BaseTuple):
+        members: Any = kind
         parts = [
-            _without_owner(context, builder, kind[i], builder.extract_value(value, i))
-            for i in range(len(kind))
+            _without_owner(context, builder, member, builder.extract_value(value, i))
+            for i, member in enumerate(members)
         ]
         return context.make_tuple(builder, kind, parts)
     if isinstance(kind, types.Array):
@@ -158,8 +159,10 @@ def _work(counter: Any, tasks: int, fields: Any) -> None:
         i += 1
 
 
-def _shared_out(workers: int, counter: Any, tasks: int, fields: Any) -> None:
+def _shared_out(workers: int, tasks: int, fields: Any) -> None:
     """All tasks on all threads."""
+    counter = np.empty(1, np.int64)
+    counter[0] = 0
     address = address_of(fields)
     for _ in prange(workers):
         WORK(counter, tasks, fields_at(address))
@@ -175,7 +178,7 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
     if tasks == 1 or macs <= serial:
         loops.work(_ALONE, tasks, tuple(region))
     else:
-        loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, tuple(region))
+        loops.shared_out(get_num_threads(), tasks, tuple(region))
 
 
 def workers() -> Any:
