@@ -25,7 +25,7 @@ from benchmarks.sizes import BITNET, SIZES, benchmark_config
 from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.storage.tensors import save_tensors
-from mhmoe_np.training.run_folder import environment
+from mhmoe_np.training.environment import environment
 
 Work = Literal["train", "evaluate"]
 PEERS = {
@@ -134,6 +134,21 @@ def interleave(
     return kept, rounds - repeats
 
 
+def tolerance_of(model: str) -> float:
+    """How far the two sides' losses of a model may lie apart, relative to the peer's."""
+    return BITNET_TOLERANCE if model.endswith(BITNET) else LOSS_TOLERANCE
+
+
+def check_agreement(ours: list[float], peers: list[float], *, tolerance: float) -> None:
+    """Both sides' NLL and loss.
+
+    Raises SystemExit: they are not numbers, or differ by more than `tolerance`, relative to the peer's.
+    """
+    for name, mine, theirs in zip(("nll", "loss"), ours, peers, strict=True):
+        if not abs(mine - theirs) <= tolerance * abs(theirs):
+            raise SystemExit(f"the sides disagree on {name}: {mine} and {theirs}; no report")
+
+
 def compare(
     size: str,
     model: str,
@@ -165,10 +180,7 @@ def compare(
         ours = Process("benchmarks.numpy_side", arguments)
         other = Process(module, arguments + extra, MEMORY_KEEPING)
         losses = ours.ask("loss"), other.ask("loss")
-        tolerance = BITNET_TOLERANCE if model.endswith(BITNET) else LOSS_TOLERANCE
-        for name, mine, theirs in zip(("nll", "loss"), *losses, strict=True):
-            if not abs(mine - theirs) <= tolerance * abs(theirs):
-                raise SystemExit(f"the sides disagree on {name}: {mine} and {theirs}; no report")
+        check_agreement(*losses, tolerance=tolerance_of(model))
         (our_seconds, peer_seconds), dropped = interleave([ours, other], work, repeats, disturbed)
         memory = ours.ask("memory")[0], other.ask("memory")[0]
         sgemm = max(ours.ask("sgemm")[0], other.ask("sgemm")[0])

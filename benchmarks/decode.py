@@ -33,7 +33,7 @@ def main() -> None:
     parameters = Parameters(ModelConfig.model_validate(settings), np.float32)
     initialise(parameters, seed=0)
     ops = load_operations("numba", threads=arguments.threads)
-    model = Model.of(parameters, ops=ops)
+    model = Model.of(parameters.to_device(ops), ops=ops)
 
     attention, spent = ops.attention, [0.0]
 
@@ -44,7 +44,7 @@ def main() -> None:
         return result
 
     ops.attention = timed_attention  # type: ignore[method-assign]
-    cache = KeyValueCache(model, sequences=1, positions=arguments.positions)
+    cache = KeyValueCache(model, sequences=1, positions=arguments.positions, ops=ops)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, arguments.positions)
     total_ms, attention_ms = [], []
     for token in tokens:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from benchmarks.compare import environment_of_sides, machine
-from benchmarks.numpy_side import CLIP_NORM, SETTINGS
+from benchmarks.numpy_side import SETTINGS
 from benchmarks.parts import Stopwatch, breakdown
 from benchmarks.report import RESULTS, draw_curve
 from benchmarks.sizes import benchmark_config
-from mhmoe_np.model.language_model import Batch
+from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import cores, load_operations
@@ -74,8 +74,7 @@ def measure(curve: Curve, value: int) -> dict[str, Any]:
     stopwatch.watch(learner.model.weights)
 
     def step() -> None:
-        _, _, norm = learner.loss_and_gradient([batch])
-        learner.update(norm, SETTINGS, clip_norm=CLIP_NORM)
+        learner.step([batch], SETTINGS)
 
     step()
     parts = min((breakdown(step, stopwatch, 1) for _ in range(STEPS)), key=lambda p: sum(p.values()))

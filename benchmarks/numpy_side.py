@@ -7,35 +7,37 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benchmarks.protocol import Options, read_options, serve
+from benchmarks.protocol import OPTIMIZER, SGEMM, Options, read_options, serve
 from benchmarks.sizes import benchmark_config
 from mhmoe_np.inference.evaluate import score_stream
-from mhmoe_np.model.language_model import Batch, Model, forward, losses_of
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.storage.tensors import read_into
+from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
 
-SETTINGS = AdamWSettings(6e-4, 0.9, 0.95, 1e-6, 0.1)
-CLIP_NORM = 2.0
-SGEMM = 2048  # rows and columns of the large product
+SETTINGS = adamw_settings(0, total_steps=1, optimizer=OPTIMIZER)
 
 
 class NumpySide:
     """See `protocol.Side`."""
 
     def __init__(self, options: Options, ops: Operations) -> None:
-        self._config = benchmark_config(options.size, options.model)
+        config = benchmark_config(options.size, options.model)
         self._ops, self._threads = ops, options.threads
-        parameters = Parameters(self._config, np.float32)
+        parameters = Parameters(config, np.float32)
         read_into(options.weights, parameters.tensors)
         self._learner: Learner | None = None
         if options.work == "train":
-            moments = Moments.zeros(self._config, np.float32)
+            moments = Moments.zeros(config, np.float32)
             self._learner = Learner(parameters, moments, updates=0, ops=ops)
-        self.model = self._learner.model if self._learner else Model.of(parameters, ops=ops)
+        self.model = (
+            self._learner.model if self._learner else Model.of(parameters.to_device(ops), ops=ops)
+        )
         self._tokens = np.load(options.tokens)
         self._calls = 0
 
@@ -45,21 +47,12 @@ class NumpySide:
         return tokens
 
     def loss(self) -> tuple[float, float]:
-        batch = Batch.of(self._tokens[0])
-        target_N = batch.target_BT.reshape(-1)
-        with self._ops.scope():
-            x_ND, statistics, _ = forward(
-                self.model, batch.input_BT, target_N >= 0, drop=True, ops=self._ops
-            )
-            nll_N = self._ops.token_nll(x_ND, self.model.weights.output_VD, target_N)
-            nll = float(nll_N.sum(dtype=np.float64))
-        losses = losses_of(nll, len(target_N), statistics, self._config)
+        losses = loss(self.model, [Batch.of(self._tokens[0])], ops=self._ops).losses
         return losses.nll, losses.loss
 
     def train_step(self) -> None:
         assert self._learner is not None
-        _, _, norm = self._learner.loss_and_gradient([Batch.of(self._next_tokens())])
-        self._learner.update(norm, SETTINGS, clip_norm=CLIP_NORM)
+        self._learner.step([Batch.of(self._next_tokens())], SETTINGS)
 
     def evaluate_batch(self) -> None:
         tokens = self._next_tokens()

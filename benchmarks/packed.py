@@ -25,6 +25,7 @@ import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.packed import pack_weights
@@ -37,7 +38,7 @@ from mhmoe_np.operations.packing import FORMATS, FormatName, pack
 from mhmoe_np.operations.table import PackedWeight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
-from mhmoe_np.training.run_folder import environment
+from mhmoe_np.training.environment import environment
 
 SIZES = (768, 2048, 4096)
 ROWS = (1, 16, 64, 256)
@@ -199,16 +200,17 @@ def model_of(preset: str, format: FormatName | None, ops: NumbaOperations) -> Mo
     parameters = Parameters(config, np.float32)
     initialise(parameters, seed=0)
     if format is None:
-        return Model.of(parameters, ops=ops)
+        return Model.of(parameters.to_device(ops), ops=ops)
     assert format in formats_for(config)
-    return Model.with_weights(config, pack_weights(parameters, format, ops=ops))
+    weights = pack_weights(parameters.to_device(ops), format, ops=ops)
+    return Model.with_weights(config, weights, ops=ops)
 
 
 def seconds_a_token(model: Model, ops: NumbaOperations) -> tuple[float, float]:
     """Of decoding after a prompt (the fastest token), and of the prompt itself."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.config.vocab_size, (1, PROMPT + DECODED))
-    cache = KeyValueCache(model, sequences=1, positions=PROMPT + DECODED)
+    cache = KeyValueCache(model, sequences=1, positions=PROMPT + DECODED, ops=ops)
     start = time.perf_counter()
     decode(model, cache, ids[:, :PROMPT], ops=ops)
     prefill = (time.perf_counter() - start) / PROMPT
@@ -218,22 +220,6 @@ def seconds_a_token(model: Model, ops: NumbaOperations) -> tuple[float, float]:
         decode(model, cache, ids[:, position : position + 1], ops=ops)
         tokens.append(time.perf_counter() - start)
     return min(tokens), prefill
-
-
-def multiply_adds(config: ModelConfig, *, head: bool) -> int:
-    """Of the matrices that one token meets, attention's scores left out; with or without the head."""
-    D, C = config.hidden_size, config.head_dim
-    attention = D * C * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    total = config.vocab_size * D if head else 0
-    for layer in range(config.num_hidden_layers):
-        total += attention
-        if not config.is_moe_layer(layer):
-            total += 3 * D * config.intermediate_size
-            continue
-        inner = config.num_experts_per_tok * config.moe_intermediate_size
-        total += 3 * D * inner + D * config.num_experts
-        total += D * D * (config.moe_head_layer + config.moe_merge_layer)
-    return total
 
 
 def models(
@@ -252,11 +238,13 @@ def models(
                 ]
                 for i, (what, rows) in enumerate((("decode", 1), ("prefill", PROMPT))):
                     ours, theirs = (min(turn[side][i] for turn in turns) for side in (0, 1))
-                    macs = multiply_adds(float32.config, head=what == "decode")
+                    macs = macs_per_token(float32.config, sequence=0)  # without attention's scores
+                    if what == "prefill":
+                        del macs["output head"]
                     row = report(
                         *(f"{what} {preset}", rows, count, isa, format),
                         theirs / ours,
-                        2 * macs / ours / 1e9,
+                        2 * sum(macs.values()) / ours / 1e9,
                     )
                     yield row | {
                         "tokens_per_s": round(1 / ours, 1),

@@ -38,12 +38,13 @@ _LINEAR = {
     "mlp.merge_proj": "experts",
     "mlp.": "feed-forward",
 }
-_OPERATIONS = {
+PART_OF_OPERATION = {
     "attention": "attention",
     "attention_backward": "attention",
     "rotate_in_place": "attention",
     "route": "router",
     "route_backward": "router",
+    "add_router_statistics": "router",
     "dispatch": "dispatch",
     "expert_ffn": "experts",
     "expert_ffn_backward": "experts",
@@ -51,7 +52,7 @@ _OPERATIONS = {
     "gated_activation_backward": "feed-forward",
     "token_nll": "head + loss",
     "token_nll_and_gradient": "head + loss",
-    "sum_of_squares": "optimiser",
+    "add_sum_of_squares": "optimiser",
     "adamw_in_place": "optimiser",
     "quantise_weight": "optimiser",
 }
@@ -81,7 +82,7 @@ class Stopwatch:
 
     def __getattr__(self, name: str) -> Any:
         operation: Callable[..., Any] = getattr(self._ops, name)
-        if name not in _OPERATIONS and name not in _WEIGHT_ARGUMENT:
+        if name not in PART_OF_OPERATION and name not in _WEIGHT_ARGUMENT:
             return operation
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
@@ -90,7 +91,7 @@ class Stopwatch:
             if name in _WEIGHT_ARGUMENT:
                 part = self._part_of_weight[id(arguments[_WEIGHT_ARGUMENT[name]])]
             else:
-                part = _OPERATIONS[name]
+                part = PART_OF_OPERATION[name]
             self.seconds[part] += time.perf_counter() - start
             return result
 

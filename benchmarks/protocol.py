@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from benchmarks.sizes import MODELS, SIZES
+from mhmoe_np.settings.run import OptimizerConfig
 
+SGEMM = 2048  # rows and columns of the large product
 SGEMM_SECONDS = 1.0
+OPTIMIZER = OptimizerConfig(schedule="constant", warmup_steps=0)
+"""What every side trains with: the product's own numbers, at the peak of the rate."""
 
 
 class Side(Protocol):

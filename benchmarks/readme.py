@@ -220,9 +220,14 @@ def forecasts() -> Iterator[str]:
         )
 
 
-def main() -> None:
+def page() -> str:
+    """The whole page."""
     lines = [HEAD, *comparisons(), *growth(), *forecasts()]
-    PAGE.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page(), "utf-8")
 
 
 if __name__ == "__main__":

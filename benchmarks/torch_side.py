@@ -11,13 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.protocol import Options, read_options, serve
+from benchmarks.protocol import OPTIMIZER, SGEMM, Options, read_options, serve
 from benchmarks.sizes import benchmark_config
 from mhmoe_np.settings.model import ModelConfig
-
-SGEMM = 2048  # rows and columns of the large product
-LEARNING_RATE = 6e-4
-CLIP_NORM = 2.0
 
 
 class RMSNorm(nn.Module):
@@ -238,7 +234,12 @@ def load(model: Decoder, weights: Mapping[str, Tensor]) -> None:
 def optimiser_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as both sides use it."""
     return torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True
+        parameters,
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.epsilon,
+        weight_decay=OPTIMIZER.weight_decay,
+        fused=True,
     )
 
 
@@ -269,7 +270,7 @@ class TorchSide:
         _, loss = self._losses(self._next_batch())
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(self._model.parameters(), OPTIMIZER.clip_norm)
         self._optimiser.step()
 
     def evaluate_batch(self) -> None:

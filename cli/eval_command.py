@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import click
-from mhmoe_cli.backend import backend_option, load, threads_option
 
+from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -39,8 +39,8 @@ def command(
     max_position_embeddings long; every token after the first is scored once.
     """
     import numpy as np
-    from mhmoe_cli.scores import print_scores
 
+    from mhmoe_cli.scores import print_scores
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.data.documents import read_domain
     from mhmoe_np.inference.evaluate import evaluate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from mhmoe_cli.backend import backend_option, load, threads_option
 
+from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_np.operations.table import BackendName
 
 

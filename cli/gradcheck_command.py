@@ -6,8 +6,8 @@ import json
 from typing import Literal
 
 import click
-from mhmoe_cli.backend import load
 
+from mhmoe_cli.backend import load
 from mhmoe_np.operations.table import BackendName
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from mhmoe_cli.new_directory import out_option
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import click
-from mhmoe_cli.backend import backend_option, load, threads_option
 
+from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_np.operations.table import BackendName
 
 
@@ -26,8 +26,9 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     from mhmoe_np.audit.inspection import inspect_weights
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
 
-    model = load_model(find_checkpoint(checkpoint), np.float32, ops=load(backend, threads=threads))
-    rows = inspect_weights(model.config, model.weights)
+    ops = load(backend, threads=threads)
+    model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops)
+    rows = inspect_weights(model.config, model.weights.to_host(ops))
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return

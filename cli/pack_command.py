@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import click
+
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
-
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -69,7 +69,8 @@ def command(
             f"--format {format_name}: does not hold quantization {config.quantization!r}; "
             f"use {' or '.join(formats)}"
         )
-    weights = pack_weights(parameters, chosen, ops=load(backend, threads=threads))
+    ops = load(backend, threads=threads)
+    weights = pack_weights(parameters.to_device(ops), chosen, ops=ops).to_host(ops)
     write_directory_atomically(
         out, lambda folder: save_packed_model(folder, config, weights, tokenizer)
     )

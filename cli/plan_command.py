@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
 from mhmoe_cli.backend import announce_compilation, threads_option
 from mhmoe_cli.run_settings import base_tables, flag_tables
-
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.presets import DEFAULT_PRESET
 from mhmoe_np.settings.run import merge, parse_run_config, with_settings

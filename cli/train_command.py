@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from mhmoe_cli.backend import backend_option, load, threads_option
-from mhmoe_cli.run_settings import base_tables, flag_tables
 
-from mhmoe_np.errors import UserError
-from mhmoe_np.operations.load import cores
+from mhmoe_cli.backend import announce_compilation, backend_option, threads_option
+from mhmoe_cli.run_settings import base_tables, flag_tables
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.presets import DEFAULT_PRESET
-from mhmoe_np.settings.run import (
-    FREE_KEYS,
-    RunConfig,
-    Tables,
-    merge,
-    parse_run_config,
-    with_settings,
-)
-from mhmoe_np.storage.files import write_json
+from mhmoe_np.settings.run import merge, parse_run_config, with_settings
 
 if TYPE_CHECKING:
-    from mhmoe_np.operations.table import Operations
     from mhmoe_np.training.trainer import StepReport, Trainer
-
-SAMPLE_TOKENS = 120
 
 
 @click.command()
@@ -62,105 +48,38 @@ def command(
     CONFIG.toml has tables [model], [data], [training] and [optimizer]; --preset lies under it,
     --set and the named options over it.
     """
+    from mhmoe_np.training.continuation import folder_to_resume, fresh_folder
+    from mhmoe_np.training.run import resume_run, start_run
+
     base = base_tables(config, preset)
-    flags = flag_tables(data, steps, seed, checkpoint_every)
+    over = merge(with_settings({}, settings), flag_tables(data, steps, seed, checkpoint_every))
     name = config.stem if config else preset or DEFAULT_PRESET
-    run = _continued(resume, out, name)
-    ops = load(backend, threads=threads, keep_buffers=True)
+    run = None if resume is None else folder_to_resume(resume, out, name)
+    if backend == "numba":
+        announce_compilation()
     if run is None:
-        run = out or _fresh(Path("runs"), name)
-        _start(run, base, settings, flags, threads=threads or cores(), backend=backend)
-    resolved = _resolve(run, base if config or preset else None, settings, flags)
-    _train(run, resolved, ops)
+        resolved = parse_run_config(merge(base, over), source="configuration")
+        trainer = start_run(out or fresh_folder(name), resolved, backend=backend, threads=threads)
+    else:
+        given = base if config or preset else None
+        trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
+    _train(trainer)
 
 
-def _fresh(folder: Path, name: str) -> Path:
-    """runs/NAME, or the next free of runs/NAME-2, runs/NAME-3, ..."""
-    numbers = _numbers(folder, name)
-    return folder / (name if not numbers else f"{name}-{max(numbers) + 1}")
+def _train(trainer: Trainer) -> None:
+    from mhmoe_cli.scores import print_scores
+    from mhmoe_np.training.finish import finish_run
+    from mhmoe_np.training.run_folder import is_evaluated
+    from mhmoe_np.training.trainer import TrainingFailure
 
-
-def _numbers(folder: Path, name: str) -> list[int]:
-    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    matches = [pattern.fullmatch(path.name) for path in folder.glob(f"{name}*")]
-    return [int(match[1] or 1) for match in matches if match]
-
-
-def _continued(resume: str | None, out: Path | None, name: str) -> Path | None:
-    """The run folder to go on with, or None: start a new one."""
-    from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
-    from mhmoe_np.training.run_folder import is_run_folder
-
-    if resume is None:
-        return None
-    if resume == "auto":
-        numbers = _numbers(Path("runs"), name)
-        last = max(numbers, default=1)
-        run = out or Path("runs") / (name if last == 1 else f"{name}-{last}")
-        return run if is_run_folder(run) else None
-    path = Path(resume)
-    run = path.parent.parent if path.resolve().parent.name == CHECKPOINTS else path
-    if not is_run_folder(run):
-        raise UserError(f"--resume {resume}: not a run folder, nor a checkpoint in one")
-    if run != path and path.resolve() != checkpoints_of(run.resolve())[-1]:
-        raise UserError(
-            f"--resume {resume}: not the last checkpoint of {run}; remove the later ones to go on "
-            "from here"
-        )
-    if out is not None and out.resolve() != run.resolve():
-        raise UserError(f"--out {out}: a resumed run stays in its folder {run}; leave --out away")
-    return run
-
-
-def _start(
-    run: Path,
-    base: Tables,
-    settings: tuple[str, ...],
-    flags: Tables,
-    *,
-    threads: int,
-    backend: str,
-) -> None:
-    from mhmoe_np.training.run_folder import create_run_folder
-
-    resolved = parse_run_config(merge(with_settings(base, settings), flags), source="configuration")
-    create_run_folder(run, resolved, threads=threads, backend=backend)
-
-
-def _resolve(run: Path, given: Tables | None, settings: tuple[str, ...], flags: Tables) -> RunConfig:
-    """The run's saved configuration under what the command line says now.
-
-    Raises UserError: they differ in a key that would make it another run.
-    """
-    from mhmoe_np.training.run_folder import CONFIG, read_run_tables
-
-    saved_tables = read_run_tables(run)
-    saved = parse_run_config(saved_tables, source=str(run / CONFIG))
-    base = given if given is not None else saved_tables
-    now = parse_run_config(merge(with_settings(base, settings), flags), source="configuration")
-    for table, values in now.model_dump().items():
-        for key, value in values.items():
-            old = saved.model_dump()[table][key]
-            if value != old and f"{table}.{key}" not in FREE_KEYS:
-                raise UserError(
-                    f"{run}: was started with {table}.{key} = {old!r}, now {value!r} is given; "
-                    "start another run with another --out"
-                )
-    return now
-
-
-def _train(run: Path, config: RunConfig, ops: Operations) -> None:
-    from mhmoe_np.training.run_folder import EVALUATION
-    from mhmoe_np.training.trainer import Trainer, TrainingFailure
-
-    trainer = Trainer(run, config, ops)
-    if trainer.finished and (run / EVALUATION).exists():
+    run, steps = trainer.run, trainer.config.training.steps
+    if trainer.finished and is_evaluated(run):
         click.echo(f"{run} is finished: {trainer.step} steps were made", err=True)
         return
     size = sum(tensor.size for tensor in trainer.learner.parameters.tensors.values())
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
-    click.echo(f"{verb} {run}: {size:,} parameters, {config.training.steps} steps", err=True)
-    with _Progress(config, trainer) as progress:
+    click.echo(f"{verb} {run}: {size:,} parameters, {steps} steps", err=True)
+    with _Progress(trainer) as progress:
         try:
             stopped = trainer.train(progress.show)
         except TrainingFailure as failure:
@@ -172,43 +91,20 @@ def _train(run: Path, config: RunConfig, ops: Operations) -> None:
             err=True,
         )
         raise click.exceptions.Exit(128 + stopped)
-    _finish(run, trainer, ops)
-
-
-def _finish(run: Path, trainer: Trainer, ops: Operations) -> None:
-    """The held-out text's scores and a sample."""
-    from mhmoe_cli.scores import print_scores
-
-    from mhmoe_np.data.tokenizer import load_tokenizer
-    from mhmoe_np.inference.evaluate import evaluate
-    from mhmoe_np.inference.generate import Sampling, generate
-    from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
-
-    tokenizer = load_tokenizer(run / TOKENIZER)
-    scores = {
-        domain.name: evaluate(trainer.learner.model, domain, tokenizer, ops=ops)
-        for domain in validation_domains(run)
-    }
+    result = finish_run(trainer)
     click.echo("held-out text:")
-    print_scores(scores)
-    click.echo("\nsample:")
-    sampling = Sampling(temperature=0.8, top_p=0.95, seed=trainer.config.training.seed)
-    room = min(SAMPLE_TOKENS, trainer.config.model.max_position_embeddings - 1)
-    pieces = generate(
-        trainer.learner.model, tokenizer, "", max_new_tokens=room, sampling=sampling, ops=ops
-    )
-    click.echo("".join(pieces))
-    write_json(run / EVALUATION, {"domains": {name: score.as_dict() for name, score in scores.items()}})
+    print_scores(result.scores)
+    click.echo(f"\nsample:\n{result.sample}")
 
 
 class _Progress:
     """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
 
-    def __init__(self, config: RunConfig, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._training = config.training
+        self._training = trainer.config.training
         self._started, self._first = time.perf_counter(), trainer.step
         console = Console(stderr=True)
         self._bar = None
@@ -220,7 +116,7 @@ class _Progress:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task("", total=config.training.steps, completed=trainer.step)
+            self._task = self._bar.add_task("", total=self._training.steps, completed=trainer.step)
 
     def __enter__(self) -> _Progress:
         if self._bar is not None:

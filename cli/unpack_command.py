@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
-
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 

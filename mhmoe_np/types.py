@@ -1,8 +1,9 @@
 """The dimension key and the array types: what every shape suffix in this package means.
 
 An array's name ends in its axes, in memory order: `x_ND` is [tokens, model width]. The gradient of
-`x_ND` is `dx_ND`. One name has one shape; a reshape gets a new name. tests/house checks that every
-suffix uses letters of this key alone.
+`x_ND` is `dx_ND`. One name has one shape; a reshape gets a new name. A digit is an axis of that size,
+but a 2 before a letter doubles it. tests/house checks that every suffix uses letters of this key alone
+and, while models run, that the arrays have the shapes that their names say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ DIMENSIONS = {
     "B": "sequences in the batch",
     "T": "positions being computed",
     "S": "positions attended to (= T in training)",
+    "Y": "positions that there is room for: in a model, or in a key-value cache",
     "N": "tokens, B*T",
     "D": "model width",
     "V": "vocabulary",
@@ -31,6 +33,7 @@ DIMENSIONS = {
     "K": "experts chosen per sub-token",
     "R": "routed rows, sorted by expert (M*K less the dropped)",
     "Z": "the E+1 boundaries of the experts' segments in R",
+    "X": "matrices of BitLinears that are quantised together",
     "I": "input width of a linear map",
     "O": "output width of a linear map",
     "Q": "width of the joint query/key/value projection, (A + 2G)*C",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ checkpoint_every = 3
 [optimizer]
 warmup_steps = 5
 """
+LONGEST_MOMENT = 0.03  # seconds: some steps and the checkpoints between them
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -72,22 +74,30 @@ def straight(folder: Path) -> tuple[dict[str, str], float]:
     return digests(folder / "straight"), time.perf_counter() - start
 
 
-def killed(folder: Path, kills: int, seconds: float, seed: int) -> tuple[dict[str, str], int]:
-    """The digests of a run killed up to `kills` times, and how often it was killed before its end."""
+def killed(folder: Path, kills: int, steps: int, seed: int) -> tuple[dict[str, str], int]:
+    """The digests of a run of `steps` killed up to `kills` times, and how often it really was.
+
+    Each kill comes a moment after a step drawn from the first half of the run, so that the run does
+    not end before.
+    """
     rng = random.Random(seed)
     hits = 0
-    for _ in range(kills):
+    for step in sorted(rng.sample(range(1, steps // 2), kills)):
         process = subprocess.Popen(
             command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        try:
-            process.wait(rng.uniform(0.2, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            hits += 1
+        while process.poll() is None and _steps_made(folder / "killed") < step:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, LONGEST_MOMENT))
+        process.kill()
+        hits += process.wait() == -signal.SIGKILL
     subprocess.run(command(folder, "killed"), check=True, capture_output=True, timeout=600)
     return digests(folder / "killed"), hits
+
+
+def _steps_made(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def main() -> None:
@@ -101,8 +111,7 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, arguments.steps)
         first, seconds = straight(folder)
-        # A resumed run spends its first second or two on starting: leave it some steps each time.
-        second, hits = killed(folder, arguments.kills, min(seconds, 4), arguments.seed)
+        second, hits = killed(folder, arguments.kills, arguments.steps, arguments.seed)
     print(f"straight run: {seconds:.1f} s; the other was killed {hits} times")
     for file in FILES:
         print(f"{file:24s} {first[file]}  {second[file]}")

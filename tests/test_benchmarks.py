@@ -1,4 +1,4 @@
-"""The benchmarks run and print what they promise; how fast anything is, is for people to read."""
+"""The benchmarks measure and print what they promise; how fast anything is, is for people to read."""
 
 from __future__ import annotations
 
@@ -9,28 +9,52 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare, packed, parts, readme
+from benchmarks.sizes import benchmark_config
+from mhmoe_np.costs.model import macs_per_token, parameter_count
+from mhmoe_np.operations.numba_cpu import NumbaOperations
+from mhmoe_np.operations.numba_cpu.instruction_set import choose
 from mhmoe_np.operations.packing import FORMATS
+from mhmoe_np.operations.table import Operations
 
 ROOT = Path(__file__).parents[1]
+EXPERTS = {"384x768": 384 * 768, "256x512": 256 * 512}
 
 
-def test_packed_prints_a_list_of_rows() -> None:
-    options = ("--only", "experts", "--threads", "1", "--seconds", "0.01", "--json")
+def benchmark(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.packed", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    rows = json.loads(result.stdout)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def test_packed_prints_a_row_for_every_case() -> None:
+    options = ("--only", "experts", "--threads", "1", "--seconds", "0.01", "--json")
+    rows = json.loads(benchmark("benchmarks.packed", *options).stdout)
     keys = {"case", "rows", "threads", "isa", "format", "ratio_to_sgemm", "gops"}
     assert all(set(row) == keys for row in rows)
-    assert all(row["ratio_to_sgemm"] > 0 and row["gops"] > 0 for row in rows)
-    assert {row["format"] for row in rows} == set(FORMATS)
-    assert {(row["case"], row["rows"]) for row in rows} == {
-        (f"experts {shape}", count) for shape in ("384x768", "256x512") for count in (1, 16, 256)
-    }
+    cases = [(row["case"], row["rows"], row["format"], row["isa"], row["threads"]) for row in rows]
+    assert sorted(cases) == sorted(
+        (f"experts {shape}", count, format, choose(), 1)
+        for shape in EXPERTS
+        for count in (1, 16, 256)
+        for format in FORMATS
+    )
+
+
+def test_packed_counts_operations_and_compares_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known_times(calls: dict[str, packed.Call], _seconds: float) -> dict[str, float]:
+        for call in calls.values():
+            call()
+        return {name: 3e-3 if name == "sgemm" else 2e-3 for name in calls}
+
+    monkeypatch.setattr(packed, "fastest", known_times)
+    backends = {choose(): NumbaOperations()}
+    for row in packed.experts(backends, 1, 0.0):
+        assert row["ratio_to_sgemm"] == 1.5
+        multiply_adds = 16 * row["rows"] * 3 * EXPERTS[row["case"].removeprefix("experts ")]
+        assert row["gops"] == pytest.approx(2 * multiply_adds / 2e-3 / 1e9, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -39,31 +63,86 @@ def test_packed_prints_a_list_of_rows() -> None:
 )
 def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, tmp_path: Path) -> None:
     options = ("--size", "A", "--model", model, "--peer", "torch", "--repeats", "1", "--json")
-    options += ("--results", str(tmp_path))
-    result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{work}", *options, "--disturbed", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    row = json.loads(result.stdout)
+    options += ("--results", str(tmp_path), "--disturbed", "1")
+    row = json.loads(benchmark(f"benchmarks.{work}", *options).stdout)
     name = f"{work}-A-{model}-torch-{row['threads']}-threads"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
-    assert row["ratio"] == pytest.approx(row["ours_tokens_per_s"] / row["peer_tokens_per_s"], abs=1e-2)
-    assert row["mfu"] > 0
-    assert row["rss_ratio"] > 0
-    assert row["loss_difference"] < 2e-3
-    assert sum(row["parts_ms"].values()) > 0
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == row
+
+    config = benchmark_config("A", model)
+    operations = 2 * sum(macs_per_token(config, config.max_position_embeddings).values())
+    passes = 3 if work == "train" else 1
+    assert row["ratio"] == pytest.approx(row["ours_tokens_per_s"] / row["peer_tokens_per_s"], rel=2e-3)
+    assert row["median_ratio"] == pytest.approx(row["ratio"], abs=1e-3)  # of a single turn
+    for side, mfu in (("ours", "mfu"), ("peer", "peer_mfu")):
+        reached = row[f"{side}_tokens_per_s"] * passes * operations / 1e9
+        assert row[mfu] == pytest.approx(reached / row["sgemm_gflops"], rel=2e-3, abs=1e-3)
+        assert row[mfu] > 0
+    assert row["peer_mfu"] < 1
+    # A BitNet model's products are of integers, which a processor may do faster.
+    assert row["mfu"] < 1 or model.endswith("-bitnet")
+
+    assert row["rss_ratio"] == pytest.approx(row["ours_peak_mb"] / row["peer_peak_mb"], abs=2e-3)
+    arrays = 4 if work == "train" else 1  # parameters; gradient and two moments
+    least = arrays * 4 * parameter_count(config).total / 1e6
+    assert min(row["ours_peak_mb"], row["peer_peak_mb"]) > least
+
+    nats = 10  # a loss of random weights is below: ln 8192 = 9.01
+    assert 0 <= row["loss_difference"] <= compare.tolerance_of(model) * nats
+    assert (row["rounds"], row["disturbed_rounds"]) == (1, 0)
+    idle = {"feed-forward"} | ({"optimiser"} if work == "evaluate" else set())
+    assert tuple(row["parts_ms"]) == parts.PARTS
+    assert {part for part, spent in row["parts_ms"].items() if not spent > 0} == idle
+
+
+@pytest.mark.parametrize("peers", [[9.0, 9.11], [9.1, 9.11], [float("nan"), 9.11], [9.0, float("nan")]])
+def test_sides_that_disagree_give_no_report(peers: list[float]) -> None:
+    compare.check_agreement([9.0, 9.1], [9.0001, 9.1001], tolerance=2e-5)
+    with pytest.raises(SystemExit, match=r"the sides disagree on (nll|loss): .*; no report"):
+        compare.check_agreement([9.0, 9.1], peers, tolerance=2e-5)
+
+
+class Idle:
+    """A side whose every step takes a second."""
+
+    def ask(self, line: str) -> list[float]:
+        return [float(line.split()[1])]
+
+
+def turns(monkeypatch: pytest.MonkeyPatch, foreign: list[float]) -> None:
+    """Every turn takes as many seconds as turns came before it, and others take these shares."""
+    count = iter(range(10**6))
+
+    def take_turn(*_: object) -> compare.Turn:
+        number = next(count)
+        return compare.Turn(float(number), foreign[number % len(foreign)])
+
+    monkeypatch.setattr(compare, "take_turn", take_turn)
+
+
+def test_a_disturbed_turn_is_dropped_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns(monkeypatch, [0.0, 0.0, 0.2, 0.0, 0.0, 0.06, 0.05, 0.0])
+    sides = [Idle(), Idle()]
+    kept, dropped = compare.interleave(sides, "train", 2, 0.05)  # type: ignore[arg-type]
+    assert kept == [[0.0, 6.0], [1.0, 7.0]]
+    assert dropped == 2
+
+
+def test_a_machine_that_is_never_quiet_gives_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns(monkeypatch, [0.0, 0.5])
+    with pytest.raises(SystemExit, match="other processes disturb the measurement"):
+        compare.interleave([Idle(), Idle()], "train", 2, 0.05)  # type: ignore[list-item]
+
+
+def test_the_stopwatch_knows_only_operations_of_the_table() -> None:
+    assert set(parts.PART_OF_OPERATION) <= set(vars(Operations))
+    assert set(parts.PART_OF_OPERATION.values()) <= set(parts.PARTS)
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    assert readme.PAGE.read_text(encoding="utf-8") == readme.page()
 
 
 def test_a_peer_of_another_architecture_is_refused() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.train", "--peer", "hf-mixtral", "--model", "dense"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "--model mixtral" in result.stderr
+    options = ("--peer", "hf-mixtral", "--model", "dense")
+    assert "--model mixtral" in benchmark("benchmarks.train", *options, code=2).stderr

@@ -20,15 +20,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from mhmoe_np.audit.host_facing import HostFacing
 from mhmoe_np.audit.surrogate import ActingWeight, ChoiceSwitchedError, Surrogate, acting_weights
-from mhmoe_np.model.language_model import (
-    IGNORED,
-    Batch,
-    Model,
-    forward,
-    loss_and_gradient,
-    losses_of,
-)
+from mhmoe_np.layers.moe import MoeCache
+from mhmoe_np.model.language_model import ForwardCache, Model
+from mhmoe_np.model.loss import IGNORED, Batch, loss, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.table import (
     Activation,
@@ -36,6 +32,7 @@ from mhmoe_np.operations.table import (
     Dispatch,
     Operations,
     Quantization,
+    RouterLosses,
     Routing,
 )
 from mhmoe_np.settings.model import ModelConfig
@@ -127,11 +124,17 @@ def _activate_back(ops: Operations, kind: Activation, gate_up: FloatArray, dy: O
 def _route_back(
     ops: Operations, routing: Routing, counted_M: BoolArray, normalise: bool, dy: Outputs
 ) -> Outputs:
-    return (ops.route_backward(dy[0], dy[1], dy[2], routing, counted_M, normalise=normalise),)
+    """Upstream of gates, balance loss and z-loss: aux = E sum_e (c_e / 12) mean p_e, z = mean lse^2."""
+    losses = RouterLosses(ROUTER_COUNT_E, 12, 7, daux=float(dy[1][0]), dz=float(dy[2][0]))
+    return (ops.route_backward(dy[0], routing, counted_M, losses, normalise=normalise),)
 
 
-def check_operations(ops: Operations) -> Iterator[GradientCheck]:
+ROUTER_COUNT_E = np.array([3.0, 1.0, 0.0, 4.0, 2.0, 2.0])  # of 12 choices
+
+
+def check_operations(backend: Operations) -> Iterator[GradientCheck]:
     """Every differentiable operation of the table."""
+    ops = cast(Operations, HostFacing(backend))
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> FloatArray:
@@ -209,7 +212,9 @@ def check_operations(ops: Operations) -> Iterator[GradientCheck]:
 
         def route(x: FloatArray, normalise: bool = normalise) -> Outputs:
             moved = ops.route(x, top_k=2, normalise=normalise)
-            return moved.gate_MK, moved.p_ME.sum(axis=0), moved.log_sum_exp_M
+            aux = 6 * np.sum(ROUTER_COUNT_E / 12 * moved.p_ME.mean(axis=0))
+            z = np.mean(moved.log_sum_exp_M**2)
+            return moved.gate_MK, np.array([aux]), np.array([z])
 
         yield check_operation(
             f"route[{'normalised' if normalise else 'raw'}]",
@@ -275,12 +280,14 @@ def _quantised(
     """Joined matrices of so many rows, each quantised with a beta of its own."""
     quantised = BitWeight(np.zeros_like(w), np.zeros(w.shape[:-1]))
     rows = math.prod(w.shape[:-1])
+    starts = tuple(range(0, rows + 1, matrix_rows))
     ops.quantise_weight(
         w.reshape(rows, -1),
-        np.arange(0, rows + 1, matrix_rows),
+        starts,
         quantization=quantization,
         q_OI=quantised.w.reshape(rows, -1),
         beta_O=quantised.beta.reshape(-1),
+        report_X5=np.zeros((len(starts) - 1, 5)),
     )
     return quantised
 
@@ -436,18 +443,22 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
     """Every tensor's gradient of the whole loss, each along a direction of its own."""
     rng = np.random.default_rng(1)
     config = ModelConfig.model_validate({**_BASE, **settings})
-    parameters, gradient = Parameters(config, np.float64), Parameters(config, np.float64)
+    parameters = Parameters(config, np.float64)
     initialise(parameters, seed=0)
-    model = Model.of(parameters, ops=ops)
+    device_parameters = parameters.to_device(ops)
+    device_gradient = device_parameters.zeros_like(ops=ops)
     tokens = rng.integers(0, config.vocab_size, (2, 8))
     target_BT = tokens[:, 1:].copy()
     target_BT[1, 4:] = IGNORED
     batch = Batch(np.ascontiguousarray(tokens[:, :-1]), target_BT)
-    loss_and_gradient(model, gradient, [batch], ops=ops)
+    device_model = Model.of(device_parameters, ops=ops)
+    loss_and_gradient(device_model, device_gradient, [batch], ops=ops)
+    gradient = device_gradient.to_host(ops)
 
     at = Parameters(config, np.float64)
     at.flat_P[...] = parameters.flat_P
     surrogate = Surrogate(ops)
+    model = Model.of(parameters, ops=cast(Operations, surrogate))
 
     def loss_and_choice() -> tuple[float, bytes]:
         """Of the parameters as they are now; without quantised ones the surrogate is the model."""
@@ -467,9 +478,9 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
             t: float, tensor: FloatArray = tensor, start: FloatArray = start, v: FloatArray = v
         ) -> float:
             tensor[...] = start + t * v
-            loss, choice = loss_and_choice()
+            value, choice = loss_and_choice()
             # A step across a switch of the choice must not agree with any other.
-            return loss - origin[0] if choice == origin[1] else np.nan
+            return value - origin[0] if choice == origin[1] else np.nan
 
         numeric = derivative(along)
         tensor[...] = start
@@ -479,13 +490,16 @@ def check_model(name: str, settings: dict[str, Any], ops: Operations) -> Gradien
 
 
 def _loss_and_choice(model: Model, batch: Batch, ops: Operations) -> tuple[float, bytes]:
-    target_N = batch.target_BT.reshape(-1)
-    counted_N = target_N != IGNORED
-    x_ND, statistics, cache = forward(model, batch.input_BT, counted_N, drop=True, ops=ops)
-    nll_N = ops.token_nll(x_ND, model.weights.output_VD, target_N)
-    losses = losses_of(float(nll_N.sum()), int(counted_N.sum()), statistics, model.config)
-    choices = [block.moe.routing.expert_MK.tobytes() for block in cache.blocks if block.moe]
-    return losses.loss, b"".join(choices)
+    choices: list[bytes] = []
+
+    def note(_: FloatArray, cache: ForwardCache) -> None:
+        choices.extend(
+            block.feed_forward.routing.expert_MK.tobytes()
+            for block in cache.blocks
+            if isinstance(block.feed_forward, MoeCache)
+        )
+
+    return loss(model, [batch], watch=note, ops=ops).losses.loss, b"".join(choices)
 
 
 def check_all(ops: Operations) -> Iterator[GradientCheck]:

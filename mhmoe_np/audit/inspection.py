@@ -9,7 +9,7 @@ import numpy as np
 from mhmoe_np.model.parameters import Entry, parameter_table
 from mhmoe_np.model.weights import Weights, matrix_starts
 from mhmoe_np.operations.packing import unpack
-from mhmoe_np.operations.table import PackedWeight, Weight
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -52,14 +52,14 @@ class Size(NamedTuple):
 
 def _values(weight: Weight, entry: Entry) -> tuple[IntArray | FloatArray, FloatArray | None]:
     """Floats, or quantised values and the scale of each matrix; in the entry's shape."""
-    if isinstance(weight, np.ndarray):
+    if not isinstance(weight, BitWeight | PackedWeight):
         return weight, None
     q = unpack(weight.w) if isinstance(weight, PackedWeight) else weight.w
-    return q.reshape(entry.shape), weight.beta.ravel()[matrix_starts(entry)[:-1]]
+    return q.reshape(entry.shape), weight.beta.ravel()[list(matrix_starts(entry)[:-1])]
 
 
 def inspect_weights(config: ModelConfig, weights: Weights) -> list[TensorRow]:
-    """A row for every tensor of spec 1, in the order of computation.
+    """A row for every tensor of spec 1, in the order of computation; `weights` are the host's.
 
     A matrix that is packed together with others is given its part of the padding by its size.
     """

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhmoe_np.audit.host_facing import HostFacing
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import (
@@ -42,22 +43,18 @@ class ChoiceSwitchedError(Exception):
     """The router sends rows elsewhere than in the first pass: the constants are of other rows."""
 
 
-class Surrogate:
-    """Operations in which a BitLinear's activations are only moved by constants.
+class Surrogate(HostFacing):
+    """Operations on the host in which a BitLinear's activations are only moved by constants.
 
     The first pass after construction sets the constants, one array for each product in the order of
     calls; `rewind` starts another pass over the same products. What has no quantiser is done by `ops`.
     """
 
     def __init__(self, ops: Operations) -> None:
-        self._ops = ops
+        super().__init__(ops)
         self._offsets: list[FloatArray] = []
         self._routes: list[IntArray] = []
         self.rewind()
-
-    def __getattr__(self, name: str) -> Any:
-        """Every other operation."""
-        return getattr(self._ops, name)
 
     def rewind(self) -> None:
         """Start another pass."""
@@ -66,7 +63,7 @@ class Surrogate:
     def _acting(self, x_NI: FloatArray) -> FloatArray:
         """x moved by the constant of the next product."""
         if self._next == len(self._offsets):
-            q_NI, scale_N = self._ops.quantise_rows(x_NI)
+            q_NI, scale_N = self.quantise_rows(x_NI)
             self._offsets.append(q_NI * scale_N[:, None] - x_NI)
         self._next += 1
         return x_NI + self._offsets[self._next - 1]
@@ -76,8 +73,9 @@ class Surrogate:
     ) -> FloatArray:
         """See `Operations.linear`."""
         if isinstance(w_OI, ActingWeight):
-            return self._ops.linear(self._acting(x_NI), w_OI.w, b_O)
-        return self._ops.linear(x_NI, w_OI, b_O)
+            w_OI, x_NI = w_OI.w, self._acting(x_NI)
+        y_NO: FloatArray = super().__getattr__("linear")(x_NI, w_OI, b_O)
+        return y_NO
 
     def expert_ffn(
         self,
@@ -98,7 +96,7 @@ class Surrogate:
         if not isinstance(gate_up_E2FU, ActingWeight) or not isinstance(down_EUF, ActingWeight):
             assert not isinstance(gate_up_E2FU, ActingWeight)
             assert not isinstance(down_EUF, ActingWeight)
-            return self._ops.expert_ffn(
+            result: tuple[FloatArray, ExpertCache] = super().__getattr__("expert_ffn")(
                 x_MU,
                 gate_MK,
                 dispatch,
@@ -108,6 +106,7 @@ class Surrogate:
                 activation=activation,
                 eps=eps,
             )
+            return result
         route_R, _, start_Z = dispatch
         if self._next_route == len(self._routes):
             self._routes.append(route_R)
@@ -119,9 +118,9 @@ class Surrogate:
             route = route_R[start_Z[e] : start_Z[e + 1]]
             sub_token = route // gate_MK.shape[1]
             gate_up = self.linear(x_MU[sub_token], ActingWeight(gate_up_E2FU.w[e]), None)
-            h = self._ops.gated_activation(gate_up, activation=activation)
+            h = self.gated_activation(gate_up, activation=activation)
             if sub_norm_EF is not None:
-                h, _ = self._ops.rms_norm(h, sub_norm_EF[e], eps=eps)
+                h, _ = self.rms_norm(h, sub_norm_EF[e], eps=eps)
             y = self.linear(h, ActingWeight(down_EUF.w[e]), None)
             y_MU[sub_token] += gate_MK.ravel()[route, None] * y
         return y_MU, None

@@ -13,17 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.language_model import (
-    IGNORED,
-    Model,
-    backward,
-    forward,
-    losses_backward,
-    losses_of,
-)
+from mhmoe_np.layers.moe import MoeCache
+from mhmoe_np.model.language_model import ForwardCache, Model, forward
+from mhmoe_np.model.loss import IGNORED, Batch, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.types import IntArray
+from mhmoe_np.types import FloatArray, IntArray
 
 
 def read_tokens(path: Path, *, vocab_size: int, max_positions: int) -> IntArray:
@@ -68,35 +63,43 @@ def trace(
     tokens: [B, T+1] as from `read_tokens`; a padded input is fed as id 0, which nothing counted
     sees. Without `gradients`, the targets, the losses and the gradients are left out.
     """
-    config = model.config
-    B, T = tokens.shape[0], tokens.shape[1] - 1
     input_BT, target_BT = tokens[:, :-1], tokens[:, 1:]
-    target_N = target_BT.reshape(-1)
-    x_ND, statistics, cache = forward(
-        model, np.maximum(input_BT, 0), target_N != IGNORED, drop=True, ops=ops
-    )
+    fed_BT = np.maximum(input_BT, 0)
     tensors: dict[str, NDArray[Any]] = {"input_ids": input_BT}
-    outputs_ND = [block.x_ND for block in cache.blocks[1:]] + [cache.last_ND]
-    for layer, (block, output_ND) in enumerate(zip(cache.blocks, outputs_ND, strict=True)):
-        if block.moe is not None:
-            tensors[f"layers.{layer}.router_logits"] = block.moe.logits_ME
-            tensors[f"layers.{layer}.experts"] = block.moe.routing.expert_MK
-        tensors[f"layers.{layer}.hidden"] = output_ND.reshape(B, T, -1)
-    output_VD = model.weights.output_VD
-    tensors["logits"] = ops.linear(x_ND, output_VD, None).reshape(B, T, -1)
+
+    def write_down(y_ND: FloatArray, cache: ForwardCache) -> None:
+        tensors.update(_activations(model, y_ND, cache, sequences=len(tokens), ops=ops))
+
     if not gradients:
+        write_down(*forward(model, fed_BT, None, drop=True, ops=ops))
         return tensors
 
-    gradient = Parameters(config, x_ND.dtype)
-    targets = int(np.count_nonzero(target_N != IGNORED))
-    nll_N, dx_ND = ops.token_nll_and_gradient(
-        x_ND, output_VD, target_N, gradient.output_VD, dnll=1 / targets
-    )
-    nll_sum = float(nll_N.sum(dtype=np.float64))
-    losses = losses_of(nll_sum, targets, statistics, config)
-    backward(dx_ND, cache, losses_backward(statistics, config), model, gradient, ops=ops)
+    dtype = model.weights.dtype
+    gradient = Parameters(model.config, dtype).to_device(ops)
+    batch = Batch(fed_BT, target_BT)
+    losses = loss_and_gradient(model, gradient, [batch], watch=write_down, ops=ops).losses
     tensors["target_ids"] = target_BT
     for name, value in losses._asdict().items():
-        tensors[name] = np.array(value, x_ND.dtype)
-    tensors |= {f"grad.{name}": tensor for name, tensor in gradient.tensors.items()}
+        tensors[name] = np.array(value, dtype)
+    tensors |= {f"grad.{name}": tensor for name, tensor in gradient.to_host(ops).tensors.items()}
+    return tensors
+
+
+def _activations(
+    model: Model, y_ND: FloatArray, cache: ForwardCache, *, sequences: int, ops: Operations
+) -> dict[str, NDArray[Any]]:
+    """Copies of what a forward came to, layer by layer."""
+    tensors: dict[str, NDArray[Any]] = {}
+
+    def keep(name: str, array: Any) -> None:
+        tensors[name] = np.array(ops.to_host(array))
+
+    outputs = [*(block.x_ND for block in cache.blocks[1:]), cache.last_ND]
+    for layer, (block, output_ND) in enumerate(zip(cache.blocks, outputs, strict=True)):
+        if isinstance(block.feed_forward, MoeCache):
+            keep(f"layers.{layer}.router_logits", block.feed_forward.logits_ME)
+            keep(f"layers.{layer}.experts", block.feed_forward.routing.expert_MK)
+        keep(f"layers.{layer}.hidden", output_ND.reshape(sequences, -1, model.config.hidden_size))
+    logits_NV = ops.linear(y_ND, model.weights.output_VD, None)
+    keep("logits", logits_NV.reshape(sequences, -1, model.config.vocab_size))
     return tensors

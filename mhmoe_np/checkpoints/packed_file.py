@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.packed import packed_format
 from mhmoe_np.model.parameters import Entry, parameter_table
-from mhmoe_np.model.weights import Weights, formats_for, matrix_starts
+from mhmoe_np.model.weights import Weights, floats, formats_for, matrix_starts
 from mhmoe_np.operations.packing import LAYOUT, FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
@@ -37,17 +37,16 @@ def _scale_name(entry: Entry) -> str:
 
 
 def packed_tensors(config: ModelConfig, weights: Weights) -> dict[str, NDArray[Any]]:
-    """Every tensor of the file by name, in the table's order."""
+    """Every tensor of the file by name, in the table's order; `weights` are the host's."""
     tensors: dict[str, NDArray[Any]] = {}
     for entry in parameter_table(config):
         weight = weights.arrays[entry.name]
         if isinstance(weight, PackedWeight):
             tensors[entry.name] = weight.w.code
-            tensors[_scale_name(entry)] = weight.beta.ravel()[matrix_starts(entry)[:-1]]
+            tensors[_scale_name(entry)] = weight.beta.ravel()[list(matrix_starts(entry)[:-1])]
         else:
-            assert isinstance(weight, np.ndarray)
             for part in entry.parts:
-                tensors[part.tensor] = weight[part.where]
+                tensors[part.tensor] = floats(weight)[part.where]
     return tensors
 
 

@@ -17,9 +17,10 @@ import psutil
 from mhmoe_np.costs.model import ParameterCount, macs_per_token, parameter_count
 from mhmoe_np.errors import UserError
 from mhmoe_np.inference.evaluate import BATCH_TOKENS, score_stream
-from mhmoe_np.model.language_model import Batch, batch_statistics
+from mhmoe_np.model.loss import Batch, add_router_statistics
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations
 from mhmoe_np.settings.run import RunConfig
@@ -135,17 +136,19 @@ def _tokens(config: RunConfig, sequences: int) -> np.ndarray:
 def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations) -> _Probe:
     """Steps that change nothing: with learning rate and decay 0."""
     batch = Batch.of(_tokens(config, sequences))
-    still = AdamWSettings(0.0, 0.9, 0.95, 1e-6, 0.0)
+    still = AdamWSettings(0.0, 0.9, 0.95, 1e-6, 0.0, 1.0)
+    sums = StepSums(config.model, ops=ops)
     gradients, updates, routings = [], [], []
     for _ in range(1 + REPEATS):  # the first one warms up
         start = time.perf_counter()
-        _, _, norm = learner.loss_and_gradient([batch])
+        learner.add_gradient([batch])
         middle = time.perf_counter()
-        learner.update(norm, still, clip_norm=1.0)
+        learner.update(still)
+        learner.read()
         end = time.perf_counter()
         gradients.append(middle - start)
         updates.append(end - middle)
-        batch_statistics(learner.model, [batch], ops=ops)
+        add_router_statistics(learner.model, [batch], sums, ops=ops)
         routings.append(time.perf_counter() - end)
     return _Probe(min(gradients), min(routings), min(updates), ops.buffer_bytes())
 

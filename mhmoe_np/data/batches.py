@@ -39,10 +39,6 @@ class Batches:
         self._laid_epoch = -1
         self._start_of_sequence: IntArray = np.empty(0, dtype=np.int64)
 
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, in which the batch of `step` begins."""
-        return step * self._batch_size // self.sequences_per_epoch
-
     def batch(self, step: int) -> IntArray:
         """Token ids, int64 [B, T+1]: [:, :-1] are the inputs and [:, 1:] their targets."""
         first = step * self._batch_size

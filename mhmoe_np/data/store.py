@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
@@ -18,7 +18,7 @@ from mhmoe_np.settings.model import Natural, Positive, StrictModel, first_fault
 from mhmoe_np.storage import files
 from mhmoe_np.types import IntArray
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 # The byte order is part of the format.
 DTYPES: dict[str, np.dtype[np.unsignedinteger[Any]]] = {
     "uint16": np.dtype("<u2"),
@@ -30,28 +30,20 @@ CHARACTERS_PER_CHUNK = 4_000_000
 
 
 class StoreHeader(StrictModel):
-    """The keys of the sidecar. `bytes` and `words` are of the documents, without what separates."""
+    """The keys of the sidecar. `bytes` and `words` are of the documents, without what separates.
 
-    version: Literal[1] = VERSION
+    A sidecar of version 1 has `document_offsets` as well; it is read without them.
+    """
+
+    version: Literal[2] = VERSION
     name: str
     dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
     vocab_size: Positive
-    document_offsets: tuple[Natural, ...]  # the token at which each document starts
     documents: Positive
     tokens: Positive
     bytes: Natural
     words: Natural
-
-    @model_validator(mode="after")
-    def _offsets_fit(self) -> Self:
-        if len(self.document_offsets) != self.documents:
-            raise ValueError(
-                f"document_offsets: {len(self.document_offsets)} for {self.documents} documents"
-            )
-        if max(self.document_offsets) > self.tokens:
-            raise ValueError(f"document_offsets: beyond the {self.tokens} tokens")
-        return self
 
 
 @dataclass(frozen=True)
@@ -62,30 +54,24 @@ class TokenStore:
     token_W: IntArray
 
 
-def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[IntArray, tuple[int, ...]]:
+def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> IntArray:
     """Encode documents into one stream with an end of text between neighbours.
 
     `tokenizer` comes from `train_tokenizer` or `load_tokenizer`.
 
-    Returns token_W, uint16 where every id fits and else uint32, and the offset into it at which
-    each document starts.
+    Returns token_W, uint16 where every id fits and else uint32.
 
     Raises UserError: the tokenizer has no end of text or cannot encode the text.
     """
     dtype = DTYPES[_dtype_name(tokenizer)]
     separator = np.array([end_of_text_id(tokenizer)], dtype=dtype)
     pieces: list[IntArray] = []
-    offsets: list[int] = []
-    length = 0
     for chunk in _chunks(documents):
         for encoding in _encode(chunk, tokenizer):
-            if offsets:
+            if pieces:
                 pieces.append(separator)
-                length += 1
-            offsets.append(length)
             pieces.append(np.array(encoding, dtype=dtype))
-            length += len(encoding)
-    return np.concatenate([np.empty(0, dtype=dtype), *pieces]), tuple(offsets)
+    return np.concatenate([np.empty(0, dtype=dtype), *pieces])
 
 
 def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str) -> TokenStore:
@@ -96,7 +82,7 @@ def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, n
 
     Raises UserError: there is nothing to store, or as `tokenise`.
     """
-    token_W, offsets = tokenise(documents, tokenizer)
+    token_W = tokenise(documents, tokenizer)
     if not len(token_W):
         raise UserError(f"{name}: has no token to store; add some text")
     header = StoreHeader(
@@ -104,8 +90,7 @@ def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, n
         dtype=_dtype_name(tokenizer),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         vocab_size=id_count(tokenizer),
-        document_offsets=offsets,
-        documents=len(offsets),
+        documents=len(documents),
         tokens=len(token_W),
         bytes=sum(len(document.encode()) for document in documents),
         words=sum(len(document.split()) for document in documents),
@@ -179,18 +164,20 @@ def _sidecar_path(path: Path) -> Path:
 
 def _read_header(path: Path) -> StoreHeader:
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise UserError(
-            f"{path}: is not a token store of version {VERSION} (got {version!r}); "
+            f"{path}: is not a token store of version 1 or {VERSION} (got {version!r}); "
             "tokenise the text again"
         )
+    if version == 1:
+        values = {key: value for key, value in values.items() if key != "document_offsets"}
+        values["version"] = VERSION
     try:
-        return StoreHeader.model_validate_json(text)
+        return StoreHeader.model_validate(values)
     except ValidationError as error:
         reason = first_fault(error, StoreHeader.model_fields)
         raise UserError(f"{path}: {reason}; tokenise the text again") from None

@@ -19,7 +19,7 @@ from mhmoe_np.data.store import tokenise
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.language_model import Model, last_hidden
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.types import IntArray
+from mhmoe_np.types import FloatArray, IntArray
 
 BATCH_TOKENS = 4096  # that go through the model at once
 
@@ -60,25 +60,26 @@ def score_stream(
     """
     inputs = len(token_W) - 1
     whole = inputs // window
-    total = 0.0
+    nll_1 = ops.zeros((1,), np.float64)
     per_batch = max(1, batch_tokens // window)
     for first in range(0, whole, per_batch):
         rows = min(per_batch, whole - first)
         start = first * window
-        total += _score(model, token_W[start : start + rows * window + 1], rows, ops=ops)
+        _add_nll(model, token_W[start : start + rows * window + 1], rows, nll_1, ops=ops)
     if inputs % window:
-        total += _score(model, token_W[whole * window :], 1, ops=ops)
-    return total
+        _add_nll(model, token_W[whole * window :], 1, nll_1, ops=ops)
+    return float(ops.to_host(nll_1)[0])
 
 
-def _score(model: Model, token_W: IntArray, windows: int, *, ops: Operations) -> float:
-    """NLL of equal windows that follow each other, each sharing its last token with the next."""
+def _add_nll(
+    model: Model, token_W: IntArray, windows: int, nll_1: FloatArray, *, ops: Operations
+) -> None:
+    """Add the NLL of equal windows in a row, each sharing its last token with the next."""
     with ops.scope():
         input_BT = token_W[:-1].astype(np.int64).reshape(windows, -1)
-        target_N = token_W[1:].astype(np.int64)
+        target_N = ops.to_device(token_W[1:].astype(np.int64))
         x_ND = last_hidden(model, input_BT, ops=ops)
-        nll_N = ops.token_nll(x_ND, model.weights.output_VD, target_N)
-        return float(nll_N.sum(dtype=np.float64))
+        ops.add_sum(ops.token_nll(x_ND, model.weights.output_VD, target_N), nll_1)
 
 
 def evaluate(
@@ -93,7 +94,7 @@ def evaluate(
 
     Raises UserError: the text is a single token, or its tokenizer knows ids the model lacks.
     """
-    token_W, _ = tokenise(domain.documents, tokenizer)
+    token_W = tokenise(domain.documents, tokenizer)
     if len(token_W) < 2:
         raise UserError(f"domain {domain.name}: one token alone cannot be scored; give more text")
     if int(token_W.max()) >= model.config.vocab_size:

@@ -63,7 +63,7 @@ def generate(
     """
     config = model.config
     end_of_text = end_of_text_id(tokenizer)
-    id_T = tokenise([prompt], tokenizer)[0] if prompt else np.array([end_of_text])
+    id_T = tokenise([prompt], tokenizer) if prompt else np.array([end_of_text])
     room = config.max_position_embeddings - len(id_T)
     if room < 1:
         raise UserError(
@@ -72,12 +72,13 @@ def generate(
         )
     length = min(max_new_tokens, room)
     rng = np.random.default_rng(sampling.seed)
-    cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length)
+    cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length, ops=ops)
     stream = DecodeStream(skip_special_tokens=False)
     new_T = id_T.astype(np.int64)
     for _ in range(length):
-        logits_V = decode(model, cache, new_T[None], ops=ops)[0]
-        token = next_token(logits_V[: id_count(tokenizer)], sampling, rng)
+        with ops.scope():
+            logits_V = ops.to_host(decode(model, cache, new_T[None], ops=ops))[0]
+            token = next_token(logits_V[: id_count(tokenizer)], sampling, rng)
         if token == end_of_text:
             return
         text = stream.step(tokenizer, token)

@@ -15,6 +15,24 @@ OUT = "self_attn.o_proj.weight"
 SUB_NORM = "self_attn.attn_sub_norm.weight"
 
 
+class Past(NamedTuple):
+    """The keys and values of all positions of some sequences so far, with room for more."""
+
+    kv_BY2GC: FloatArray  # keys, then values
+    filled: int  # positions
+
+    def extended(self, k_BTGC: FloatArray, v_BTGC: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Put T more positions after those that are filled; return the keys and values of all S.
+
+        Shapes   k_BTGC, v_BTGC -> k_BSGC, v_BSGC
+        """
+        T, G = k_BTGC.shape[1:3]
+        S = self.filled + T
+        self.kv_BY2GC[:, self.filled : S, :G] = k_BTGC
+        self.kv_BY2GC[:, self.filled : S, G:] = v_BTGC
+        return self.kv_BY2GC[:, :S, :G], self.kv_BY2GC[:, :S, G:]
+
+
 class AttentionCache(NamedTuple):
     """What the backward needs of the forward."""
 
@@ -27,7 +45,11 @@ class AttentionCache(NamedTuple):
 
 
 def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Views q_BTAC, k_BTGC and v_BTGC of the joint projection."""
+    """Views of the joint projection.
+
+    Shapes   qkv_BTQ -> q_BTAC, k_BTGC, v_BTGC
+    Source   [spec 2 attention]
+    """
     B, T, _ = qkv_BTQ.shape
     A, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     heads = qkv_BTQ.reshape(B, T, A + 2 * G, C)
@@ -35,46 +57,21 @@ def split_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> tuple[FloatArray, F
 
 
 def turned_heads(qkv_BTQ: FloatArray, config: ModelConfig) -> FloatArray:
-    """The view of the joint projection's heads that have positions: those of q and of k."""
+    """The view of the joint projection's heads that have positions: those of q, then those of k.
+
+    Shapes   qkv_BTQ -> [B, T, A+G, C]
+    Source   [spec 2 RoPE]
+    """
     B, T, _ = qkv_BTQ.shape
     turned = config.num_attention_heads + config.num_key_value_heads
     return qkv_BTQ.reshape(B, T, -1, config.head_dim)[:, :, :turned]
-
-
-def project_heads(
-    x_ND: FloatArray,
-    w: LayerWeights,
-    rotary: Rotary,
-    *,
-    sequences: int,
-    config: ModelConfig,
-    ops: Operations,
-) -> FloatArray:
-    """q, k and v of every position, q and k turned by their positions: qkv_BTQ."""
-    qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, len(rotary.cos_TJ), -1)
-    ops.rotate_in_place(turned_heads(qkv_BTQ, config), *rotary)
-    return qkv_BTQ
-
-
-def project_out(
-    out_BTAC: FloatArray,
-    w: LayerWeights,
-    *,
-    config: ModelConfig,
-    ops: Operations,
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """y_ND = W_o (sub-norm of) out; with what the projection saw and the sub-norm's rstd."""
-    B, T, A, C = out_BTAC.shape
-    normed_NI, rstd_N = out_BTAC.reshape(B * T, A * C), None
-    if config.use_sub_norm:
-        normed_NI, rstd_N = ops.rms_norm(normed_NI, w[SUB_NORM], eps=config.rms_norm_eps)
-    return ops.linear(normed_NI, w[OUT], None), normed_NI, rstd_N
 
 
 def attention_forward(
     x_ND: FloatArray,
     w: LayerWeights,
     rotary: Rotary,
+    past: Past | None,
     *,
     sequences: int,
     config: ModelConfig,
@@ -82,12 +79,22 @@ def attention_forward(
 ) -> tuple[FloatArray, AttentionCache]:
     """y = W_o attention(rotate(W_q x), rotate(W_k x), W_v x), sequence by sequence.
 
-    Source   [spec 2].
-    Shapes   x_ND with N = sequences * T, T being the rotary window's length -> y_ND.
+    past: keys and values of earlier positions, which these T extend; None: there are none.
+
+    Shapes   x_ND, rotary -> y_ND; N = sequences * T
+    Source   [spec 2 attention], [spec 2 RoPE]; before the output projection [spec 2 use_sub_norm]
     """
-    qkv_BTQ = project_heads(x_ND, w, rotary, sequences=sequences, config=config, ops=ops)
-    out_BTAC, log_sum_exp_BAT = ops.attention(*split_heads(qkv_BTQ, config))
-    y_ND, normed_NI, rstd_N = project_out(out_BTAC, w, config=config, ops=ops)
+    N, T = len(x_ND), len(rotary.cos_TJ)
+    qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, T, -1)
+    ops.rotate_in_place(turned_heads(qkv_BTQ, config), rotary.cos_TJ, rotary.sin_TJ)
+    q_BTAC, k_BSGC, v_BSGC = split_heads(qkv_BTQ, config)
+    if past is not None:
+        k_BSGC, v_BSGC = past.extended(k_BSGC, v_BSGC)
+    out_BTAC, log_sum_exp_BAT = ops.attention(q_BTAC, k_BSGC, v_BSGC)
+    normed_NI, rstd_N = out_BTAC.reshape(N, -1), None
+    if config.use_sub_norm:
+        normed_NI, rstd_N = ops.rms_norm(normed_NI, w[SUB_NORM], eps=config.rms_norm_eps)
+    y_ND = ops.linear(normed_NI, w[OUT], None)
     return y_ND, AttentionCache(x_ND, qkv_BTQ, out_BTAC, log_sum_exp_BAT, normed_NI, rstd_N)
 
 
@@ -101,7 +108,13 @@ def attention_backward(
     config: ModelConfig,
     ops: Operations,
 ) -> FloatArray:
-    """Return dx_ND; add to dw. The backward of a rotation is the opposite rotation."""
+    """Return dx_ND; add to dw. The backward of a rotation is the opposite rotation.
+
+    For a forward without a past.
+
+    Shapes   dy_ND, cache, rotary -> dx_ND
+    Source   [spec 2 attention]
+    """
     dout_NI = ops.linear_backward(dy_ND, cache.normed_NI, w[OUT], dw[OUT], None)
     if cache.rstd_N is not None:
         out_NI = cache.out_BTAC.reshape(dout_NI.shape)
@@ -117,5 +130,5 @@ def attention_backward(
         dk_BTGC,
         dv_BTGC,
     )
-    ops.rotate_in_place(turned_heads(dqkv_BTQ, config), rotary.cos_TJ, -rotary.sin_TJ)
+    ops.rotate_in_place(turned_heads(dqkv_BTQ, config), rotary.cos_TJ, rotary.minus_sin_TJ)
     return ops.linear_backward(dqkv_BTQ.reshape(len(dy_ND), -1), cache.x_ND, w[QKV], dw[QKV], None)

@@ -1,23 +1,31 @@
 """Router statistics, the balance loss and the z-loss of one MoE layer.
 
-The losses are sums over a batch that may come in several micro-batches: each contributes its
-statistics, which add up, and the losses are formed from the totals.
+The losses are sums over a batch that may come in several micro-batches: each adds its statistics to the
+same `RouterSums`, and the losses are formed from the totals. Their gradients enter the router in
+`Operations.route_backward`, which is given what `router_losses` says.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from mhmoe_np.operations.table import Dispatch, Routing
+from mhmoe_np.operations.table import RouterLosses, RouterSums
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
-BalanceType = Literal["top1", "topk"]
+
+class Tally(NamedTuple):
+    """Which sub-tokens one layer's router statistics count, and where they are added up."""
+
+    counted_M: BoolArray
+    sums: RouterSums | None  # None: they are known already
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over the counted sub-tokens (those of padded positions are left out)."""
+    """The sums over the counted sub-tokens (those of padded positions are left out), on the host."""
 
     sub_tokens: int
     first_choice_E: IntArray  # how many chose e first
@@ -26,65 +34,62 @@ class RouterStatistics(NamedTuple):
     squared_log_sum_exp: float
     dropped: int  # choices of counted sub-tokens beyond an expert's capacity
 
-    def merged(self, other: RouterStatistics) -> RouterStatistics:
-        """The statistics of two micro-batches together."""
-        return RouterStatistics(
-            self.sub_tokens + other.sub_tokens,
-            self.first_choice_E + other.first_choice_E,
-            self.choice_E + other.choice_E,
-            self.p_sum_E + other.p_sum_E,
-            self.squared_log_sum_exp + other.squared_log_sum_exp,
-            self.dropped + other.dropped,
+    @classmethod
+    def of(cls, sums: RouterSums, sub_tokens: int, dtype: DTypeLike) -> RouterStatistics:
+        """From the sums of a model of `dtype`, once they are on the host.
+
+        Shapes   sums
+        """
+        return cls(
+            sub_tokens,
+            sums.first_choice_E.astype(np.int64),
+            sums.choice_E.astype(np.int64),
+            sums.p_E.astype(dtype),
+            float(sums.squared_log_sum_exp_1[0]),
+            int(sums.dropped_E.sum()),
         )
 
 
-def router_statistics(routing: Routing, dispatch: Dispatch, counted_M: BoolArray) -> RouterStatistics:
-    """The statistics of one layer on one micro-batch."""
-    E = routing.p_ME.shape[1]
-    chosen = routing.expert_MK[counted_M]
-    return RouterStatistics(
-        sub_tokens=len(chosen),
-        first_choice_E=np.bincount(chosen[:, 0], minlength=E),
-        choice_E=np.bincount(chosen.ravel(), minlength=E),
-        p_sum_E=counted_M.astype(routing.p_ME.dtype) @ routing.p_ME,
-        squared_log_sum_exp=float(np.sum(np.square(routing.log_sum_exp_M[counted_M]))),
-        dropped=int(np.count_nonzero(dispatch.slot_MK[counted_M] < 0)),
-    )
-
-
-def expert_share(statistics: RouterStatistics, kind: BalanceType) -> FloatArray:
-    """f_E: the share of first choices (top1) or of all choices (topk) that went to each expert."""
-    count_E = statistics.first_choice_E if kind == "top1" else statistics.choice_E
-    return count_E / count_E.sum()
-
-
-def balance_loss(statistics: RouterStatistics, kind: BalanceType) -> float:
+def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:
     """aux = E * sum_e f_e * mean_s p[s, e]: 1 when balanced.
 
-    Source   [spec 4]; Switch Transformer (arXiv 2101.03961) eq. 4-6, first choices as in [R1].
+    f_e is the share of first choices (top1) or of all choices (topk) that went to e.
+
+    Shapes   statistics
+    Source   [spec 4 aux], [Switch eq. 4-6], [P2 eq. 10]; first choices as in [R1]
     """
-    mean_p_E = statistics.p_sum_E / statistics.sub_tokens
-    return float(len(mean_p_E) * np.sum(expert_share(statistics, kind) * mean_p_E))
-
-
-def balance_loss_backward(share_E: FloatArray, *, daux: float, sub_tokens: int) -> FloatArray:
-    """dp_E: what every counted sub-token's p receives; f carries no gradient.
-
-    aux = E * sum_e f_e * (1/M) sum_s p[s, e], hence dp[s, e] = daux * E * f_e / M.
-    """
-    return daux * len(share_E) * share_E / sub_tokens
+    top1 = config.router_aux_loss_type == "top1"
+    count_E = statistics.first_choice_E if top1 else statistics.choice_E
+    share_E = count_E / count_E.sum()  # Switch eq. 5: f
+    mean_p_E = statistics.p_sum_E / statistics.sub_tokens  # Switch eq. 6: P
+    # Switch eq. 4, P2 eq. 10: E sum_e f_e P_e
+    return float(len(mean_p_E) * np.sum(share_E * mean_p_E))
 
 
 def z_loss(statistics: RouterStatistics) -> float:
     """z = mean_s logsumexp(logits_s)^2.
 
-    Source   [spec 4]; ST-MoE (arXiv 2202.08906) eq. 5.
+    Shapes   statistics
+    Source   [spec 4 z-loss], [ST-MoE eq. 5]
     """
+    # ST-MoE eq. 5: mean_s (log sum_e exp(logits[s, e]))^2
     return statistics.squared_log_sum_exp / statistics.sub_tokens
 
 
-def z_loss_backward(
-    log_sum_exp_M: FloatArray, counted_M: BoolArray, *, dz: float, sub_tokens: int
-) -> FloatArray:
-    """dlog_sum_exp_M = dz * 2 * logsumexp / M where counted."""
-    return log_sum_exp_M * counted_M * log_sum_exp_M.dtype.type(2 * dz / sub_tokens)
+def router_losses(sums: RouterSums, sub_tokens: int, config: ModelConfig) -> RouterLosses:
+    """What the balance loss and the z-loss send into one layer's router: their backwards' constants.
+
+    How many choices there are follows from how many sub-tokens count: nothing is asked of the device.
+    The counts themselves carry no gradient.
+
+    Shapes   sums
+    Source   [spec 4 aux], [spec 4 z-loss]
+    """
+    top1 = config.router_aux_loss_type == "top1"
+    return RouterLosses(
+        count_E=sums.first_choice_E if top1 else sums.choice_E,
+        choices=sub_tokens if top1 else sub_tokens * config.num_experts_per_tok,
+        sub_tokens=sub_tokens,
+        daux=config.router_aux_loss_coef,
+        dz=config.router_z_loss_coef,
+    )

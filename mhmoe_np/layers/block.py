@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from mhmoe_np.layers.attention import AttentionCache, attention_backward, attention_forward
-from mhmoe_np.layers.balance import RouterStatistics
+from mhmoe_np.layers.attention import AttentionCache, Past, attention_backward, attention_forward
+from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.feed_forward import (
     DENSE,
     FeedForwardCache,
     feed_forward_backward,
     feed_forward_forward,
 )
-from mhmoe_np.layers.moe import BalanceUpstream, MoeCache, moe_backward, moe_forward
+from mhmoe_np.layers.moe import ROUTER, MoeCache, moe_backward, moe_forward
 from mhmoe_np.layers.rotary import Rotary
-from mhmoe_np.operations.table import LayerWeights, Operations
+from mhmoe_np.operations.table import LayerWeights, Operations, RouterLosses
 from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.types import BoolArray, FloatArray
+from mhmoe_np.types import FloatArray
 
 NORM = "input_layernorm.weight"
 NORM_2 = "post_attention_layernorm.weight"
@@ -33,64 +31,48 @@ class BlockCache(NamedTuple):
     attention: AttentionCache
     middle_ND: FloatArray  # between the two halves
     middle_rstd_N: FloatArray
-    feed_forward: FeedForwardCache | None  # of a dense layer
-    moe: MoeCache | None  # of a MoE layer
+    feed_forward: FeedForwardCache | MoeCache  # of a dense or of a MoE layer
 
 
 def block_forward(
     x_ND: FloatArray,
     w: LayerWeights,
     rotary: Rotary,
-    counted_N: BoolArray,
+    past: Past | None,
+    tally: Tally | None,
     *,
     sequences: int,
-    is_moe: bool,
     drop: bool,
     config: ModelConfig,
     ops: Operations,
-) -> tuple[FloatArray, RouterStatistics | None, BlockCache]:
-    """x <- x + attn(norm(x)); x <- x + ffn(norm(x)), the ffn being dense or MH-MoE.
+) -> tuple[FloatArray, BlockCache]:
+    """x <- x + attn(norm(x)); x <- x + ffn(norm(x)), the ffn being MH-MoE where w has a router.
 
-    Source   [spec 2]. Statistics are those of the router, where there is one.
+    past, tally, drop: see `attention_forward` and `moe_forward`.
+
+    Shapes   x_ND, rotary -> y_ND
+    Source   [spec 2 pre-norm]
     """
-    normed_ND, rstd_N = ops.rms_norm(x_ND, w[NORM], eps=config.rms_norm_eps)
-    attended_ND, attention = attention_forward(
-        normed_ND, w, rotary, sequences=sequences, config=config, ops=ops
+    eps = config.rms_norm_eps
+    normed_ND, rstd_N = ops.rms_norm(x_ND, w[NORM], eps=eps)
+    middle_ND, attention = attention_forward(
+        normed_ND, w, rotary, past, sequences=sequences, config=config, ops=ops
     )
-    normed_ND, middle_rstd_N = ops.add_in_place_and_norm(
-        x_ND, attended_ND, w[NORM_2], eps=config.rms_norm_eps
-    )
-    middle_ND = attended_ND
-    y_ND, statistics, feed_forward, moe = feed_forward_half(
-        normed_ND, w, counted_N, is_moe=is_moe, drop=drop, config=config, ops=ops
-    )
-    y_ND = np.add(middle_ND, y_ND, out=y_ND)
-    cache = BlockCache(x_ND, rstd_N, attention, middle_ND, middle_rstd_N, feed_forward, moe)
-    return y_ND, statistics, cache
-
-
-def feed_forward_half(
-    normed_ND: FloatArray,
-    w: LayerWeights,
-    counted_N: BoolArray,
-    *,
-    is_moe: bool,
-    drop: bool,
-    config: ModelConfig,
-    ops: Operations,
-) -> tuple[FloatArray, RouterStatistics | None, FeedForwardCache | None, MoeCache | None]:
-    """The block's second half without norm and residual: dense or MH-MoE."""
-    if is_moe:
-        y_ND, statistics, moe = moe_forward(normed_ND, w, counted_N, drop=drop, config=config, ops=ops)
-        return y_ND, statistics, None, moe
-    y_ND, feed_forward = feed_forward_forward(normed_ND, w, DENSE, config=config, ops=ops)
-    return y_ND, None, feed_forward, None
+    normed_ND, middle_rstd_N = ops.add_in_place_and_norm(x_ND, middle_ND, w[NORM_2], eps=eps)
+    feed_forward: FeedForwardCache | MoeCache
+    if ROUTER in w:
+        y_ND, feed_forward = moe_forward(normed_ND, w, tally, drop=drop, config=config, ops=ops)
+    else:
+        y_ND, feed_forward = feed_forward_forward(normed_ND, w, DENSE, config=config, ops=ops)
+    ops.add_in_place(middle_ND, y_ND)
+    cache = BlockCache(x_ND, rstd_N, attention, middle_ND, middle_rstd_N, feed_forward)
+    return y_ND, cache
 
 
 def block_backward_in_place(
     dx_ND: FloatArray,
     cache: BlockCache,
-    balance: BalanceUpstream | None,
+    losses: RouterLosses | None,
     w: LayerWeights,
     dw: Mapping[str, FloatArray],
     rotary: Rotary,
@@ -101,11 +83,15 @@ def block_backward_in_place(
     """Turn dx_ND, the gradient of the block's output, into that of its input; add to dw.
 
     A residual hands its gradient on and adds its branch's: x + f(x) gives dx += f'(x)^T dx.
+
+    Shapes   dx_ND, cache, rotary
+    Source   [spec 2 pre-norm]
     """
     with ops.scope():
-        if cache.moe is not None and balance is not None:
-            dnormed_ND = moe_backward(dx_ND, cache.moe, balance, w, dw, config=config, ops=ops)
-        elif cache.feed_forward is not None:
+        if isinstance(cache.feed_forward, MoeCache):
+            assert losses is not None
+            dnormed_ND = moe_backward(dx_ND, cache.feed_forward, losses, w, dw, config=config, ops=ops)
+        else:
             dnormed_ND = feed_forward_backward(
                 dx_ND, cache.feed_forward, w, dw, DENSE, config=config, ops=ops
             )

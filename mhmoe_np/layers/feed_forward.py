@@ -33,7 +33,10 @@ def feed_forward_forward(
 ) -> tuple[FloatArray, FeedForwardCache]:
     """y = down(norm(act(gate(x)) * up(x))), the norm only with `use_sub_norm`.
 
-    Source   [spec 2] FFN; the weights are w[prefix + ...].
+    The weights are w[prefix + ...]. As the shared expert it is added to the MoE layer's output [D2].
+
+    Shapes   x_ND -> y_ND
+    Source   [spec 2 FFN], [GLU eq. 6], [spec 3 SharedExpert]
     """
     gate_up_N2F = ops.linear(x_ND, w[f"{prefix}.gate_up_proj.weight"], None)
     h_NF = ops.gated_activation(gate_up_N2F, activation=config.hidden_act)
@@ -41,7 +44,7 @@ def feed_forward_forward(
     if config.use_sub_norm:
         sub_norm_F = w[f"{prefix}.ffn_sub_norm.weight"]
         normed_NF, rstd_N = ops.rms_norm(h_NF, sub_norm_F, eps=config.rms_norm_eps)
-    y_ND = ops.linear(normed_NF, w[f"{prefix}.down_proj.weight"], None)
+    y_ND = ops.linear(normed_NF, w[f"{prefix}.down_proj.weight"], None)  # GLU eq. 6
     return y_ND, FeedForwardCache(x_ND, gate_up_N2F, h_NF, normed_NF, rstd_N)
 
 
@@ -55,7 +58,11 @@ def feed_forward_backward(
     config: ModelConfig,
     ops: Operations,
 ) -> FloatArray:
-    """Return dx_ND; add to dw."""
+    """Return dx_ND; add to dw.
+
+    Shapes   dy_ND, cache -> dx_ND
+    Source   [spec 2 FFN]
+    """
     down, gate_up = f"{prefix}.down_proj.weight", f"{prefix}.gate_up_proj.weight"
     dh_NF = ops.linear_backward(dy_ND, cache.normed_NF, w[down], dw[down], None)
     if cache.rstd_N is not None:

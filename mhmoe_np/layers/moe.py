@@ -1,4 +1,4 @@
-"""The MH-MoE layer: the paper's equations 1 to 4, there and back.
+"""The MH-MoE layer: the paper's equations 2 to 4, there and back.
 
 Dense-routed baselines are the same code with other numbers: SMoE and fine-grained SMoE have one head
 and neither head nor merge layer. Departs from the paper only where `DECISIONS.md` says so: gates may
@@ -11,21 +11,21 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from mhmoe_np.layers.balance import (
-    RouterStatistics,
-    balance_loss_backward,
-    router_statistics,
-    z_loss_backward,
-)
+from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.feed_forward import (
     SHARED_EXPERT,
     FeedForwardCache,
     feed_forward_backward,
     feed_forward_forward,
 )
-from mhmoe_np.operations.table import Dispatch, ExpertCache, LayerWeights, Operations, Routing
+from mhmoe_np.operations.table import (
+    Dispatch,
+    ExpertCache,
+    LayerWeights,
+    Operations,
+    RouterLosses,
+    Routing,
+)
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray
 
@@ -46,24 +46,17 @@ class MoeCache(NamedTuple):
     routing: Routing
     dispatch: Dispatch
     experts: ExpertCache
-    y_MU: FloatArray  # the experts' gated sums
+    joined_ND: FloatArray | None  # what the merge layer saw, where there is one
     shared: FeedForwardCache | None
-    counted_M: BoolArray
-
-
-class BalanceUpstream(NamedTuple):
-    """What the balance loss and the z-loss send back into one layer, known from the whole batch."""
-
-    share_E: FloatArray
-    sub_tokens: int
-    daux: float
-    dz: float
+    counted_M: BoolArray | None  # None: nobody counts, so there is no way back
 
 
 def capacity(config: ModelConfig, sub_tokens: int) -> int | None:
     """How many choices one expert takes: max(1, ceil(factor * K * ceil(M/E))), or None: all.
 
-    Source   [spec 4], multiplied from left to right.
+    Multiplied from left to right.
+
+    Source   [spec 4 capacity]
     """
     if config.moe_capacity_factor is None:
         return None
@@ -74,22 +67,29 @@ def capacity(config: ModelConfig, sub_tokens: int) -> int | None:
 def moe_forward(
     x_ND: FloatArray,
     w: LayerWeights,
-    counted_N: BoolArray,
+    tally: Tally | None,
     *,
     drop: bool,
     config: ModelConfig,
     ops: Operations,
-) -> tuple[FloatArray, RouterStatistics, MoeCache]:
+) -> tuple[FloatArray, MoeCache]:
     """Split each token into H sub-tokens, route each to its own experts, join and merge.
 
-    Source   [P1 eq. 1-4], [spec 3].
-    Shapes   x_ND; counted_N says which tokens the router's statistics count -> y_ND.
-    drop     whether `moe_capacity_factor` applies.
+    tally: where the router's statistics are added up; None: nobody asks for them.
+    drop: whether `moe_capacity_factor` applies.
+
+    Shapes   x_ND -> y_ND
+    Source   [P1 eq. 2-4], with one head and no projections [P1 eq. 1]; the splitting [P2 eq. 4], the
+             joining [P2 eq. 8]; [spec 3 head layer], [spec 3 reshape], [spec 3 merge layer]
     """
     N, D = x_ND.shape
     H, U = config.moe_heads, config.sub_token_width
-    x_head_ND = ops.linear(x_ND, w[HEAD], w.get(HEAD_BIAS)) if config.moe_head_layer else x_ND
-    x_MU = x_head_ND.reshape(N * H, U)  # token-major: row n*H + j is head j of token n
+
+    x_head_ND = x_ND
+    if config.moe_head_layer:
+        x_head_ND = ops.linear(x_ND, w[HEAD], w.get(HEAD_BIAS))  # P1 eq. 2: x^ = x W_head
+    # P2 eq. 4: sub-tokens, row n*H + j being the j-th of token n
+    x_MU = x_head_ND.reshape(N * H, U)
 
     logits_ME = ops.linear(x_MU, w[ROUTER], None)
     routing = ops.route(logits_ME, top_k=config.num_experts_per_tok, normalise=config.norm_topk_prob)
@@ -98,7 +98,7 @@ def moe_forward(
         experts=config.num_experts,
         capacity=capacity(config, N * H) if drop else None,
     )
-    y_MU, experts = ops.expert_ffn(
+    y_MU, experts = ops.expert_ffn(  # P1 eq. 3 (with one head P1 eq. 1)
         x_MU,
         routing.gate_MK,
         dispatch,
@@ -109,24 +109,28 @@ def moe_forward(
         eps=config.rms_norm_eps,
     )
 
-    y_ND = y_MU.reshape(N, D)
+    y_ND, joined_ND = y_MU.reshape(N, D), None  # P2 eq. 8: a token's sub-tokens side by side
     if config.moe_merge_layer:
-        y_ND = ops.linear(y_ND, w[MERGE], w.get(MERGE_BIAS))
+        joined_ND = y_ND
+        y_ND = ops.linear(joined_ND, w[MERGE], w.get(MERGE_BIAS))  # P1 eq. 4: y = y^ W_merge
     shared = None
     if config.shared_expert_intermediate_size:
         y_shared_ND, shared = feed_forward_forward(x_ND, w, SHARED_EXPERT, config=config, ops=ops)
-        y_ND = y_ND + y_shared_ND
+        ops.add_in_place(y_shared_ND, y_ND)
 
-    counted_M = np.repeat(counted_N, H)
-    statistics = router_statistics(routing, dispatch, counted_M)
-    cache = MoeCache(x_ND, x_MU, logits_ME, routing, dispatch, experts, y_MU, shared, counted_M)
-    return y_ND, statistics, cache
+    counted_M = None
+    if tally is not None:
+        counted_M = tally.counted_M
+        if tally.sums is not None:
+            ops.add_router_statistics(routing, dispatch, counted_M, tally.sums)
+    cache = MoeCache(x_ND, x_MU, logits_ME, routing, dispatch, experts, joined_ND, shared, counted_M)
+    return y_ND, cache
 
 
 def moe_backward(
     dy_ND: FloatArray,
     cache: MoeCache,
-    balance: BalanceUpstream,
+    losses: RouterLosses,
     w: LayerWeights,
     dw: Mapping[str, FloatArray],
     *,
@@ -135,16 +139,21 @@ def moe_backward(
 ) -> FloatArray:
     """Return dx_ND; add to dw. Every step of the forward, in the opposite order.
 
-    A sub-token's gradient has two sources: the experts it went to and the router that chose them.
+    A sub-token's gradient has two sources: the experts it went to and the router that chose them. Into
+    the router the task sends dgate, the balance loss and the z-loss what `losses` says.
+
+    Shapes   dy_ND, cache, losses -> dx_ND
+    Source   [P1 eq. 2-4], [spec 3 head layer], [spec 3 merge layer]
     """
+    assert cache.counted_M is not None
     N, D = dy_ND.shape
-    dy_merged_ND = dy_ND
-    if config.moe_merge_layer:
-        dy_merged_ND = ops.linear_backward(
-            dy_ND, cache.y_MU.reshape(N, D), w[MERGE], dw[MERGE], dw.get(MERGE_BIAS)
+    djoined_ND = dy_ND
+    if cache.joined_ND is not None:  # P1 eq. 4
+        djoined_ND = ops.linear_backward(
+            dy_ND, cache.joined_ND, w[MERGE], dw[MERGE], dw.get(MERGE_BIAS)
         )
-    dx_MU, dgate_MK = ops.expert_ffn_backward(
-        dy_merged_ND.reshape(cache.y_MU.shape),
+    dx_MU, dgate_MK = ops.expert_ffn_backward(  # P1 eq. 3
+        djoined_ND.reshape(cache.x_MU.shape),
         cache.x_MU,
         cache.routing.gate_MK,
         cache.dispatch,
@@ -157,30 +166,17 @@ def moe_backward(
         dw.get(SUB_NORM),
         activation=config.hidden_act,
     )
-    dp_E = balance_loss_backward(
-        balance.share_E, daux=balance.daux, sub_tokens=balance.sub_tokens
-    ).astype(dy_ND.dtype)
-    dlog_sum_exp_M = z_loss_backward(
-        cache.routing.log_sum_exp_M,
-        cache.counted_M,
-        dz=balance.dz,
-        sub_tokens=balance.sub_tokens,
-    )
     dlogits_ME = ops.route_backward(
-        dgate_MK,
-        dp_E,
-        dlog_sum_exp_M,
-        cache.routing,
-        cache.counted_M,
-        normalise=config.norm_topk_prob,
+        dgate_MK, cache.routing, cache.counted_M, losses, normalise=config.norm_topk_prob
     )
     ops.linear_backward(dlogits_ME, cache.x_MU, w[ROUTER], dw[ROUTER], None, onto_NI=dx_MU)
 
     dx_ND = dx_MU.reshape(N, D)
-    if config.moe_head_layer:
+    if config.moe_head_layer:  # P1 eq. 2
         dx_ND = ops.linear_backward(dx_ND, cache.x_ND, w[HEAD], dw[HEAD], dw.get(HEAD_BIAS))
     if cache.shared is not None:
-        dx_ND = dx_ND + feed_forward_backward(
+        dx_shared_ND = feed_forward_backward(
             dy_ND, cache.shared, w, dw, SHARED_EXPERT, config=config, ops=ops
         )
+        ops.add_in_place(dx_shared_ND, dx_ND)
     return dx_ND

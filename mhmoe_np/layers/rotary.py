@@ -7,25 +7,41 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of each position's and each pair's angle."""
+    """Cosine and sine of each pair's angle at the positions being computed."""
 
     cos_TJ: FloatArray
     sin_TJ: FloatArray
+    minus_sin_TJ: FloatArray  # for the way back
+
+
+class RotaryTables(NamedTuple):
+    """The same at all positions of a model."""
+
+    cos_YJ: FloatArray
+    sin_YJ: FloatArray
+    minus_sin_YJ: FloatArray
 
     def window(self, first: int, last: int) -> Rotary:
         """Positions first .. last-1."""
-        return Rotary(self.cos_TJ[first:last], self.sin_TJ[first:last])
+        return Rotary(*(table_YJ[first:last] for table_YJ in self))
 
 
-def rotary_angles(positions: int, head_dim: int, theta: float, dtype: DTypeLike) -> Rotary:
-    """Position t turns pair j by t * theta^(-2j/C), t from 0.
+def rotary_tables(
+    positions: int, head_dim: int, theta: float, dtype: DTypeLike, *, ops: Operations
+) -> RotaryTables:
+    """Position y turns pair j by y * theta^(-2j/C), y from 0.
 
-    Source   [spec 2]. Computed in float64, then rounded once.
+    Computed in float64, then rounded once.
+
+    Shapes   -> cos_YJ, sin_YJ, minus_sin_YJ
+    Source   [spec 2 RoPE]
     """
     frequency_J = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
-    angle_TJ = np.outer(np.arange(positions), frequency_J)
-    return Rotary(np.cos(angle_TJ).astype(dtype), np.sin(angle_TJ).astype(dtype))
+    angle_YJ = np.outer(np.arange(positions), frequency_J)
+    tables = np.cos(angle_YJ), np.sin(angle_YJ), -np.sin(angle_YJ)
+    return RotaryTables(*(ops.to_device(table_YJ.astype(dtype)) for table_YJ in tables))

@@ -8,24 +8,25 @@ import numpy as np
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Parameters
-from mhmoe_np.model.weights import Weights, matrix_starts, requantise
-from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code, unpack
+from mhmoe_np.model.weights import Weights, floats, matrix_starts, quantised_anew
+from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
 
 def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
-    """Quantise and pack; what is not quantised stays as it is, as views of the parameters."""
-    weights = Weights.of(parameters, packed=False)
-    requantise(weights, parameters, ops=ops)
+    """Quantise and pack the backend's parameters; what is not quantised stays as views of them.
+
+    Source   [spec 5 packed weights]
+    """
+    weights = quantised_anew(parameters, packed=False, ops=ops)
     arrays: dict[str, Weight] = {}
     for name, weight in weights.arrays.items():
         if isinstance(weight, BitWeight):
             q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
             experts, outputs, inputs = q_EOI.shape
-            code = empty_code(experts, outputs, inputs, format)
-            packed = PackedMatrices(code, outputs, inputs, format)
+            packed = ops.empty_packed(experts, outputs, inputs, format)
             ops.pack_in_place(q_EOI, packed)
             arrays[name] = PackedWeight(packed, weight.beta.reshape(q_EOI.shape[:2]))
         else:
@@ -34,31 +35,35 @@ def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations)
 
 
 def packed_format(weights: Weights) -> FormatName:
-    """The format of packed weights: one for all of them."""
+    """The format of packed weights: one for all of them.
+
+    Source   [spec 5 packed weights]
+    """
     return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
 
 
 def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) -> Parameters:
-    """Float32 parameters that are the same model: quantised again, they give these very weights.
+    """Float32 parameters, on the host, that are the same model: quantised they give these weights.
 
     The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
     mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
 
-    Raises UserError: no floats quantise to these weights, so no checkpoint was packed into them.
+    Source   [D11]
+    Raises   UserError: no floats quantise to these weights, so no checkpoint was packed into them.
     """
+    weights = weights.to_host(ops)
     parameters = Parameters(config, np.float32)
     for entry in parameters.table:
         weight, target = weights.arrays[entry.name], parameters.arrays[entry.name]
         if not isinstance(weight, PackedWeight):
-            target[...] = weight
+            target[...] = floats(weight)
             continue
         q_OI = unpack(weight.w).reshape(-1, entry.shape[-1]).astype(np.float32)
         beta_O = weight.beta.ravel()
         target_OI = target.reshape(q_OI.shape)
         for first, last in pairwise(matrix_starts(entry)):
             target_OI[first:last] = _floats_of(q_OI[first:last], beta_O[first])
-    again = Weights.of(parameters, packed=False)
-    requantise(again, parameters, ops=ops)
+    again = quantised_anew(parameters.to_device(ops), packed=False, ops=ops).to_host(ops)
     for entry in parameters.table:
         weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]
         if isinstance(weight, PackedWeight) and isinstance(quantised, BitWeight):

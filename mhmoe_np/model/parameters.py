@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -131,8 +132,8 @@ def _moe(prefix: str, config: ModelConfig) -> list[Entry]:
 def parameter_table(config: ModelConfig) -> list[Entry]:
     """Every array of the model, in the order of computation.
 
-    Source   [spec 1] tensor names; [spec 5] which of them are quantised; [spec 6] initial
-    distributions.
+    Source   [spec 1 tensor names]; which of them are quantised [spec 5 never quantised]; their initial
+             distributions [spec 6 initialisation]
     """
     V, D = config.vocab_size, config.hidden_size
     entries = [_whole("model.embed_tokens.weight", (V, D), "embedding")]
@@ -161,15 +162,20 @@ class Parameters:
         tensors: the tensors on disk by name, views of the arrays.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
-        """Allocate zeros for every parameter of `config` in `dtype` (float32 or float64)."""
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, *, flat_P: FloatArray | None = None
+    ) -> None:
+        """Views of flat_P, in which every parameter of `config` lies; None: zeros, on the host.
+
+        dtype: float32 or float64.
+        """
         self.config = config
         self.table = parameter_table(config)
         places, length = {}, 0
         for entry in self.table:
             places[entry.name] = length
             length += -(-math.prod(entry.shape) // ALIGNMENT) * ALIGNMENT
-        self.flat_P: FloatArray = np.zeros(length, dtype)
+        self.flat_P: FloatArray = np.zeros(length, dtype) if flat_P is None else flat_P
         self.arrays: dict[str, FloatArray] = {
             entry.name: self.flat_P[places[entry.name] :][: math.prod(entry.shape)].reshape(entry.shape)
             for entry in self.table
@@ -181,6 +187,19 @@ class Parameters:
         }
         self.blocks: list[dict[str, FloatArray]] = blocks_of(self.arrays, config)
 
+    def zeros_like(self, *, ops: Operations) -> Parameters:
+        """As many zeros, allocated by the backend: a gradient, or a moment."""
+        dtype = self.flat_P.dtype
+        return Parameters(self.config, dtype, flat_P=ops.zeros(self.flat_P.shape, dtype))
+
+    def to_device(self, ops: Operations) -> Parameters:
+        """The host's as the backend's: these themselves, or a copy."""
+        return Parameters(self.config, self.flat_P.dtype, flat_P=ops.to_device(self.flat_P))
+
+    def to_host(self, ops: Operations) -> Parameters:
+        """The backend's as the host's: these themselves, or a copy."""
+        return Parameters(self.config, self.flat_P.dtype, flat_P=ops.to_host(self.flat_P))
+
     @property
     def output_VD(self) -> FloatArray:
         """The output head: the embedding itself where the two are tied."""
@@ -188,12 +207,18 @@ class Parameters:
 
 
 def output_name(config: ModelConfig) -> str:
-    """The array of the output head."""
+    """The array of the output head.
+
+    Source   [spec 1 not tied]
+    """
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str, Array]]:
-    """For each layer its arrays, by name without `model.layers.{i}.`."""
+    """For each layer its arrays, by name without `model.layers.{i}.`.
+
+    Source   [spec 1 tensor names]
+    """
     return [
         {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         for prefix in (f"model.layers.{layer}." for layer in range(config.num_hidden_layers))
@@ -203,9 +228,10 @@ def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str
 def initialise(parameters: Parameters, seed: int) -> None:
     """Draw every tensor from its distribution: a pure function of (seed, tensor name).
 
-    Source   [spec 6], from [R1]: embedding N(0, D^-1/2); head layer Xavier uniform with gain
-    1/sqrt(2), merge layer with gain 1, its bias 0; norms 1; every other linear, and the head layer's
-    bias, U(+-1/sqrt(in)).
+    Embedding N(0, D^-1/2); head layer Xavier uniform with gain 1/sqrt(2), merge layer with gain 1, its
+    bias 0; norms 1; every other linear, and the head layer's bias, U(+-1/sqrt(in)).
+
+    Source   [spec 6 initialisation], from [R1]
     """
     D = parameters.config.hidden_size
     for entry in parameters.table:

@@ -13,17 +13,20 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
-from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
-from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, Weight
+from mhmoe_np.operations.packing import FormatName
+from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import FloatArray
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 
 
 def formats_for(config: ModelConfig) -> list[FormatName]:
-    """The formats that hold a model's quantised weights, the one to prefer first; none without such."""
+    """The formats that hold a model's quantised weights, the one to prefer first; none without such.
+
+    Source   [spec 5 packed weights]
+    """
     formats: dict[str, list[FormatName]] = {
         "none": [],
         "bitnet_b158": ["ternary-2bit", "ternary-base3"],
@@ -42,11 +45,11 @@ class Weights:
     """
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, Weight]) -> None:
-        self.arrays = arrays
+        self.config, self.arrays = config, arrays
         self.blocks: Sequence[LayerWeights] = blocks_of(arrays, config)
-        self.embedding_VD = _floats(arrays[EMBEDDING])
-        self.final_norm_D = _floats(arrays[FINAL_NORM])
-        self.output_VD = _floats(arrays[output_name(config)])
+        self.embedding_VD = floats(arrays[EMBEDDING])
+        self.final_norm_D = floats(arrays[FINAL_NORM])
+        self.output_VD = floats(arrays[output_name(config)])
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -54,8 +57,8 @@ class Weights:
         return self.embedding_VD.dtype
 
     @classmethod
-    def of(cls, parameters: Parameters, *, packed: bool) -> Self:
-        """Views of the parameters; what is quantised gets arrays of its own, still to be filled.
+    def of(cls, parameters: Parameters, *, packed: bool, ops: Operations) -> Self:
+        """Views of the backend's parameters; what is quantised gets arrays still to be filled.
 
         packed: whether these have their integers in packed form, too.
         """
@@ -64,24 +67,55 @@ class Weights:
         for entry in parameters.table:
             if entry.quantised:
                 *experts, outputs, inputs = entry.shape
-                code = empty_code(math.prod(experts), outputs, inputs, formats[0])
                 arrays[entry.name] = BitWeight(
-                    np.zeros(entry.shape, dtype),
-                    np.zeros(entry.shape[:-1], dtype),
-                    PackedMatrices(code, outputs, inputs, formats[0]) if packed else None,
+                    ops.zeros(entry.shape, dtype),
+                    ops.zeros(entry.shape[:-1], dtype),
+                    ops.empty_packed(math.prod(experts), outputs, inputs, formats[0])
+                    if packed
+                    else None,
                 )
         return cls(parameters.config, arrays)
 
+    def to_device(self, ops: Operations) -> Weights:
+        """Floats and packed weights of the host as the backend's: themselves, or copies."""
+        arrays: dict[str, Weight] = {}
+        for name, weight in self.arrays.items():
+            if isinstance(weight, PackedWeight):
+                arrays[name] = PackedWeight(ops.packed_to_device(weight.w), ops.to_device(weight.beta))
+            else:
+                arrays[name] = ops.to_device(floats(weight))
+        return Weights(self.config, arrays)
 
-def _floats(array: Weight) -> FloatArray:
-    assert isinstance(array, np.ndarray)
-    return array
+    def to_host(self, ops: Operations) -> Weights:
+        """The backend's weights of any kind as the host's, packed ones in the layout of files."""
+        arrays: dict[str, Weight] = {}
+        for name, weight in self.arrays.items():
+            if isinstance(weight, PackedWeight):
+                arrays[name] = PackedWeight(ops.packed_to_host(weight.w), ops.to_host(weight.beta))
+            elif isinstance(weight, BitWeight):
+                packed = None if weight.packed is None else ops.packed_to_host(weight.packed)
+                arrays[name] = BitWeight(ops.to_host(weight.w), ops.to_host(weight.beta), packed)
+            else:
+                arrays[name] = ops.to_host(weight)
+        return Weights(self.config, arrays)
 
 
-def matrix_starts(entry: Entry) -> IntArray:
-    """The rows at which each part of a quantised entry starts, and their number at the end."""
-    rows = np.arange(int(np.prod(entry.shape[:-1]))).reshape(entry.shape[:-1])
-    return np.array([*(rows[part.where].flat[0] for part in entry.parts), rows.size])
+def floats(weight: Weight) -> FloatArray:
+    """A weight that is not quantised.
+
+    Source   [spec 5 never quantised]
+    """
+    assert not isinstance(weight, BitWeight | PackedWeight)
+    return weight
+
+
+def matrix_starts(entry: Entry) -> tuple[int, ...]:
+    """The rows at which each part of a quantised entry starts, and their number at the end.
+
+    Source   [spec 5 One β per matrix]
+    """
+    rows = np.arange(math.prod(entry.shape[:-1])).reshape(entry.shape[:-1])
+    return *(int(rows[part.where].flat[0]) for part in entry.parts), rows.size
 
 
 class MatrixCounts(NamedTuple):
@@ -94,31 +128,46 @@ class MatrixCounts(NamedTuple):
     flipped: int
 
 
-def requantise(weights: Weights, parameters: Parameters, *, ops: Operations) -> dict[str, MatrixCounts]:
-    """Quantise the parameters into `weights`, in place; what became of each matrix, by tensor name.
+def quantised_anew(parameters: Parameters, *, packed: bool, ops: Operations) -> Weights:
+    """The weights of the backend's parameters, what is quantised in arrays of its own.
 
-    Source   [spec 5]. Without quantised entries nothing is done.
+    packed: see `Weights.of`.
+
+    Source   [spec 5 BitLinear]
     """
-    quantization = parameters.config.quantization
-    counts: dict[str, MatrixCounts] = {}
-    if quantization == "none":
-        return counts
+    weights = Weights.of(parameters, packed=packed, ops=ops)
+    matrices = sum(len(entry.parts) for entry in parameters.table if entry.quantised)
+    requantise(weights, parameters, ops.zeros((matrices, 5), np.float64), ops=ops)
+    return weights
+
+
+def requantise(
+    weights: Weights, parameters: Parameters, report_X5: FloatArray, *, ops: Operations
+) -> None:
+    """Quantise the parameters into `weights`, in place.
+
+    report_X5: overwritten by what became of each matrix (`Operations.quantise_weight`), in the table's
+    order. Without quantised entries nothing is done.
+
+    Shapes   report_X5
+    Source   [spec 5 bitnet_b158 weights], [spec 5 bitnet weights]
+    """
+    done = 0
     for entry in parameters.table:
         weight = weights.arrays[entry.name]
         if not isinstance(weight, BitWeight):
             continue
-        start_Z = matrix_starts(entry)
-        beta_O = weight.beta.reshape(-1)
         inputs = entry.shape[-1]
-        found = ops.quantise_weight(
+        quantization = parameters.config.quantization
+        assert quantization != "none"
+        ops.quantise_weight(
             parameters.arrays[entry.name].reshape(-1, inputs),
-            start_Z,
+            matrix_starts(entry),
             quantization=quantization,
             q_OI=weight.w.reshape(-1, inputs),
-            beta_O=beta_O,
+            beta_O=weight.beta.reshape(-1),
+            report_X5=report_X5[done : done + len(entry.parts)],
         )
+        done += len(entry.parts)
         if weight.packed is not None:
             ops.pack_in_place(weight.w.reshape(-1, *entry.shape[-2:]), weight.packed)
-        for part, beta, row in zip(entry.parts, beta_O[start_Z[:-1]], found.tolist(), strict=True):
-            counts[part.tensor] = MatrixCounts(float(beta), *row)
-    return counts

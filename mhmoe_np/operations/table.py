@@ -9,13 +9,41 @@ all backwards keep two laws:
 - gradients of weights are *added* to the array given (`dw_OI` and the like), so that tied weights and
   accumulated micro-batches need no special case.
 
-A linear map, an expert's too, takes its weights as floats, as a `BitWeight` or as a `PackedWeight`. The
-last two make it a BitLinear (spec 5): its input rows are quantised to 8 bits, the product is one of
-integers and exact, and both give the same bits. Backwards exist for the first two; a BitWeight's is
-straight-through: the quantisers and scales count as constants.
+Where arrays live
+    Every array that an operation takes or gives is the backend's own, in the memory where it computes:
+    parameters, their gradient, the optimiser's moments, quantised weights, rotary tables, activations,
+    the key-value cache, the sums of a step. The backend allocates them: `empty` (scratch and results,
+    from its workspace if it has one; given back when the surrounding `scope` ends) and `zeros` (what
+    stays). On the host, as NumPy's, stay configuration, files, initial values, batches until they go
+    through the model, whatever is sampled, logged or saved. Arrays cross by two doors, `to_device` and
+    `to_host` (packed weights by `packed_to_device` and `packed_to_host`). `to_host` waits for all that
+    is still being computed: a training step does so once, to read its sums (`model.sums`).
 
-Arrays are C-contiguous, of one float dtype (float32 or float64) per call, unless said otherwise. No
-operation changes its inputs except where its name or text says so.
+    Between operations the model may take views of the backend's arrays (basic slices, `reshape`), copy
+    one into another (`x[...] = y`) and fill one with a number (`x[...] = 0`); every other computation
+    is an operation of this table. `tests/strict_backend.py` refuses anything else.
+
+Weights
+    A linear map, an expert's too, takes its weights as floats, as a `BitWeight` or as a `PackedWeight`.
+    The last two make it a BitLinear (spec 5): its input rows are quantised to 8 bits, the product is of
+    integers and exact, and both give the same bits. Backwards exist for the first two; a BitWeight's is
+    straight-through: the quantisers and scales count as constants. How packed codes lie in memory is
+    the backend's affair; in files it is `packing`'s layout.
+
+How to read an entry
+    Shapes   arguments by their suffixes (`types.DIMENSIONS`; each letter one size within a call), then
+             `->` and what is returned; a question mark: may be None.
+    Dtypes   `float`: one float dtype (float32 or float64) for all arrays of the call but those that
+             follow with a dtype of their own.
+    Views    arguments that may be views with any strides but a contiguous last axis. All others are
+             C-contiguous.
+    Cost     multiply-adds of the products (or elementwise steps), and numbers read + written; forward,
+             and `backward` beside the operation that it belongs to. Quantised products count alike.
+    `checked.Checked` holds every call to Shapes, Dtypes and Views: in tests and in `gradcheck`.
+
+No operation changes its inputs except where its name or text says so. None hides a number that is not
+finite: what depends on one is not finite either, and indices are valid and different all the same
+[D12].
 """
 
 from __future__ import annotations
@@ -24,9 +52,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.operations.packing import PackedMatrices
+from mhmoe_np.operations.packing import FormatName, PackedMatrices
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 Activation = Literal["silu", "relu2"]
@@ -45,12 +73,23 @@ class BitWeight(NamedTuple):
     beta: FloatArray  # [O], or [E, O]
     packed: PackedMatrices | None = None  # the same integers
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[O, I], or [E, O, I] for experts."""
+        shape: tuple[int, ...] = self.w.shape
+        return shape
+
 
 class PackedWeight(NamedTuple):
     """The same without the float weights: packed integers and scales, for the forward alone."""
 
     w: PackedMatrices
     beta: FloatArray  # [E, O], E = 1 for a single matrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[E, O, I], E = 1 for a single matrix."""
+        return self.beta.shape[0], self.w.outputs, self.w.inputs
 
 
 Weight: TypeAlias = FloatArray | BitWeight | PackedWeight
@@ -77,6 +116,26 @@ class Dispatch(NamedTuple):
     start_Z: IntArray  # rows start_Z[e] .. start_Z[e+1]-1 belong to expert e
 
 
+class RouterSums(NamedTuple):
+    """One MoE layer's router statistics: sums over the counted sub-tokens, in float64."""
+
+    first_choice_E: FloatArray  # how many chose e first
+    choice_E: FloatArray  # how many chose e at all, before any is dropped
+    p_E: FloatArray  # added up in p's own dtype
+    dropped_E: FloatArray  # choices of e beyond its capacity
+    squared_log_sum_exp_1: FloatArray
+
+
+class RouterLosses(NamedTuple):
+    """What the balance loss and the z-loss send back into one layer's router, over the whole batch."""
+
+    count_E: FloatArray  # float64: how often e was chosen, first or at all; a constant of the gradient
+    choices: int  # sum of count_E
+    sub_tokens: int  # counted ones
+    daux: float
+    dz: float
+
+
 class ExpertCache(NamedTuple):
     """What `expert_ffn_backward` needs of the forward."""
 
@@ -92,6 +151,7 @@ class AdamWSettings(NamedTuple):
     beta2: float
     epsilon: float
     weight_decay: float
+    clip_norm: float  # of the whole gradient
 
 
 class Operations(Protocol):
@@ -104,8 +164,18 @@ class Operations(Protocol):
     @property
     def prefers_packed(self) -> bool: ...  # noqa: D102
 
+    # ---- memory ------------------------------------------------------------------------------
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """An uninitialised array. A backend that owns a workspace hands out its buffers."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """An array of zeros that stays: never of a workspace."""
+
+    def empty_packed(
+        self, experts: int, outputs: int, inputs: int, format: FormatName
+    ) -> PackedMatrices:
+        """Room for packed matrices that stay, in the layout that this backend reads."""
 
     def scope(self) -> AbstractContextManager[None]:
         """Arrays that operations return inside this context may be reused once it ends."""
@@ -113,12 +183,47 @@ class Operations(Protocol):
     def buffer_bytes(self) -> int:
         """How many bytes of a workspace were ever handed out at once; 0 where there is none."""
 
+    def to_device(self, array: NDArray[Any]) -> Any:
+        """NumPy's array as the backend's: itself, or a copy in another memory."""
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """The backend's array as NumPy's: itself, or a copy. Waits for what is still being computed."""
+
+    def packed_to_device(self, packed: PackedMatrices) -> PackedMatrices:
+        """Packed matrices in `packing`'s layout, as this backend reads them."""
+
+    def packed_to_host(self, packed: PackedMatrices) -> PackedMatrices:
+        """This backend's packed matrices in `packing`'s layout, as NumPy's array."""
+
+    # ---- sums --------------------------------------------------------------------------------
+
+    def add_in_place(self, x_ND: FloatArray, onto_ND: FloatArray) -> None:
+        """onto += x: a residual, and the gradient of something used twice.
+
+        Shapes   x_ND, onto_ND
+        Dtypes   float
+        Source   [spec 2] x + f(x).
+        Cost     N*D additions; 3 N*D numbers. The backward hands dy on to both.
+        """
+
+    def add_sum(self, x_N: FloatArray, total_1: FloatArray) -> None:
+        """total += the sum of x, added up in float64.
+
+        Shapes   x_N, total_1
+        Dtypes   float; float64 total_1
+        Source   [spec 4] the mean NLL is a sum over targets.
+        Cost     N additions; N numbers.
+        """
+
     # ---- linear maps -------------------------------------------------------------------------
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
-        """y_NO = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
+        """y = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
 
+        Shapes   x_NI, w_OI, b_O? -> y_NO
+        Dtypes   float
         Source   [spec 1] every linear is stored [out, in] and applied as x @ W.T; [spec 5].
+        Cost     N*I*O multiply-adds; N*I + O*I + N*O numbers (O*I/16 where packed to 2 bits).
         """
 
     def linear_backward(
@@ -133,15 +238,30 @@ class Operations(Protocol):
     ) -> FloatArray:
         """Return dx_NI; add to dw_OI and db_O.
 
+        Shapes   dy_NO, x_NI, w_OI, dw_OI, db_O?, onto_NI? -> dx_NI
+        Dtypes   float
+        Raises   TypeError: the weight is packed.
         Source   [spec 5] straight-through: dx = dy @ (beta w), dW = dy^T @ (q gamma/127).
-        Raises TypeError: the weight is packed.
+        Cost     2 N*I*O multiply-adds; 2 N*O + 2 N*I + 3 O*I numbers.
         """
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
-        """x_ND = w[id]."""
+        """x[n] = w[id[n]]. Ids outside 0 .. V-1 are the caller's fault: the model checks them.
+
+        Shapes   id_N, w_VD -> x_ND
+        Dtypes   float; int64 id_N
+        Source   [spec 2].
+        Cost     no multiply-adds; 2 N*D numbers.
+        """
 
     def embedding_backward(self, dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:
-        """Add each row of dx_ND to row id of dw_VD."""
+        """Add each row of dx_ND to row id of dw_VD, in the order of the rows.
+
+        Shapes   dx_ND, id_N, dw_VD
+        Dtypes   float; int64 id_N
+        Source   [spec 2].
+        Cost     N*D additions; 3 N*D numbers.
+        """
 
     # ---- quantisation ------------------------------------------------------------------------
 
@@ -149,36 +269,49 @@ class Operations(Protocol):
         """8-bit integers, kept as floats, and each row's scale: return q_NI and gamma/127 as scale_N.
 
         gamma = max(max|x|, 1e-5);  q = clip(round(x * (127/gamma)), -128, 127), halves to even.
-        Every backend gives the same bits. A row with a NaN has a NaN scale.
+        Every backend gives the same bits. A row with a number that is not finite has such a scale.
 
+        Shapes   x_NI -> q_NI, scale_N
+        Dtypes   float
         Source   [spec 5], [B1 eq. 4], [B2].
+        Cost     N*I multiplications; 3 N*I numbers. No backward of its own: straight-through.
         """
 
     def quantise_weight(
         self,
         w_OI: FloatArray,
-        start_Z: IntArray,
+        starts: tuple[int, ...],
         *,
         quantization: Quantization,
         q_OI: FloatArray,
         beta_O: FloatArray,
-    ) -> IntArray:
-        """Quantise joined matrices: rows start_Z[x] .. start_Z[x+1]-1 of w_OI are matrix x.
+        report_X5: FloatArray,
+    ) -> None:
+        """Quantise joined matrices: rows starts[x] .. starts[x+1]-1 of w_OI are matrix x.
 
         bitnet_b158: beta = max(mean|W|, 1e-5), q = clip(round(W * (1/beta)), -1, 1).
         bitnet: the same beta, q = +1 where W - mean(W) > 0, else -1.
         The sum of a mean is the exact one, rounded once to float64, so that no order is part of the
-        definition and every backend gives the same bits. A matrix with a number that is not finite has
-        a beta of NaN.
+        definition and every backend gives the same bits [D8]. A matrix with a number that is not finite
+        has a beta of NaN.
 
-        Overwrites q_OI and beta_O (each row has its matrix's beta). Returns for every matrix how many
-        of q are -1, 0 and +1, and how many differ from what q_OI held: [matrices, 4].
+        Overwrites q_OI, beta_O (each row has its matrix's beta) and report_X5: for every matrix its
+        beta, how many of q are -1, 0 and +1, and how many differ from what q_OI held.
 
+        Shapes   w_OI, q_OI, beta_O, report_X5
+        Dtypes   float; float64 report_X5
         Source   [spec 5], [B1 eq. 1-3], [B2].
+        Cost     2 O*I additions, O*I multiplications; 4 O*I numbers. No backward: straight-through.
         """
 
     def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
-        """Overwrite packed's codes by these integers, which its format must have (see `packing`)."""
+        """Overwrite packed's codes by these integers, which its format must have (see `packing`).
+
+        Shapes   q_EOI
+        Dtypes   float
+        Source   [spec 5] packed weights.
+        Cost     no multiply-adds; E*O*I numbers read, 1, 1.6 or 2 bits each written.
+        """
 
     # ---- normalisation -----------------------------------------------------------------------
 
@@ -187,7 +320,10 @@ class Operations(Protocol):
     ) -> tuple[FloatArray, FloatArray]:
         """y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps); return y_ND and rstd_N.
 
-        Source   [spec 2] RMSNorm.
+        Shapes   x_ND, w_D -> y_ND, rstd_N
+        Dtypes   float
+        Source   [spec 2] RMSNorm; Zhang and Sennrich, arXiv 1910.07467, eq. 4.
+        Cost     3 N*D multiply-adds; 2 N*D numbers.
         """
 
     def add_in_place_and_norm(
@@ -196,6 +332,11 @@ class Operations(Protocol):
         """branch += x, in place; return what `rms_norm` makes of that sum.
 
         The backward is that of the norm, onto the gradient that the sum receives elsewhere.
+
+        Shapes   x_ND, branch_ND, w_D -> y_ND, rstd_N
+        Dtypes   float
+        Source   [spec 2] x + f(x), then RMSNorm.
+        Cost     4 N*D multiply-adds; 4 N*D numbers.
         """
 
     def rms_norm_backward(
@@ -208,17 +349,26 @@ class Operations(Protocol):
         *,
         onto_ND: FloatArray | None = None,
     ) -> FloatArray:
-        """Return dx_ND; add to dw_D."""
+        """Return dx_ND; add to dw_D.
+
+        Shapes   dy_ND, x_ND, w_D, rstd_N, dw_D, onto_ND? -> dx_ND
+        Dtypes   float
+        Source   [spec 2] RMSNorm.
+        Cost     6 N*D multiply-adds; 3 N*D numbers.
+        """
 
     # ---- attention ---------------------------------------------------------------------------
 
     def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
         """Turn each pair (x[j], x[j + C/2]) by its angle: rotary positions in HF's rotate-half form.
 
-        x_BTAC may be a view with any strides but a contiguous last axis. The backward of a rotation
-        is the rotation by the opposite angle: the same operation with -sin_TJ.
+        The backward of a rotation is the rotation by the opposite angle: the same operation with -sin.
 
-        Source   [spec 2] RoPE.
+        Shapes   x_BTAC, cos_TJ, sin_TJ
+        Dtypes   float
+        Views    x_BTAC
+        Source   [spec 2] RoPE; Su et al., arXiv 2104.09864, eq. 34.
+        Cost     2 B*T*A*C multiply-adds; 2 B*T*A*C numbers; the backward the same.
         """
 
     def attention(
@@ -227,9 +377,14 @@ class Operations(Protocol):
         """Causal softmax(q k^T / sqrt(C)) v; return out_BTAC and the rows' log-sum-exp_BAT.
 
         The T queries are the last T of the S positions: query t sees keys 0 .. S-T+t. Attention head
-        a reads key/value head a // (A/G). The inputs may be views of one joint projection.
+        a reads key/value head a // (A/G).
 
+        Shapes   q_BTAC, k_BSGC, v_BSGC -> out_BTAC, log_sum_exp_BAT
+        Dtypes   float
+        Views    q_BTAC, k_BSGC, v_BSGC
         Source   [spec 2] attention.
+        Cost     2 B*A*C multiply-adds for each query and key seen: B*A*C*T*(T+1) when S = T;
+                 B*C*(2 T*A + 2 S*G) numbers.
         """
 
     def attention_backward(
@@ -244,47 +399,86 @@ class Operations(Protocol):
         dk_BTGC: FloatArray,
         dv_BTGC: FloatArray,
     ) -> None:
-        """Write (not add) the gradients into dq, dk and dv, which may be views; here S = T."""
+        """Write (not add) the gradients into dq, dk and dv; here S = T.
+
+        Shapes   dout_BTAC, q_BTAC, k_BTGC, v_BTGC, out_BTAC, log_sum_exp_BAT,
+                 dq_BTAC, dk_BTGC, dv_BTGC
+        Dtypes   float
+        Views    q_BTAC, k_BTGC, v_BTGC, dq_BTAC, dk_BTGC, dv_BTGC
+        Source   [spec 2] attention; the probabilities are computed again, as in arXiv 2205.14135.
+        Cost     5/2 of the forward's multiply-adds; B*T*C*(4 A + 4 G) numbers.
+        """
 
     # ---- feed-forward ------------------------------------------------------------------------
 
     def gated_activation(self, gate_up_N2F: FloatArray, *, activation: Activation) -> FloatArray:
-        """h_NF = act(gate) * up, gate being the first F columns and up the last F.
+        """h = act(gate) * up, gate being the first F columns and up the last F.
 
         silu(z) = z * sigmoid(z), relu2(z) = max(z, 0)^2.
 
-        Source   [spec 2] FFN.
+        Shapes   gate_up_N2F -> h_NF
+        Dtypes   float
+        Source   [spec 2] FFN; Shazeer, arXiv 2002.05202, eq. 5.
+        Cost     N*F exponentials, 3 N*F multiplications; 3 N*F numbers.
         """
 
     def gated_activation_backward(
         self, dh_NF: FloatArray, gate_up_N2F: FloatArray, *, activation: Activation
     ) -> FloatArray:
-        """Return dgate_up_N2F."""
+        """Return dgate_up_N2F.
+
+        Shapes   dh_NF, gate_up_N2F -> dgate_up_N2F
+        Dtypes   float
+        Source   [spec 2] FFN.
+        Cost     N*F exponentials, 7 N*F multiplications; 5 N*F numbers.
+        """
 
     # ---- routing and experts -----------------------------------------------------------------
 
     def route(self, logits_ME: FloatArray, *, top_k: int, normalise: bool) -> Routing:
         """Softmax over all experts, the K largest, ties to the lower index, gates as in the spec.
 
-        gate = p of the chosen, divided by their sum where `normalise`.
+        gate = p of the chosen, divided by their sum where `normalise`. A row with a NaN chooses the
+        experts 0 .. K-1; its p and gates are NaN.
 
-        Source   [spec 3], [P2 eq. 3-5].
+        Shapes   logits_ME -> p_ME, log_sum_exp_M, expert_MK, gate_MK
+        Dtypes   float; int64 expert_MK
+        Source   [spec 3] p, I, g; [P2 eq. 5]; renormalised gates [D1].
+        Cost     M*E exponentials, M*E*K comparisons; 2 M*E + 3 M*K numbers.
         """
 
     def route_backward(
         self,
         dgate_MK: FloatArray,
-        dp_E: FloatArray,
-        dlog_sum_exp_M: FloatArray,
         routing: Routing,
         counted_M: BoolArray,
+        losses: RouterLosses,
         *,
         normalise: bool,
     ) -> FloatArray:
-        """Return dlogits_ME.
+        """Return dlogits_ME: what the gates receive, and what balance loss and z-loss add.
 
-        dp_E is the gradient that every counted sub-token's p receives from the balance loss;
-        dlog_sum_exp_M comes from the z-loss. The choice itself carries no gradient.
+        aux = E * sum_e f_e * mean_s p[s, e] with f_e = count_e / choices a constant, hence every
+        counted sub-token's p receives daux * E * f_e / sub_tokens; z = mean_s lse_s^2, hence its
+        log-sum-exp receives dz * 2 * lse / sub_tokens. The choice itself carries no gradient.
+
+        Shapes   dgate_MK, routing, counted_M, losses -> dlogits_ME
+        Dtypes   float; int64 expert_MK; bool counted_M; float64 count_E
+        Source   [spec 3]; balance loss and z-loss [spec 4], see `layers.balance`.
+        Cost     4 M*E + 6 M*K multiply-adds; 2 M*E + 4 M*K numbers: the backward of top-k gating is
+                 that of a softmax, the K chosen entries having one summand more.
+        """
+
+    def add_router_statistics(
+        self, routing: Routing, dispatch: Dispatch, counted_M: BoolArray, sums: RouterSums
+    ) -> None:
+        """Add to `sums` what the counted sub-tokens chose.
+
+        Shapes   routing, dispatch, counted_M, sums
+        Dtypes   float; int64 expert_MK, route_R, slot_MK, start_Z; bool counted_M;
+                 float64 first_choice_E, choice_E, p_E, dropped_E, squared_log_sum_exp_1
+        Source   [spec 4] f and mean p; logsumexp^2.
+        Cost     M*E + M additions; M*E + 2 M*K numbers. No gradient of its own.
         """
 
     def dispatch(self, expert_MK: IntArray, *, experts: int, capacity: int | None) -> Dispatch:
@@ -293,7 +487,10 @@ class Operations(Protocol):
         An expert's rows are in filling order: all first choices in sub-token order, then all second
         ones. Integers only, no gradient.
 
+        Shapes   expert_MK -> route_R, slot_MK, start_Z
+        Dtypes   int64 expert_MK, route_R, slot_MK, start_Z
         Source   [spec 4] capacity.
+        Cost     no multiply-adds, a counting sort; 4 M*K + E numbers.
         """
 
     def expert_ffn(
@@ -312,7 +509,11 @@ class Operations(Protocol):
 
         Expert(x) = down(norm(act(gate(x)) * up(x))), the norm only where sub_norm_EF is given.
 
-        Source   [P1 eq. 2-3], [spec 3].
+        Shapes   x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?
+                 -> y_MU, gate_up_R2F, rstd_R?
+        Dtypes   float; int64 route_R, slot_MK, start_Z
+        Source   [P1 eq. 3] (with one head [P1 eq. 1]); Expert in its SwiGLU form [P1 eq. 5], [spec 3].
+        Cost     3 R*U*F + R*U multiply-adds; 3 E*U*F + 2 R*U + 5 R*F + M*U numbers.
         """
 
     def expert_ffn_backward(
@@ -333,7 +534,12 @@ class Operations(Protocol):
     ) -> tuple[FloatArray, FloatArray]:
         """Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients.
 
-        Raises TypeError: the weights are packed.
+        Shapes   dy_MU, x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?, cache,
+                 dgate_up_E2FU, ddown_EUF, dsub_norm_EF? -> dx_MU, dgate_MK
+        Dtypes   float; int64 route_R, slot_MK, start_Z
+        Raises   TypeError: the weights are packed.
+        Source   [P1 eq. 3]; straight-through where quantised [spec 5].
+        Cost     6 R*U*F + 2 R*F multiply-adds; 9 E*U*F + 4 R*U + 10 R*F numbers.
         """
 
     # ---- loss --------------------------------------------------------------------------------
@@ -341,7 +547,11 @@ class Operations(Protocol):
     def token_nll(self, x_ND: FloatArray, w_VD: FloatArray, target_N: IntArray) -> FloatArray:
         """nll[n] = logsumexp(logits[n]) - logits[n, target[n]], logits = x @ w.T; 0 where target < 0.
 
+        Shapes   x_ND, w_VD, target_N -> nll_N
+        Dtypes   float; int64 target_N
         Source   [spec 4] NLL; nats.
+        Cost     N*D*V multiply-adds, N*V exponentials; N*D + V*D numbers, and the logits, which need
+                 not all be held at once.
         """
 
     def token_nll_and_gradient(
@@ -357,12 +567,23 @@ class Operations(Protocol):
 
         Every counted token's NLL has the same upstream gradient `dnll` (1 / number of targets for a
         mean), known beforehand; so the [N, V] logits need never be kept for a second pass.
+
+        Shapes   x_ND, w_VD, target_N, dw_VD -> nll_N, dx_ND
+        Dtypes   float; int64 target_N
+        Source   [spec 4] NLL.
+        Cost     3 N*D*V multiply-adds, N*V exponentials; 2 N*D + 3 V*D numbers, and the logits.
         """
 
     # ---- optimiser ---------------------------------------------------------------------------
 
-    def sum_of_squares(self, x_P: FloatArray) -> float:
-        """The sum of x^2, in float64, in an order that depends on P alone."""
+    def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
+        """total += the sum of x^2, added up in float64, in an order that depends on P alone.
+
+        Shapes   x_P, total_1
+        Dtypes   float; float64 total_1
+        Source   [spec 6] clipping by the global norm.
+        Cost     P multiply-adds; P numbers.
+        """
 
     def adamw_in_place(
         self,
@@ -370,15 +591,22 @@ class Operations(Protocol):
         gradient_P: FloatArray,
         first_moment_P: FloatArray,
         second_moment_P: FloatArray,
+        squares_1: FloatArray,
+        guard: FloatArray,
         *,
         step: int,
-        gradient_scale: float,
         settings: AdamWSettings,
     ) -> None:
-        """One AdamW update with decoupled decay; scales the gradient first and zeroes it after.
+        """One AdamW update with decoupled decay, of the clipped gradient, which is zero afterwards.
 
-        step counts from 1. m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
+        step counts from 1; squares is the gradient's sum of squares.
+        g = gradient * min(1, clip_norm / sqrt(squares)); m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
         p = p - lr * (decay * p + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + epsilon)).
+        Where any number of `guard`, of any shape, is not finite, nothing is changed at all: a step that
+        went wrong is found out on the host only later.
 
+        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard
+        Dtypes   float; float64 squares_1, guard
         Source   [spec 6]; Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+        Cost     12 P multiply-adds, P roots; 8 P numbers.
         """

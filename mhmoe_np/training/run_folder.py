@@ -9,37 +9,22 @@
     checkpoints/       step-00000100/ ...
     evaluation.json    the final scores
 
-Everything above metrics.jsonl is made in a temporary folder and renamed: a run folder is whole or
-absent.
+Everything above metrics.jsonl is made in a temporary folder and renamed (see `preparation`): a run
+folder is whole or absent.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import tomli_w
+from mhmoe_np.data.documents import Domain, read_domain
+from mhmoe_np.data.store import TokenStore, open_store
+from mhmoe_np.data.tokenizer import load_tokenizer, tokenizer_sha256
+from mhmoe_np.settings.run import Tables, read_toml
+from mhmoe_np.storage.files import write_text
 
-from mhmoe_np.data.documents import Domain, chosen_domains, read_domain
-from mhmoe_np.data.split import split_documents
-from mhmoe_np.data.store import TokenStore, open_store, write_store
-from mhmoe_np.data.tokenizer import (
-    id_count,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_sha256,
-    train_tokenizer,
-)
-from mhmoe_np.errors import UserError
-from mhmoe_np.settings.run import RunConfig, Tables, read_toml
-from mhmoe_np.storage.files import write_directory_atomically, write_json, write_text
-
-CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
+RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 QUANTIZATION = "quantization.jsonl"
 STORE, VALIDATION = "data/train", "validation"
@@ -47,7 +32,12 @@ STORE, VALIDATION = "data/train", "validation"
 
 def is_run_folder(path: Path) -> bool:
     """Whether `path` holds a run."""
-    return (path / CONFIG).is_file()
+    return (path / RUN_CONFIG).is_file()
+
+
+def is_evaluated(run: Path) -> bool:
+    """Whether the run's final scores were written."""
+    return (run / EVALUATION).exists()
 
 
 def read_run_tables(run: Path) -> Tables:
@@ -55,57 +45,7 @@ def read_run_tables(run: Path) -> Tables:
 
     Raises UserError: it holds none, or a damaged one.
     """
-    return read_toml(run / CONFIG)
-
-
-def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: str) -> None:
-    """Read the text, split it, train or load the tokenizer, and write all that a run starts from.
-
-    Raises UserError: `path` exists, or the text or the tokenizer is unfit.
-    """
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
-    domains = chosen_domains(config.data.paths)
-    parts = {
-        domain.name: split_documents(
-            domain.documents,
-            fraction=config.data.validation_fraction,
-            seed=config.training.seed,
-        )
-        for domain in domains
-    }
-    training = [document for kept, _ in parts.values() for document in kept]
-    vocab_size = config.model.vocab_size
-    if config.data.tokenizer is None:
-        tokenizer = train_tokenizer(training, vocab_size=vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    if id_count(tokenizer) > vocab_size:
-        raise UserError(
-            f"{config.data.tokenizer or 'the trained tokenizer'}: has {id_count(tokenizer)} ids, more "
-            f"than model.vocab_size {vocab_size}; raise it"
-        )
-
-    def fill(folder: Path) -> None:
-        (folder / "data").mkdir()
-        (folder / VALIDATION).mkdir()
-        write_store(folder / STORE, training, tokenizer, name="train")
-        for name, (_, held_out) in parts.items():
-            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
-            write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))
-        save_tokenizer(tokenizer, folder / TOKENIZER)
-        write_json(folder / ENVIRONMENT, environment(threads=threads, backend=backend))
-        write_text(folder / CONFIG, tomli_w.dumps(_without_none(config.model_dump())))
-
-    write_directory_atomically(path, fill)
-
-
-def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a key whose value is None is left out, and reads as None again."""
-    return {
-        table: {key: value for key, value in values.items() if value is not None}
-        for table, values in tables.items()
-    }
+    return read_toml(run / RUN_CONFIG)
 
 
 def training_store(run: Path) -> TokenStore:
@@ -135,27 +75,3 @@ def cut_lines(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
     write_text(path, "".join(kept))
-
-
-def environment(*, threads: int, backend: str) -> dict[str, Any]:
-    """What the run was started with, for whoever reads its figures later."""
-    packages = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "backend": backend,
-        "packages": {name: version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as functions of the step.
+"""Learning rate, weight decay and the optimiser's other numbers as functions of the step.
 
 Source: warm-up and linear decay [R1], [spec 6]; two stages: the training tips of
 BitNet b1.58. A step is the index, from 0, of the update about to be made.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from mhmoe_np.settings.run import ScheduleKind
+from mhmoe_np.operations.table import AdamWSettings
+from mhmoe_np.settings.run import OptimizerConfig, ScheduleKind
 
 # The tips' 1.5e-3 -> 1e-3 (700M) and 1.2e-3 -> 8e-4 (1.3B).
 DEFAULT_SECOND_STAGE = 2 / 3
@@ -62,3 +63,25 @@ def weight_decay(step: int, *, total_steps: int, kind: ScheduleKind, decay: floa
     if kind == "two-stage" and in_second_stage(step, total_steps=total_steps):
         return 0.0
     return decay
+
+
+def adamw_settings(step: int, *, total_steps: int, optimizer: OptimizerConfig) -> AdamWSettings:
+    """The optimiser's numbers for update `step` of a run of `total_steps`."""
+    return AdamWSettings(
+        learning_rate(
+            step,
+            total_steps=total_steps,
+            kind=optimizer.schedule,
+            peak=optimizer.learning_rate,
+            final=optimizer.final_learning_rate,
+            warmup_steps=optimizer.warmup_steps,
+            second_stage_peak=optimizer.second_stage_learning_rate,
+        ),
+        optimizer.beta1,
+        optimizer.beta2,
+        optimizer.epsilon,
+        weight_decay(
+            step, total_steps=total_steps, kind=optimizer.schedule, decay=optimizer.weight_decay
+        ),
+        optimizer.clip_norm,
+    )

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from mhmoe_np.layers.balance import RouterStatistics
-from mhmoe_np.model.language_model import Batch, Losses, Model, loss_and_gradient
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.loss import Batch, add_loss_and_gradient, targets_of
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
-from mhmoe_np.model.weights import MatrixCounts, requantise
+from mhmoe_np.model.sums import StepResult, StepSums
+from mhmoe_np.model.weights import requantise
 from mhmoe_np.operations.table import AdamWSettings, Operations
 
 
 class Learner:
-    """A model that learns: its parameters, their gradient and AdamW's moments.
+    """A model that learns: its parameters, their gradient and AdamW's moments, all on the device.
+
+    A step is `add_gradient`, `update`, `read`, in this order; only the last one waits for the device.
 
     Attributes:
         parameters: in float, as they stand.
         model: what computes with them; quantised again after each update.
-        gradient: of the last `loss_and_gradient`; zero after an update.
+        gradient: of the last `add_gradient`; zero after an update.
         moments: AdamW's.
         updates: made so far.
     """
@@ -27,30 +29,53 @@ class Learner:
     def __init__(
         self, parameters: Parameters, moments: Moments, *, updates: int, ops: Operations
     ) -> None:
-        """Go on from these; the updates change them in place."""
-        self.parameters, self.moments, self.updates, self._ops = parameters, moments, updates, ops
-        self.gradient = Parameters(parameters.config, parameters.flat_P.dtype)
-        self.model = Model.of(parameters, ops=ops)
+        """Go on from the host's parameters and moments; where the host is the device, in place."""
+        self.updates, self._ops = updates, ops
+        self.parameters = parameters.to_device(ops)
+        self.moments = moments.to_device(ops)
+        self.gradient = self.parameters.zeros_like(ops=ops)
+        self.model = Model.of(self.parameters, ops=ops)
+        self._sums = StepSums(parameters.config, ops=ops)
+        self._targets = 0
 
-    def loss_and_gradient(
-        self, micro_batches: Sequence[Batch]
-    ) -> tuple[Losses, list[RouterStatistics], float]:
-        """The loss, each MoE layer's router statistics and the gradient's norm (see the function)."""
-        losses, statistics = loss_and_gradient(self.model, self.gradient, micro_batches, ops=self._ops)
-        return losses, statistics, math.sqrt(self._ops.sum_of_squares(self.gradient.flat_P))
+    def add_gradient(self, micro_batches: Sequence[Batch]) -> None:
+        """Begin a step: the batch's loss, its gradient and that gradient's norm.
 
-    def update(
-        self, norm: float, settings: AdamWSettings, *, clip_norm: float
-    ) -> dict[str, MatrixCounts]:
-        """AdamW with the gradient of norm `norm` clipped to `clip_norm`; the quantised matrices."""
+        Raises ValueError: see `add_loss_and_gradient`.
+        """
+        self._targets = targets_of(micro_batches)
+        self._sums.clear()
+        add_loss_and_gradient(self.model, self.gradient, micro_batches, self._sums, ops=self._ops)
+        self._ops.add_sum_of_squares(self.gradient.flat_P, self._sums.squares_1)
+
+    def update(self, settings: AdamWSettings) -> None:
+        """AdamW with the clipped gradient, and the weights quantised again.
+
+        Where a loss or the gradient is not finite all stays as it is, the gradient too.
+        """
         self._ops.adamw_in_place(
             self.parameters.flat_P,
             self.gradient.flat_P,
             self.moments.first.flat_P,
             self.moments.second.flat_P,
+            self._sums.squares_1,
+            self._sums.guard,
             step=self.updates + 1,
-            gradient_scale=min(1.0, clip_norm / max(norm, 1e-30)),
             settings=settings,
         )
-        self.updates += 1
-        return requantise(self.model.weights, self.parameters, ops=self._ops)
+        requantise(self.model.weights, self.parameters, self._sums.report_X5, ops=self._ops)
+
+    def read(self) -> StepResult:
+        """Wait for the step; an update that was made counts from here on."""
+        result = self._sums.read(self._targets, self.parameters.flat_P.dtype)
+        self.updates += result.is_finite
+        return result
+
+    def step(self, micro_batches: Sequence[Batch], settings: AdamWSettings) -> StepResult:
+        """A whole step.
+
+        Raises ValueError: see `add_loss_and_gradient`.
+        """
+        self.add_gradient(micro_batches)
+        self.update(settings)
+        return self.read()

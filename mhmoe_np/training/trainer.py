@@ -7,7 +7,6 @@ run, bit for bit.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,24 +21,23 @@ from mhmoe_np.checkpoints.checkpoint import (
     CHECKPOINTS,
     TrainerState,
     checkpoints_of,
-    load_training_state,
-    save_checkpoint,
+    load_training_checkpoint,
+    save_training_checkpoint,
 )
-from mhmoe_np.checkpoints.checkpoint import WEIGHTS as WEIGHTS_FILE
 from mhmoe_np.data.batches import Batches
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.layers.balance import RouterStatistics
-from mhmoe_np.model.language_model import Batch, Losses
+from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.sums import Losses
 from mhmoe_np.model.weights import MatrixCounts
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.files import remove_directory, remove_leftovers
-from mhmoe_np.storage.tensors import read_into
 from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, TOKENIZER, cut_lines, training_store
-from mhmoe_np.training.schedule import learning_rate, weight_decay
+from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
 
 
@@ -94,6 +92,9 @@ class Trainer:
     """A run in a run folder, from its last checkpoint or from the start.
 
     Attributes:
+        run: the folder.
+        config: what the run does.
+        ops: the backend that it runs on.
         learner: the model as trained so far, and what training it needs.
     """
 
@@ -102,7 +103,7 @@ class Trainer:
 
         Raises UserError: the data or the last checkpoint is damaged or of another configuration.
         """
-        self.run, self.config = run, config
+        self.run, self.config, self.ops = run, config, ops
         self._tokenizer = load_tokenizer(run / TOKENIZER)
         self._batches = Batches(
             training_store(run).token_W,
@@ -112,20 +113,19 @@ class Trainer:
         )
         (run / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(run / CHECKPOINTS)
-        self.learner = self._restored(ops)
+        self.learner = self._restored()
 
-    def _restored(self, ops: Operations) -> Learner:
-        parameters = Parameters(self.config.model, np.float32)
-        moments = Moments.zeros(self.config.model, np.float32)
+    def _restored(self) -> Learner:
+        model = self.config.model
         checkpoints = checkpoints_of(self.run)
         if not checkpoints:
+            parameters = Parameters(model, np.float32)
             initialise(parameters, self.config.training.seed)
-            return Learner(parameters, moments, updates=0, ops=ops)
-        state = load_training_state(checkpoints[-1], moments)
+            return Learner(parameters, Moments.zeros(model, np.float32), updates=0, ops=self.ops)
+        parameters, moments, state = load_training_checkpoint(checkpoints[-1], model)
         if state.config_sha256 != self.config.identity():
             raise UserError(f"{checkpoints[-1]}: was made with another configuration than {self.run}'s")
-        read_into(checkpoints[-1] / WEIGHTS_FILE, parameters.tensors)
-        return Learner(parameters, moments, updates=state.step, ops=ops)
+        return Learner(parameters, moments, updates=state.step, ops=self.ops)
 
     @property
     def step(self) -> int:
@@ -137,9 +137,10 @@ class Trainer:
         """Whether every step was made."""
         return self.step >= self.config.training.steps
 
-    def train(self, on_step: Callable[[StepReport], None]) -> int | None:
+    def train(self, on_step: Callable[[StepReport], None] | None = None) -> int | None:
         """Go on to the last step; return the signal that ended it early, if one did.
 
+        on_step: called with each step's report.
         SIGINT and SIGTERM end the run after the current step, with a checkpoint.
 
         Raises TrainingFailure: the loss is not finite; UserError: a file cannot be written.
@@ -152,7 +153,8 @@ class Trainer:
                 report, matrices = self._train_step()
                 metrics.write(json.dumps(report.as_dict()) + "\n")
                 metrics.flush()
-                on_step(report)
+                if on_step is not None:
+                    on_step(report)
                 if self.step % every == 0 or self.finished or received:
                     self._log_matrices(matrices)
                     self.save()
@@ -170,33 +172,16 @@ class Trainer:
 
     def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts]]:
         start = time.perf_counter()
-        training, optimizer = self.config.training, self.config.optimizer
+        training = self.config.training
         tokens_BT1 = self._batches.batch(self.step)
         parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
-        losses, statistics, norm = self.learner.loss_and_gradient([Batch.of(part) for part in parts])
-        if not math.isfinite(losses.loss + norm):
-            self._fail(losses)
-        settings = AdamWSettings(
-            learning_rate(
-                self.step,
-                total_steps=training.steps,
-                kind=optimizer.schedule,
-                peak=optimizer.learning_rate,
-                final=optimizer.final_learning_rate,
-                warmup_steps=optimizer.warmup_steps,
-                second_stage_peak=optimizer.second_stage_learning_rate,
-            ),
-            optimizer.beta1,
-            optimizer.beta2,
-            optimizer.epsilon,
-            weight_decay(
-                self.step,
-                total_steps=training.steps,
-                kind=optimizer.schedule,
-                decay=optimizer.weight_decay,
-            ),
+        settings = adamw_settings(
+            self.step, total_steps=training.steps, optimizer=self.config.optimizer
         )
-        matrices = self.learner.update(norm, settings, clip_norm=optimizer.clip_norm)
+        result = self.learner.step([Batch.of(part) for part in parts], settings)
+        if not result.is_finite:
+            self._fail(result.losses)
+        losses, statistics, norm, matrices = result
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
             step=self.step,
@@ -218,7 +203,7 @@ class Trainer:
             (
                 f"{kind} {name}"
                 for kind, group in suspects.items()
-                for name, tensor in group.tensors.items()
+                for name, tensor in group.to_host(self.ops).tensors.items()
                 if not np.isfinite(tensor).all()
             ),
             "the loss",
@@ -238,23 +223,17 @@ class Trainer:
         directory = self.run / CHECKPOINTS / f"step-{self.step:08d}"
         if directory.exists():
             return directory
-        training = self.config.training
-        state = TrainerState(
-            step=self.step,
-            seed=training.seed,
-            sequences=self.step * training.batch_size,
-            config_sha256=self.config.identity(),
-        )
+        state = TrainerState(step=self.step, config_sha256=self.config.identity())
         try:
-            save_checkpoint(
-                directory, self.learner.parameters, self._tokenizer, self.learner.moments, state
-            )
+            parameters = self.learner.parameters.to_host(self.ops)
+            moments = self.learner.moments.to_host(self.ops)
+            save_training_checkpoint(directory, parameters, self._tokenizer, moments, state)
         except OSError as error:
             raise UserError(
                 f"{directory}: cannot be written: {error.strerror}; free some space and continue "
                 "with --resume auto: earlier checkpoints are whole"
             ) from None
-        for old in checkpoints_of(self.run)[: -training.keep_checkpoints]:
+        for old in checkpoints_of(self.run)[: -self.config.training.keep_checkpoints]:
             remove_directory(old)
         return directory
 

@@ -71,6 +71,6 @@ def test_multiply_adds_are_those_of_a_forward(kind: str) -> None:
     ops = cast(Operations, counting)
     model = Model.of(parameters, ops=ops)
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (3, 12))
-    x, _, _ = forward(model, tokens, np.ones(tokens.size, bool), drop=False, ops=ops)
+    x, _ = forward(model, tokens, None, drop=False, ops=ops)
     ops.token_nll(x, model.weights.output_VD, tokens.reshape(-1))
     assert counting.macs == tokens.size * sum(macs_per_token(config, tokens.shape[1]).values())

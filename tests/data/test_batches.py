@@ -52,13 +52,6 @@ def test_a_batch_depends_on_the_step_alone(batches, steps):
         np.testing.assert_array_equal(batches.batch(step), in_order[step])
 
 
-@given(batches=layouts(), step=st.integers(0, 10**6))
-def test_the_epoch_of_a_step_is_that_of_its_first_sequence(batches, step):
-    first = step * len(batches.batch(step))
-    assert batches.epoch(step) * batches.sequences_per_epoch <= first
-    assert first < (batches.epoch(step) + 1) * batches.sequences_per_epoch
-
-
 @given(st.integers(1, 50), st.integers(1, 500))
 def test_at_most_two_windows_worth_of_tokens_are_left_out_of_an_epoch(sequence_length, extra):
     token_W = np.zeros(sequence_length + extra, dtype=np.uint16)
@@ -110,7 +103,6 @@ def test_a_batch_may_hold_several_epochs():
     starts = batches.batch(0)[:, 0]
     for epoch in range(3):
         assert abs(int(starts[2 * epoch]) - int(starts[2 * epoch + 1])) == 10
-    assert (batches.epoch(0), batches.epoch(1)) == (0, 3)
 
 
 def test_batches_read_from_a_mapped_store(documents, tokenizer, tmp_path):

@@ -31,20 +31,18 @@ def word_level(size: int) -> Tokenizer:
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=6))
 def test_documents_are_separated_by_one_end_of_text(tokenizer, texts):
-    token_W, offsets = tokenise(texts, tokenizer)
-    assert (token_W == 0).sum() == max(0, len(texts) - 1)
-    ends = [*(offset - 1 for offset in offsets[1:]), len(token_W)]
-    pieces = [token_W[start:end] for start, end in zip(offsets, ends, strict=len(texts) > 0)]
-    assert [tokenizer.decode(piece.tolist()) for piece in pieces] == texts
-    assert len(token_W) == sum(map(len, pieces)) + max(0, len(texts) - 1)
+    token_W = tokenise(texts, tokenizer)
+    separators = np.flatnonzero(token_W == 0)
+    assert len(separators) == max(0, len(texts) - 1)
+    pieces = np.split(token_W, separators)
+    joined = [pieces[0].tolist(), *(piece[1:].tolist() for piece in pieces[1:])]
+    assert [tokenizer.decode(piece) for piece in joined] == (texts or [""])
 
 
 def test_the_chunks_leave_no_mark_on_the_tokens(documents, tokenizer, monkeypatch):
-    token_W, offsets = tokenise(documents, tokenizer)
+    token_W = tokenise(documents, tokenizer)
     monkeypatch.setattr(store, "CHARACTERS_PER_CHUNK", 1000)
-    chunked_W, chunked_offsets = tokenise(documents, tokenizer)
-    np.testing.assert_array_equal(chunked_W, token_W)
-    assert chunked_offsets == offsets
+    np.testing.assert_array_equal(tokenise(documents, tokenizer), token_W)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -73,20 +71,14 @@ def test_a_text_the_tokenizer_cannot_encode_is_refused():
 
 def test_a_store_reads_back_as_written(path, documents, tokenizer):
     opened = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-    token_W, offsets = tokenise(documents, tokenizer)
-    np.testing.assert_array_equal(opened.token_W, token_W)
-    assert opened.header.document_offsets == offsets
+    np.testing.assert_array_equal(opened.token_W, tokenise(documents, tokenizer))
     assert isinstance(opened.token_W, np.memmap)
     assert not opened.token_W.flags.writeable
 
 
 def test_the_sidecar_states_the_counts_of_the_documents(path, documents, tokenizer):
-    values = json.loads(path.with_name("train.v1.json").read_text())
-    offsets = values.pop("document_offsets")
-    assert offsets[0] == 0
-    assert len(offsets) == 40
-    assert values == {
-        "version": 1,
+    assert json.loads(path.with_name("train.v1.json").read_text()) == {
+        "version": 2,
         "name": "lexicon",
         "dtype": "uint16",
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -96,6 +88,16 @@ def test_the_sidecar_states_the_counts_of_the_documents(path, documents, tokeniz
         "bytes": sum(len(document.encode()) for document in documents),
         "words": sum(len(document.split()) for document in documents),
     }
+
+
+def test_a_store_of_version_1_is_read(path, tokenizer):
+    expected = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
+    sidecar = path.with_name("train.v1.json")
+    old = {"version": 1, "document_offsets": list(range(40))}
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | old))
+    opened = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
+    assert opened.header == expected.header
+    np.testing.assert_array_equal(opened.token_W, expected.token_W)
 
 
 def test_a_store_is_two_files_and_is_replaced_by_a_second_write(path, tokenizer):
@@ -158,12 +160,12 @@ def test_a_store_of_another_tokenizer_is_refused(path, documents):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, "is not a token store of version 1 (got 2)"),
-        ("version", None, "is not a token store of version 1 (got None)"),
+        ("version", 3, "is not a token store of version 1 or 2 (got 3)"),
+        ("version", None, "is not a token store of version 1 or 2 (got None)"),
         ("dtype", "int64", "dtype: "),
         ("tokens", "7", "tokens: "),
-        ("tokens", 7, "document_offsets: beyond the 7 tokens"),
-        ("documents", 39, "document_offsets: 40 for 39 documents"),
+        ("documents", 0, "documents: "),
+        ("document_offsets", [0], "unknown key 'document_offsets'"),
         ("colour", "red", "unknown key 'colour'"),
     ],
 )
@@ -173,7 +175,9 @@ def test_an_edited_sidecar_is_refused_by_its_key(path, tokenizer, key, value, me
     assert f"train.v1.json: {message}" in refusal(path, tokenizer)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"version": 1}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"\xff", b'{"version": 1}', b'{"version": 2}', b"[" * 100_000]
+)
 def test_a_foreign_sidecar_is_refused(path, tokenizer, content):
     path.with_name("train.v1.json").write_bytes(content)
     assert re.search(r"train\.v1\.json: ", refusal(path, tokenizer))

@@ -79,7 +79,7 @@ def test_no_thread_is_left_and_a_fork_after_encoding_neither_warns_nor_hangs():
 @example(f"a{END_OF_TEXT}b {END_OF_TEXT} {END_OF_TEXT}")
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_every_text_survives_encoding_and_decoding(tokenizer, text):
-    token_W, _ = tokenise([text], tokenizer)
+    token_W = tokenise([text], tokenizer)
     assert tokenizer.decode(token_W.tolist(), skip_special_tokens=False) == text
     assert end_of_text_id(tokenizer) not in token_W
 
@@ -87,7 +87,7 @@ def test_every_text_survives_encoding_and_decoding(tokenizer, text):
 def test_text_full_of_the_end_of_text_does_not_merge_into_it():
     documents = [f"{END_OF_TEXT}{END_OF_TEXT} {END_OF_TEXT}"] * 50
     tokenizer = train_tokenizer(documents, vocab_size=400)
-    assert 0 not in tokenise(documents[:1], tokenizer)[0]
+    assert 0 not in tokenise(documents[:1], tokenizer)
 
 
 def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
@@ -98,7 +98,7 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
     assert tokenizer_sha256(loaded) == tokenizer_sha256(tokenizer)
     assert list(tmp_path.iterdir()) == [path]
     text = f"kept {END_OF_TEXT} apart"
-    assert (tokenise([text], loaded)[0] == tokenise([text], tokenizer)[0]).all()
+    assert (tokenise([text], loaded) == tokenise([text], tokenizer)).all()
 
 
 def test_different_tokenizers_have_different_hashes(documents, tokenizer):
@@ -113,8 +113,8 @@ def test_truncation_and_padding_of_a_foreign_tokenizer_are_switched_off(tokenize
     foreign.enable_padding(length=50)
     foreign.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    token_W, _ = tokenise(["some longer text"], loaded)
-    assert (token_W == tokenise(["some longer text"], tokenizer)[0]).all()
+    token_W = tokenise(["some longer text"], loaded)
+    assert (token_W == tokenise(["some longer text"], tokenizer)).all()
 
 
 @pytest.mark.parametrize(

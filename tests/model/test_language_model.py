@@ -7,7 +7,8 @@ import pytest
 
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache, decode
-from mhmoe_np.model.language_model import Batch, Model, forward, loss_and_gradient
+from mhmoe_np.model.language_model import Model, forward
+from mhmoe_np.model.loss import Batch, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName, Operations
@@ -35,10 +36,10 @@ def test_accumulated_micro_batches_equal_the_big_batch(kind: str, backend: Backe
     model, batch = _model(kind, ops), _batch(4)
     big, small = (Parameters(model.config, np.float64) for _ in range(2))
     parts = [Batch(batch.input_BT[i : i + 1], batch.target_BT[i : i + 1]) for i in range(4)]
-    whole, _ = loss_and_gradient(model, big, [batch], ops=ops)
-    accumulated, _ = loss_and_gradient(model, small, parts, ops=ops)
+    whole = loss_and_gradient(model, big, [batch], ops=ops)
+    accumulated = loss_and_gradient(model, small, parts, ops=ops)
     # float64, sums in another order
-    np.testing.assert_allclose(accumulated, whole, rtol=1e-13)
+    np.testing.assert_allclose(accumulated.losses, whole.losses, rtol=1e-13)
     scale = np.abs(big.flat_P).max()
     np.testing.assert_allclose(small.flat_P, big.flat_P, rtol=0, atol=1e-13 * scale)
 
@@ -50,10 +51,9 @@ def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendNa
     # Where float32's last bits differ, a quantiser may round to the other neighbour: hence float64.
     model = _model(kind, ops, np.float64 if kind in QUANTISED else np.float32)
     id_BT = np.random.default_rng(5).integers(0, 37, (2, 11))
-    counted_N = np.ones(id_BT.size, bool)
-    x_ND, _, _ = forward(model, id_BT, counted_N, drop=False, ops=ops)
+    x_ND, _ = forward(model, id_BT, None, drop=False, ops=ops)
     logits_BTV = (x_ND @ model.weights.output_VD.T).reshape(2, 11, -1)
-    cache = KeyValueCache(model, sequences=2, positions=11)
+    cache = KeyValueCache(model, sequences=2, positions=11, ops=ops)
     for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10), (10, 11)):
         logits_BV = decode(model, cache, id_BT[:, first:last], ops=ops)
         expected_BV = logits_BTV[:, last - 1]
@@ -81,9 +81,8 @@ def test_a_later_token_leaves_earlier_logits_as_they_are() -> None:
     id_BT = np.random.default_rng(6).integers(0, 37, (1, 9))
     changed_BT = id_BT.copy()
     changed_BT[0, 6] += 1 if changed_BT[0, 6] < 36 else -1
-    counted_N = np.ones(9, bool)
-    before, _, _ = forward(model, id_BT, counted_N, drop=False, ops=ops)
-    after, _, _ = forward(model, changed_BT, counted_N, drop=False, ops=ops)
+    before, _ = forward(model, id_BT, None, drop=False, ops=ops)
+    after, _ = forward(model, changed_BT, None, drop=False, ops=ops)
     # Rows sorted by expert change places, so a product may round differently.
     np.testing.assert_allclose(after[:6], before[:6], rtol=1e-12, atol=1e-14)
     assert np.abs(after[6:] - before[6:]).max() > 1e-3
@@ -101,9 +100,7 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
     total = 0.0
     for start in range(0, length - 1, 32):
         window = token_W[start : start + 33]
-        x_ND, _, _ = forward(
-            model, window[None, :-1], np.ones(len(window) - 1, bool), drop=False, ops=ops
-        )
+        x_ND, _ = forward(model, window[None, :-1], None, drop=False, ops=ops)
         total += ops.token_nll(x_ND, model.weights.output_VD, window[1:]).sum()
     assert one == pytest.approx(total, rel=1e-13)
 
@@ -112,6 +109,6 @@ def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None
     ops = load_operations("numba")
     model = _model("dense", ops)
     with pytest.raises(ValueError, match=r"0 \.\. 36"):
-        forward(model, np.array([[1, 37]]), np.ones(2, bool), drop=False, ops=ops)
+        forward(model, np.array([[1, 37]]), None, drop=False, ops=ops)
     with pytest.raises(ValueError, match="max_position_embeddings"):
-        forward(model, np.zeros((1, 33), int), np.ones(33, bool), drop=False, ops=ops)
+        forward(model, np.zeros((1, 33), int), None, drop=False, ops=ops)

@@ -12,17 +12,30 @@ from hypothesis import strategies as st
 
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import FormatName, pack
-from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations, PackedWeight
+from mhmoe_np.operations.table import (
+    AdamWSettings,
+    BitWeight,
+    Operations,
+    PackedWeight,
+    RouterLosses,
+    RouterSums,
+)
 
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")
 BACKENDS = {"numpy": NUMPY, "numba": NUMBA}
-TABLE = {name for name in vars(Operations) if not name.startswith("_")} - {
+MEMORY = {
     "empty",
+    "zeros",
+    "empty_packed",
     "scope",
     "buffer_bytes",
-    "prefers_packed",
+    "to_device",
+    "to_host",
+    "packed_to_device",
+    "packed_to_host",
 }
+TABLE = {name for name in vars(Operations) if not name.startswith("_")} - MEMORY - {"prefers_packed"}
 DTYPES = [np.float64, np.float32]
 ACTIVATIONS = ["silu", "relu2"]
 
@@ -139,7 +152,21 @@ def unchanged(*arrays: Any) -> Iterator[None]:
     same_bits(flat(arrays), before)
 
 
-ADAMW = AdamWSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
+ADAMW = AdamWSettings(
+    learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1, clip_norm=1.0
+)
+
+
+def router_sums(E: int) -> RouterSums:
+    """Zeros."""
+    return RouterSums(*(np.zeros(E) for _ in range(4)), np.zeros(1))
+
+
+def router_losses(r: Inputs, E: int, counted_M: Any) -> RouterLosses:
+    """Counts of each expert, and what balance loss and z-loss might send back."""
+    count_E = r.rng.integers(0, 9, E).astype(float)
+    count_E[0] += 1
+    return RouterLosses(count_E, int(count_E.sum()), max(1, int(counted_M.sum())), 0.7, 0.3)
 
 
 def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
@@ -161,12 +188,24 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     done["linear_backward"] += [ops.linear_backward(dy, x, bits, dw, db), dw, db]
     done["quantise_rows"] = flat(ops.quantise_rows(x))
     q, beta = np.zeros((V, 70), dtype), np.zeros(V, dtype)
-    start = np.array([0, 1, 200, V])
-    counts = ops.quantise_weight(r(V, 70), start, quantization="bitnet_b158", q_OI=q, beta_O=beta)
-    done["quantise_weight"] = [counts, q, beta]
+    report = np.zeros((3, 5))
+    ops.quantise_weight(
+        r(V, 70),
+        (0, 1, 200, V),
+        quantization="bitnet_b158",
+        q_OI=q,
+        beta_O=beta,
+        report_X5=report,
+    )
+    done["quantise_weight"] = [report, q, beta]
     room = packed.w._replace(code=np.empty_like(packed.w.code))
     ops.pack_in_place(bits.w[None], room)
     done["pack_in_place"] = [room.code]
+
+    onto, total = r(N, D), np.ones(1)
+    ops.add_in_place(x, onto)
+    ops.add_sum(x[:, 0].copy(), total)
+    done["add_in_place"], done["add_sum"] = [onto], [total]
 
     ids, dw = r.rng.integers(0, V, N), r(V, D)
     done["embedding"] = [ops.embedding(ids, w)]
@@ -206,9 +245,13 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
     routing = ops.route(r(M, E), top_k=K, normalise=True)
     done["route"] = list(routing)
     counted = r.rng.random(M) < 0.7
-    done["route_backward"] = [ops.route_backward(r(M, K), r(E), r(M), routing, counted, normalise=True)]
+    losses = router_losses(r, E, counted)
+    done["route_backward"] = [ops.route_backward(r(M, K), routing, counted, losses, normalise=True)]
     sent = ops.dispatch(routing.expert_MK, experts=E, capacity=300)
     done["dispatch"] = list(sent)
+    sums = router_sums(E)
+    ops.add_router_statistics(routing, sent, counted, sums)
+    done["add_router_statistics"] = list(sums)
     given = (r(M, U), routing.gate_MK, sent, r(E, 2 * F, U), r(E, U, F), r(E, F))
     y, cache = ops.expert_ffn(*given, activation="silu", eps=1e-5)
     done["expert_ffn"] = flat((y, cache))
@@ -248,7 +291,9 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
 
     P = 70_000
     state = [r(P), r(P), r(P), r(P) ** 2]
-    done["sum_of_squares"] = [np.float64(ops.sum_of_squares(state[0]))]
-    ops.adamw_in_place(*state, step=3, gradient_scale=0.5, settings=ADAMW)
+    squares = np.ones(1)
+    ops.add_sum_of_squares(state[0], squares)
+    done["add_sum_of_squares"] = [squares]
+    ops.adamw_in_place(*state, squares, np.zeros(3), step=3, settings=ADAMW)
     done["adamw_in_place"] = state
     return done

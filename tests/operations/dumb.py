@@ -192,16 +192,18 @@ def adamw(
     gradient: float,
     first: float,
     second: float,
+    squares: float,
     step: int,
-    scale: float,
     learning_rate: float,
     beta1: float,
     beta2: float,
     epsilon: float,
     decay: float,
+    clip_norm: float,
 ) -> tuple[float, float, float]:
     """One parameter's update: its new value and moments."""
-    g = gradient * scale
+    norm = math.sqrt(squares)
+    g = gradient * clip_norm / norm if norm > clip_norm else gradient
     first = beta1 * first + (1 - beta1) * g
     second = beta2 * second + (1 - beta2) * g * g
     mean, variance = first / (1 - beta1**step), second / (1 - beta2**step)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.operations.table import AdamWSettings
 from tests.operations.cases import (
     ACTIVATIONS,
+    ADAMW,
     BACKENDS,
+    BOUND,
     DTYPES,
     NUMBA,
     NUMPY,
@@ -24,6 +25,8 @@ from tests.operations.cases import (
     copies,
     heads,
     quick,
+    router_losses,
+    router_sums,
     run_table,
     same_bits,
     unchanged,
@@ -277,13 +280,29 @@ def test_route_agrees(
     lower_first = np.argsort(-logits, axis=1, kind="stable")[:, :K]
     np.testing.assert_array_equal(actual.expert_MK, lower_first)
 
-    dgate, dp, dlse, counted = r(M, K), r(E), r(M), r.rng.random(M) < 0.7
-    given_arrays = (dgate, dp, dlse, *expected, counted)
-    with unchanged(*given_arrays):
+    dgate, counted = r(M, K), r.rng.random(M) < 0.7
+    losses = router_losses(r, E, counted)
+    with unchanged(dgate, *expected, counted, losses.count_E):
         agree(
-            NUMBA.route_backward(dgate, dp, dlse, expected, counted, normalise=normalise),
-            NUMPY.route_backward(dgate, dp, dlse, expected, counted, normalise=normalise),
+            NUMBA.route_backward(dgate, expected, counted, losses, normalise=normalise),
+            NUMPY.route_backward(dgate, expected, counted, losses, normalise=normalise),
         )
+
+    # Sums that go on from others, as in a step of several micro-batches.
+    sent = NUMPY.dispatch(expected.expert_MK, experts=E, capacity=max(1, M // 2))
+    sums = [router_sums(E), router_sums(E)]
+    with unchanged(*expected, sent, counted):
+        for _ in range(2):
+            NUMPY.add_router_statistics(expected, sent, counted, sums[0])
+            NUMBA.add_router_statistics(expected, sent, counted, sums[1])
+    first, choice, p, dropped, squares = zip(*sums, strict=True)
+    same_bits(first[1], first[0])
+    same_bits(choice[1], choice[0])
+    same_bits(dropped[1], dropped[0])
+    # p is added up in its own dtype: M numbers up to 1.
+    bound = BOUND[np.dtype(dtype)] * max(1, counted.sum())
+    np.testing.assert_allclose(p[1], p[0], rtol=0, atol=bound)
+    np.testing.assert_allclose(squares[1], squares[0], rtol=BOUND[np.dtype(dtype)])
 
 
 LOADS = st.sampled_from(["even", "one", "half"])
@@ -424,29 +443,32 @@ FLAT = [1, 32767, 32768, 32769, 65535, 65536, 65537]
 @quick(10)
 def test_sum_of_squares_agrees(dtype: Any, P: int, seed: int) -> None:
     x = Inputs(seed, dtype)(P)
+    expected, actual = np.ones(1), np.ones(1)
     with unchanged(x):
-        expected, actual = NUMPY.sum_of_squares(x), NUMBA.sum_of_squares(x)
-    assert type(actual) is type(expected) is float
+        NUMPY.add_sum_of_squares(x, expected)
+        NUMBA.add_sum_of_squares(x, actual)
     # Sums of float64 whatever the input: positive terms, so n roundings at the very most.
-    assert actual == pytest.approx(expected, rel=1e-13, abs=0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-13)
 
 
-@always([{"P": P, "step": 2, "scale": 0.5, "decay": 0.1, "seed": 19} for P in FLAT])
+@always([{"P": P, "step": 2, "squares": 4.0, "decay": 0.1, "seed": 19} for P in FLAT])
 @given(
     P=st.integers(1, 300),
     step=st.sampled_from([1, 2, 1000]),
-    scale=st.sampled_from([1.0, 0.01]),
+    squares=st.sampled_from([0.5, 1e4]),
     decay=st.sampled_from([0.0, 0.1]),
     seed=SEEDS,
 )
 @quick(20)
-def test_adamw_agrees(dtype: Any, P: int, step: int, scale: float, decay: float, seed: int) -> None:
+def test_adamw_agrees(dtype: Any, P: int, step: int, squares: float, decay: float, seed: int) -> None:
     r = Inputs(seed, dtype)
     expected = [r(P), r(P), r(P), r(P) ** 2]
     expected[3][::3] = 0  # as at the first step
     actual = copies(expected)
-    settings = AdamWSettings(1e-2, 0.9, 0.95, 1e-6, decay)
-    for ops, state in ((NUMPY, expected), (NUMBA, actual)):
-        ops.adamw_in_place(*state, step=step, gradient_scale=scale, settings=settings)
+    settings = ADAMW._replace(weight_decay=decay)
+    total, guard = np.array([squares]), np.array([[squares, 1.0]])
+    with unchanged(total, guard):
+        for ops, state in ((NUMPY, expected), (NUMBA, actual)):
+            ops.adamw_in_place(*state, total, guard, step=step, settings=settings)
     agree(actual, expected)
     assert not actual[1].any()

@@ -146,16 +146,16 @@ def test_embedding_backward_adds_every_row_of_a_repeated_id(N: int, V: int, D: i
     near(dw, expected)
 
 
-@given(step=st.integers(1, 2000), scale=st.sampled_from([1.0, 0.1]), seed=SEEDS)
+@given(step=st.integers(1, 2000), squares=st.sampled_from([0.5, 100.0]), seed=SEEDS)
 @quick(30)
-def test_adamw_updates_every_parameter_by_the_formula(step: int, scale: float, seed: int) -> None:
+def test_adamw_updates_every_parameter_by_the_formula(step: int, squares: float, seed: int) -> None:
     r = Inputs(seed, float)
     state = [r(5), r(5), r(5), r(5) ** 2]
     expected = [
-        dumb.adamw(*numbers, step, scale, *ADAMW)
+        dumb.adamw(*numbers, squares, step, *ADAMW)
         for numbers in zip(*(array.tolist() for array in state), strict=True)
     ]
-    NUMPY.adamw_in_place(*state, step=step, gradient_scale=scale, settings=ADAMW)
+    NUMPY.adamw_in_place(*state, np.array([squares]), np.zeros(2), step=step, settings=ADAMW)
     parameter, gradient, first, second = state
     near(np.stack([parameter, first, second], axis=1), expected)
     assert not gradient.any()
@@ -178,18 +178,18 @@ def test_each_joined_matrix_is_quantised_by_itself(
     quantization: Any, heights: list[int], I: int, seed: int
 ) -> None:
     r = Inputs(seed, float)
-    start = np.cumsum([0, *heights])
+    start = tuple(np.cumsum([0, *heights]).tolist())
     w = r(start[-1], I) * np.repeat(np.abs(r(len(heights))), heights)[:, None]
     before = r.rng.integers(-1, 2, w.shape).astype(float)
-    q, beta = before.copy(), np.zeros(len(w))
-    counts = NUMPY.quantise_weight(w, start, quantization=quantization, q_OI=q, beta_O=beta)
+    q, beta, report = before.copy(), np.zeros(len(w)), np.full((len(heights), 5), np.nan)
+    NUMPY.quantise_weight(w, start, quantization=quantization, q_OI=q, beta_O=beta, report_X5=report)
     for x, (first, last) in enumerate(pairwise(start)):
         expected, scale = dumb.quantise_matrix(w[first:last].tolist(), quantization)
         assert q[first:last].tolist() == expected
         assert beta[first:last].tolist() == [scale] * (last - first)
         flat = [value for row in expected for value in row]
         flips = sum(a != b for a, b in zip(flat, before[first:last].ravel(), strict=True))
-        assert counts[x].tolist() == [flat.count(-1), flat.count(0), flat.count(1), flips]
+        assert report[x].tolist() == [scale, flat.count(-1), flat.count(0), flat.count(1), flips]
 
 
 @given(N=TINY, I=TINY, O=TINY, seed=SEEDS)

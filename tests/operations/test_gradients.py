@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mhmoe_np.operations.table import Operations
-from tests.operations.cases import ACTIVATIONS, BACKENDS, Inputs, heads
+from tests.operations.cases import ACTIVATIONS, BACKENDS, Inputs, heads, router_losses
 
 EPS = 1e-5
 STEP = 2e-4  # error of the stencil h^4 f^(5)/30 ~ 1e-15, of its rounding 1e-16/h ~ 1e-12
@@ -172,16 +172,19 @@ def test_route_backward_is_the_derivative_where_the_choice_holds(
     # Well apart, in a random order: no move of the stencil changes the choice.
     apart = np.stack([r.rng.permutation(E) for _ in range(M)]) * 0.5
     at = {"logits": apart + r.rng.uniform(-0.2, 0.2, (M, E))}
-    dgate, dp, dlse, counted = r(M, K), r(E), r(M), r.rng.random(M) < 0.6
+    dgate, counted = r(M, K), r.rng.random(M) < 0.6
     assert 0 < counted.sum() < M
+    losses = router_losses(r, E, counted)
     routing = ops.route(at["logits"], top_k=K, normalise=normalise)
-    gradient = ops.route_backward(dgate, dp, dlse, routing, counted, normalise=normalise)
+    gradient = ops.route_backward(dgate, routing, counted, losses, normalise=normalise)
 
     def loss(i: Arrays) -> float:
         now = ops.route(i["logits"], top_k=K, normalise=normalise)
         assert (now.expert_MK == routing.expert_MK).all()
-        of_p = (counted[:, None] * now.p_ME * dp).sum()
-        return float((dgate * now.gate_MK).sum() + of_p + (dlse * now.log_sum_exp_M).sum())
+        share_E = losses.count_E / losses.choices
+        aux = E * (share_E * now.p_ME[counted].mean(axis=0)).sum()
+        z = (now.log_sum_exp_M[counted] ** 2).mean()
+        return float((dgate * now.gate_MK).sum() + losses.daux * aux + losses.dz * z)
 
     check(loss, at, {"logits": gradient}, seed=126)
 

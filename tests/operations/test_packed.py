@@ -21,7 +21,7 @@ from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, InstructionS
 from mhmoe_np.operations.numba_cpu.packed import as_stack
 from mhmoe_np.operations.numba_cpu.packed_product import PackedProduct, packed_product, padded_inputs
 from mhmoe_np.operations.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
-from mhmoe_np.operations.table import BitWeight, PackedWeight
+from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight
 from tests.operations.cases import (
     ACTIVATIONS,
     BACKENDS,
@@ -342,6 +342,20 @@ def test_rows_that_are_not_finite_are_quantised_as_defined(dtype: Any) -> None:
     assert (~np.isfinite(expected[1])).sum() == 61
 
 
+def quantise(
+    ops: Operations,
+    w: Any,
+    starts: tuple[int, ...],
+    quantization: Any,
+    q: Any,
+    beta: Any,
+    report: Any = None,
+) -> None:
+    """`quantise_weight` into q, beta and, where it is wanted, report."""
+    report = np.empty((len(starts) - 1, 5)) if report is None else report
+    ops.quantise_weight(w, starts, quantization=quantization, q_OI=q, beta_O=beta, report_X5=report)
+
+
 @of_each_dtype
 @pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
 @always([{"heights": [300, 1, 70], "I": 120, "spread": 1.0, "equal": False, "seed": 15}])
@@ -357,7 +371,7 @@ def test_weights_are_quantised_to_the_bits_of_the_definition(
     dtype: Any, quantization: Any, heights: list[int], I: int, spread: float, equal: bool, seed: int
 ) -> None:
     r = Inputs(seed, dtype)
-    start = np.cumsum([0, *heights])
+    start = tuple(np.cumsum([0, *heights]).tolist())
     w = r(start[-1], I, spread=spread)
     w *= 10 ** r.rng.uniform(-8, 8, w.shape).astype(dtype)  # sums that lose bits in any order
     if equal:
@@ -366,17 +380,19 @@ def test_weights_are_quantised_to_the_bits_of_the_definition(
     results = []
     for ops in BACKENDS.values():
         q, beta = before.copy(), np.zeros(len(w), dtype)
-        with unchanged(w, start):
-            counts = ops.quantise_weight(w, start, quantization=quantization, q_OI=q, beta_O=beta)
-        results.append([counts, q, beta])
-        again = ops.quantise_weight(w, start, quantization=quantization, q_OI=q, beta_O=beta)
-        assert not again[:, 3].any()  # nothing flips the second time
+        report, again = np.full((2, len(heights), 5), np.nan)
+        with unchanged(w):
+            quantise(ops, w, start, quantization, q, beta, report)
+        results.append([report, q.copy(), beta.copy()])
+        quantise(ops, w, start, quantization, q, beta, again)
+        assert not again[:, 4].any()  # nothing flips the second time
+        same_bits([again[:, :4], q, beta], [report[:, :4], *results[-1][1:]])
     same_bits(results[0], results[1])
-    counts, q, _ = results[0]
+    report, q, beta = results[0]
     for x, (first, last) in enumerate(itertools.pairwise(start)):
         now, then = q[first:last], before[first:last]
         values = [int((now == value).sum()) for value in (-1, 0, 1)]
-        assert counts[x].tolist() == [*values, int((now != then).sum())]
+        assert report[x].tolist() == [beta[first], *values, int((now != then).sum())]
 
 
 @of_each_dtype
@@ -387,7 +403,7 @@ def test_the_order_of_a_matrix_does_not_touch_its_scale(name: str, dtype: Any) -
     scales = set()
     for _ in range(20):
         q, beta = np.zeros_like(w), np.zeros(len(w), dtype)
-        ops.quantise_weight(w, np.array([0, 50]), quantization="bitnet", q_OI=q, beta_O=beta)
+        quantise(ops, w, (0, 50), "bitnet", q, beta)
         scales.add(beta[0].item())
         w = r.rng.permutation(w.ravel()).reshape(w.shape)
     assert len(scales) == 1
@@ -412,10 +428,9 @@ def test_the_mean_is_the_exact_sum_rounded_once(
     results = []
     for ops in BACKENDS.values():
         q, beta = np.zeros_like(w), np.zeros(len(w), dtype)
-        counts = ops.quantise_weight(
-            w, np.array([0, len(w)]), quantization=quantization, q_OI=q, beta_O=beta
-        )
-        results.append([counts, q, beta])
+        report = np.zeros((1, 5))
+        quantise(ops, w, (0, len(w)), quantization, q, beta, report)
+        results.append([report, q, beta])
     same_bits(results[1], results[0])
 
 
@@ -429,9 +444,9 @@ def test_a_matrix_that_is_not_finite_shows_it_and_spares_its_neighbour(
     w = Inputs(19, dtype)(8, 5)
     w.ravel()[1 : 1 + len(bad)] = bad
     q, beta = np.zeros_like(w), np.zeros(8, dtype)
-    BACKENDS[name].quantise_weight(
-        w, np.array([0, 4, 8]), quantization=quantization, q_OI=q, beta_O=beta
-    )
+    report = np.zeros((2, 5))
+    quantise(BACKENDS[name], w, (0, 4, 8), quantization, q, beta, report)
+    same_bits(report[:, 0].astype(dtype), beta[::4])
     assert np.isnan(beta[:4]).all()
     assert np.isfinite(beta[4:]).all()
 
@@ -445,9 +460,7 @@ def test_constant_and_tiny_matrices(name: str, dtype: Any) -> None:
     for quantization, value, integer, scale in cases:
         w = np.full((7, 5), value, dtype)
         q, beta = np.zeros_like(w), np.zeros(7, dtype)
-        BACKENDS[name].quantise_weight(
-            w, np.array([0, 7]), quantization=quantization, q_OI=q, beta_O=beta
-        )
+        quantise(BACKENDS[name], w, (0, 7), quantization, q, beta)
         assert set(q.ravel()) == {integer}
         assert set(beta) == {dtype(scale)}
 

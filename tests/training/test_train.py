@@ -21,9 +21,10 @@ from tests.resume import command, digests, killed, prepare, straight
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    prepare(tmp_path, steps=40)
-    expected, seconds = straight(tmp_path)
-    found, _ = killed(tmp_path, kills=4, seconds=seconds, seed=3)
+    prepare(tmp_path, steps=100)
+    expected, _ = straight(tmp_path)
+    found, kills = killed(tmp_path, kills=4, steps=100, seed=3)
+    assert kills == 4
     assert found == expected
 
 

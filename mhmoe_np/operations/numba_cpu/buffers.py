@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.numba_cpu.workspace import Workspace
 
 
@@ -22,6 +23,16 @@ class Buffers:
         if self._workspace is None:
             return np.empty(shape, dtype)
         return self._workspace.empty(shape, dtype)
+
+    # The device is the host, and packed codes lie as in files: what NumPy's backend does.
+    zeros = staticmethod(numpy_ref.zeros)
+    empty_packed = staticmethod(numpy_ref.empty_packed)
+    to_device = staticmethod(numpy_ref.to_device)
+    to_host = staticmethod(numpy_ref.to_host)
+    packed_to_device = staticmethod(numpy_ref.packed_to_device)
+    packed_to_host = staticmethod(numpy_ref.packed_to_host)
+    add_in_place = staticmethod(numpy_ref.add_in_place)
+    add_sum = staticmethod(numpy_ref.add_sum)
 
     def buffer_bytes(self) -> int:
         """See `Operations.buffer_bytes`."""

@@ -16,7 +16,7 @@ from mhmoe_np.operations.numba_cpu.compiling import ROWS, SERIAL_MACS, task
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
-from mhmoe_np.operations.numba_cpu.packed import Packed, PackedProducts, as_packed, outputs_of
+from mhmoe_np.operations.numba_cpu.packed import Packed, PackedProducts, as_packed
 from mhmoe_np.operations.numba_cpu.packed_product import SERIAL_PACKED_MACS
 from mhmoe_np.operations.numba_cpu.quantise import act_as_quantised, scale_columns
 from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
@@ -194,7 +194,7 @@ class Experts(PackedProducts):
         down = stack_of(as_packed(down_EUF), self._instruction_set)
         spans = spans_of(start_Z, ROWS)
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
-        gate_up_R2F = self.empty((R, outputs_of(gate_up_E2FU)), dtype)
+        gate_up_R2F = self.empty((R, gate_up_E2FU.shape[-2]), dtype)
         rstd_R = None if sub_norm_EF is None else self.empty((R,), dtype)
         with self.scope():
             forward = _Forward(

@@ -8,7 +8,7 @@ import numpy as np
 
 from mhmoe_np.operations.numba_cpu.compiling import ROWS, ROWS_ELEMENTWISE, blocks, exact, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
-from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack, outputs_of
+from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack
 from mhmoe_np.operations.numba_cpu.packed_product import (
     SERIAL_PACKED_MACS,
     PackedProduct,
@@ -208,7 +208,7 @@ class Linear(QuantiseRows, PackedProducts):
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`."""
         weight = as_packed(w_OI)
-        y_NO: FloatArray = self.empty((len(x_NI), outputs_of(weight)), x_NI.dtype)
+        y_NO: FloatArray = self.empty((len(x_NI), w_OI.shape[-2]), x_NI.dtype)
         if isinstance(weight, PackedWeight):
             self._packed_linear(x_NI, weight, y_NO)
         elif isinstance(weight, BitWeight):

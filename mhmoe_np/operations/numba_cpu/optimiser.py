@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,11 @@ def _adamw(
 class Optimiser(Buffers):
     """See `Operations`: the optimiser."""
 
-    def sum_of_squares(self, x_P: FloatArray) -> float:
-        """See `Operations.sum_of_squares`. Chunks in parallel, their sums in order."""
+    def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
+        """See `Operations.add_sum_of_squares`. Chunks in parallel, their sums in order."""
         sums = np.empty(blocks(len(x_P), CHUNK))
         _squares_of_chunks(x_P, CHUNK, sums)
-        return float(sums.sum())
+        total_1 += sums.sum()
 
     def adamw_in_place(
         self,
@@ -108,12 +109,17 @@ class Optimiser(Buffers):
         gradient_P: FloatArray,
         first_moment_P: FloatArray,
         second_moment_P: FloatArray,
+        squares_1: FloatArray,
+        guard: FloatArray,
         *,
         step: int,
-        gradient_scale: float,
         settings: AdamWSettings,
     ) -> None:
         """See `Operations.adamw_in_place`."""
+        if not np.isfinite(guard).all():
+            return
+        norm = math.sqrt(squares_1[0])
+        gradient_scale = min(1.0, settings.clip_norm / max(norm, 1e-30))
         _adamw(
             parameter_P,
             gradient_P,

@@ -46,13 +46,6 @@ def as_packed(weight: Weight) -> Weight:
     return weight
 
 
-def outputs_of(weight: Weight) -> int:
-    """O of a matrix [O, I] or a stack [E, O, I]."""
-    if isinstance(weight, BitWeight | PackedWeight):
-        return weight.beta.shape[-1]
-    return weight.shape[-2]
-
-
 def as_stack(weight: PackedWeight, instruction_set: InstructionSet) -> Packed:
     """The same arrays, in the class of this instruction set and format."""
     return CLASSES[instruction_set, weight.w.format](weight.w.code, weight.beta, weight.w.inputs)

@@ -16,7 +16,7 @@ from mhmoe_np.operations.numba_cpu.compiling import exact, reduction
 from mhmoe_np.operations.numba_cpu.quantise import SERIAL_NUMBERS
 from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
 from mhmoe_np.operations.table import Quantization
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import FloatArray
 
 
 @exact
@@ -70,10 +70,10 @@ class _Sums(NamedTuple):
     """The sums behind the means, a matrix a task."""
 
     w_OI: Any
-    start_Z: Any  # the rows at which a matrix starts
+    starts: Any  # the rows at which matrices start, and their number
     ternary: bool  # no sum w: the integers are not centred
-    sums: Any  # written, [matrices, 2]: sum |w|, sum w
-    certain: Any  # written, [matrices]: whether both means are
+    sums_X2: Any  # written: sum |w|, sum w
+    certain_X: Any  # written: whether both means are
 
 
 @tasks_of(_Sums, exact)
@@ -82,7 +82,7 @@ def _sums_of_matrix(i: int, a: Any) -> None:
 
     Where even that could decide the rounding of a mean, somebody must add exactly.
     """
-    w_OI = a.w_OI[a.start_Z[i] : a.start_Z[i + 1]]
+    w_OI = a.w_OI[a.starts[i] : a.starts[i + 1]]
     total, rest = 0.0, 0.0
     for o in range(w_OI.shape[0]):
         total += _quick_sum(w_OI[o])
@@ -91,43 +91,44 @@ def _sums_of_matrix(i: int, a: Any) -> None:
         total, rest = _sum(w_OI, True)
         lost = (w_OI.shape[0] + w_OI.shape[1]) * 2.0**-104 * total
         certain = _mean_is_certain(w_OI, total, rest, lost)
-    a.sums[i, 0] = total + rest
+    a.sums_X2[i, 0] = total + rest
     if not a.ternary:
         lost = (w_OI.shape[0] + w_OI.shape[1]) * 2.0**-104 * total
         total, rest = _sum(w_OI, False)
-        a.sums[i, 1] = total + rest
+        a.sums_X2[i, 1] = total + rest
         certain = certain and _mean_is_certain(w_OI, total, rest, lost)
-    a.certain[i] = certain
+    a.certain_X[i] = certain
 
 
 class _Matrices(NamedTuple):
     """The quantisation itself, a matrix a task."""
 
     w_OI: Any
-    start_Z: Any
+    starts: Any
     ternary: bool
-    sums: Any  # [matrices, 2]: sum |w|, sum w
+    sums_X2: Any  # sum |w|, sum w
     q_OI: Any  # overwritten; before: the integers until now
     beta_O: Any  # written
-    counts: Any  # written, [matrices, 4]: of -1, 0 and +1, and of those that changed
+    report_X5: Any  # written: beta, how many of -1, 0 and +1, how many changed
 
 
 @tasks_of(_Matrices, exact)
 def _quantise_matrix(i: int, a: Any) -> None:
     real, ternary = a.w_OI.dtype.type, a.ternary
-    first, end = a.start_Z[i], a.start_Z[i + 1]
+    first, end = a.starts[i], a.starts[i + 1]
     size = (end - first) * a.w_OI.shape[1]
-    beta = real(a.sums[i, 0] / size)
+    beta = real(a.sums_X2[i, 0] / size)
     if beta < real(1e-5):  # NaN stays
         beta = real(1e-5)
-    middle = real(0) if ternary else real(a.sums[i, 1] / size)
+    middle = real(0) if ternary else real(a.sums_X2[i, 1] / size)
     inverse = real(1) / beta
     minus, plus, flipped = 0, 0, 0
     for o in range(first, end):
         w_I, q_I = a.w_OI[o], a.q_OI[o]
         for j in range(len(w_I)):
             if ternary:
-                q = min(max(np.rint(w_I[j] * inverse), real(-1)), real(1))
+                q = np.rint(w_I[j] * inverse)  # NaN stays
+                q = real(-1) if q < real(-1) else real(1) if q > real(1) else q
             else:
                 q = real(1) if w_I[j] - middle > real(0) else real(-1)
             flipped += q != q_I[j]
@@ -135,8 +136,9 @@ def _quantise_matrix(i: int, a: Any) -> None:
             plus += q > real(0)
             q_I[j] = q
         a.beta_O[o] = beta
-    count = a.counts[i]
-    count[0], count[1], count[2], count[3] = minus, size - minus - plus, plus, flipped
+    zero = size - minus - plus if beta == beta else 0
+    report = a.report_X5[i]
+    report[0], report[1], report[2], report[3], report[4] = beta, minus, zero, plus, flipped
 
 
 class QuantiseWeight(Buffers):
@@ -145,23 +147,28 @@ class QuantiseWeight(Buffers):
     def quantise_weight(
         self,
         w_OI: FloatArray,
-        start_Z: IntArray,
+        starts: tuple[int, ...],
         *,
         quantization: Quantization,
         q_OI: FloatArray,
         beta_O: FloatArray,
-    ) -> IntArray:
+        report_X5: FloatArray,
+    ) -> None:
         """See `Operations.quantise_weight`. A task for each matrix."""
-        matrices, ternary = len(start_Z) - 1, quantization == "bitnet_b158"
-        sums, certain = np.zeros((matrices, 2)), np.empty(matrices, np.bool_)
-        counts = np.empty((matrices, 4), np.int64)
-        to_sum = _Sums(w_OI, start_Z, ternary, sums, certain)
+        matrices, ternary = len(starts) - 1, quantization == "bitnet_b158"
+        first_rows = np.array(starts)
+        sums_X2, certain_X = np.zeros((matrices, 2)), np.empty(matrices, np.bool_)
+        to_sum = _Sums(w_OI, first_rows, ternary, sums_X2, certain_X)
         run(to_sum, matrices, macs=w_OI.size, serial=SERIAL_NUMBERS)
-        for x in np.flatnonzero(~certain):
-            weights = w_OI[start_Z[x] : start_Z[x + 1]]
-            finite = np.isfinite(weights).all()
-            for i, terms in enumerate((np.abs(weights),) if ternary else (np.abs(weights), weights)):
-                sums[x, i] = math.fsum(terms.ravel().tolist()) if finite else np.nan
-        to_quantise = _Matrices(w_OI, start_Z, ternary, sums, q_OI, beta_O, counts)
+        for x in np.flatnonzero(~certain_X):
+            sums_X2[x] = _exact_sums(w_OI[starts[x] : starts[x + 1]], ternary)
+        to_quantise = _Matrices(w_OI, first_rows, ternary, sums_X2, q_OI, beta_O, report_X5)
         run(to_quantise, matrices, macs=w_OI.size, serial=SERIAL_NUMBERS)
-        return counts
+
+
+def _exact_sums(w_OI: FloatArray, ternary: bool) -> tuple[float, float]:
+    """sum |w| and, where it is wanted, sum w, each rounded once; NaN where a number is not finite."""
+    if not np.isfinite(w_OI).all():
+        return math.nan, math.nan
+    total = 0.0 if ternary else math.fsum(w_OI.ravel().tolist())
+    return math.fsum(np.abs(w_OI).ravel().tolist()), total

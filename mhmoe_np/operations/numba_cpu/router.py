@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, exact, parallel, task
-from mhmoe_np.operations.table import Routing
+from mhmoe_np.operations.table import RouterLosses, Routing
 from mhmoe_np.types import BoolArray, FloatArray
 
 
@@ -160,6 +161,8 @@ def _route_backward(
 class Router(Buffers):
     """See `Operations`: the router."""
 
+    add_router_statistics = staticmethod(numpy_ref.add_router_statistics)
+
     def route(self, logits_ME: FloatArray, *, top_k: int, normalise: bool) -> Routing:
         """See `Operations.route`."""
         M = len(logits_ME)
@@ -178,14 +181,17 @@ class Router(Buffers):
     def route_backward(
         self,
         dgate_MK: FloatArray,
-        dp_E: FloatArray,
-        dlog_sum_exp_M: FloatArray,
         routing: Routing,
         counted_M: BoolArray,
+        losses: RouterLosses,
         *,
         normalise: bool,
     ) -> FloatArray:
         """See `Operations.route_backward`."""
+        real = routing.p_ME.dtype.type
+        count_E, choices, sub_tokens, daux, dz = losses
+        dp_E = (daux * len(count_E) * (count_E / choices) / sub_tokens).astype(real)
+        dlog_sum_exp_M = routing.log_sum_exp_M * counted_M * real(2 * dz / sub_tokens)
         dlogits_ME: FloatArray = self.empty(routing.p_ME.shape, routing.p_ME.dtype)
         _route_backward(
             dgate_MK,

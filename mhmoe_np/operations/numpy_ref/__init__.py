@@ -4,7 +4,6 @@ Never optimised: speed belongs in the other backends, and tests hold them to thi
 """
 
 from mhmoe_np.operations.numpy_ref.attention import attention, attention_backward, rotate_in_place
-from mhmoe_np.operations.numpy_ref.buffers import buffer_bytes, empty, scope
 from mhmoe_np.operations.numpy_ref.dispatch import dispatch
 from mhmoe_np.operations.numpy_ref.experts import expert_ffn, expert_ffn_backward
 from mhmoe_np.operations.numpy_ref.feed_forward import gated_activation, gated_activation_backward
@@ -15,16 +14,32 @@ from mhmoe_np.operations.numpy_ref.linear import (
     linear_backward,
 )
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
+from mhmoe_np.operations.numpy_ref.memory import (
+    buffer_bytes,
+    empty,
+    empty_packed,
+    packed_to_device,
+    packed_to_host,
+    scope,
+    to_device,
+    to_host,
+    zeros,
+)
 from mhmoe_np.operations.numpy_ref.norm import add_in_place_and_norm, rms_norm, rms_norm_backward
-from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, sum_of_squares
+from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, add_sum_of_squares
 from mhmoe_np.operations.numpy_ref.quantise import pack_in_place, quantise_rows, quantise_weight
-from mhmoe_np.operations.numpy_ref.router import route, route_backward
+from mhmoe_np.operations.numpy_ref.router import add_router_statistics, route, route_backward
+from mhmoe_np.operations.numpy_ref.sums import add_in_place, add_sum
 
 prefers_packed = False
 
 __all__ = [
     "adamw_in_place",
+    "add_in_place",
     "add_in_place_and_norm",
+    "add_router_statistics",
+    "add_sum",
+    "add_sum_of_squares",
     "attention",
     "attention_backward",
     "buffer_bytes",
@@ -32,6 +47,7 @@ __all__ = [
     "embedding",
     "embedding_backward",
     "empty",
+    "empty_packed",
     "expert_ffn",
     "expert_ffn_backward",
     "gated_activation",
@@ -39,6 +55,8 @@ __all__ = [
     "linear",
     "linear_backward",
     "pack_in_place",
+    "packed_to_device",
+    "packed_to_host",
     "prefers_packed",
     "quantise_rows",
     "quantise_weight",
@@ -48,7 +66,9 @@ __all__ = [
     "route",
     "route_backward",
     "scope",
-    "sum_of_squares",
+    "to_device",
+    "to_host",
     "token_nll",
     "token_nll_and_gradient",
+    "zeros",
 ]

@@ -11,7 +11,8 @@ def rotate_in_place(x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) 
     """See `Operations.rotate_in_place`."""
     J = cos_TJ.shape[1]
     first_BTAJ, second_BTAJ = x_BTAC[..., :J].copy(), x_BTAC[..., J:].copy()
-    cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]
+    cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]  # the same for all heads
+    # RoPE eq. 34: (a, b) -> (a cos - b sin, b cos + a sin), here with b = C/2 places after a
     x_BTAC[..., :J] = first_BTAJ * cos_T1J - second_BTAJ * sin_T1J
     x_BTAC[..., J:] = second_BTAJ * cos_T1J + first_BTAJ * sin_T1J
 
@@ -34,8 +35,11 @@ def attention(
     highest_BAT1 = scores_BATS.max(axis=3, keepdims=True)
     e_BATS = np.exp(scores_BATS - highest_BAT1)
     sum_BAT1 = e_BATS.sum(axis=3, keepdims=True)
-    out_BTAC = np.einsum("bats,bsac->btac", e_BATS / sum_BAT1, v_BSAC)
-    return np.ascontiguousarray(out_BTAC), (highest_BAT1 + np.log(sum_BAT1))[..., 0]
+    p_BATS = e_BATS / sum_BAT1
+    # Attention eq. 1: softmax(q k^T / sqrt(C)) v
+    out_BTAC = np.einsum("bats,bsac->btac", p_BATS, v_BSAC)
+    log_sum_exp_BAT = (highest_BAT1 + np.log(sum_BAT1))[..., 0]
+    return np.ascontiguousarray(out_BTAC), log_sum_exp_BAT
 
 
 def attention_backward(

@@ -9,18 +9,24 @@ from mhmoe_np.types import IntArray
 
 
 def dispatch(expert_MK: IntArray, *, experts: int, capacity: int | None) -> Dispatch:
-    """See `Operations.dispatch`."""
+    """See `Operations.dispatch`.
+
+    A choice is a number s*K + j: the j-th of sub-token s. There are M*K; R of them are kept.
+    """
     M, K = expert_MK.shape
-    # Filling order: all first choices in sub-token order, then all second choices, and so on.
-    filling_order = np.arange(M * K).reshape(M, K).T.ravel()
-    expert_of_choice = expert_MK.ravel()
-    by_expert = np.argsort(expert_of_choice[filling_order], kind="stable")
-    route_R = filling_order[by_expert]
+    expert_of_choice = expert_MK.reshape(M * K)
+    # The order in which experts fill: all first choices by sub-token, then all second ones, and so on.
+    choices = np.arange(M * K).reshape(M, K).T.reshape(M * K)
+    # By expert; a stable sort leaves each expert's choices in that order.
+    choices = choices[np.argsort(expert_of_choice[choices], kind="stable")]
     if capacity is not None:
-        sorted_expert = expert_of_choice[route_R]
-        place_in_expert = np.arange(M * K) - np.searchsorted(sorted_expert, sorted_expert)
-        route_R = route_R[place_in_expert < capacity]
+        experts_sorted = expert_of_choice[choices]
+        place = np.arange(M * K) - np.searchsorted(experts_sorted, experts_sorted)  # in its expert
+        choices = choices[place < capacity]
+
+    route_R = choices
     count_E = np.bincount(expert_of_choice[route_R], minlength=experts)
-    slot_MK = np.full((M, K), -1, np.int64)
-    slot_MK.ravel()[route_R] = np.arange(len(route_R))
-    return Dispatch(route_R, slot_MK, np.concatenate([[0], np.cumsum(count_E)]))
+    start_Z = np.concatenate([[0], np.cumsum(count_E)])
+    slot_MK = np.full((M, K), -1)  # dropped, unless set
+    slot_MK.reshape(M * K)[route_R] = np.arange(len(route_R))  # the inverse of route
+    return Dispatch(route_R, slot_MK, start_Z)

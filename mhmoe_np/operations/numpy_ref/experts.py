@@ -1,4 +1,7 @@
-"""The experts on rows sorted by expert, from gathering to the gated sum."""
+"""The experts, the paper's subject: rows sorted by expert, from gathering to the gated sum.
+
+In the functions of one expert R counts that expert's rows, in the others the rows of all.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,68 @@ from mhmoe_np.operations.table import Activation, Dispatch, ExpertCache, Weight
 from mhmoe_np.types import FloatArray
 
 
+def _one_expert(
+    x_RU: FloatArray,
+    gate_up_2FU: Weight,
+    down_UF: Weight,
+    sub_norm_F: FloatArray | None,
+    *,
+    activation: Activation,
+    eps: float,
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """Expert(x) = down(n) with n = h or norm(h), h = act(gate(x)) * up(x).
+
+    Returns what the backward needs as well: gate(x) beside up(x), and the norm's 1 / sqrt.
+    """
+    gate_up_R2F = linear(x_RU, gate_up_2FU, None)
+    h_RF = gated_activation(gate_up_R2F, activation=activation)
+    n_RF, rstd_R = h_RF, None
+    if sub_norm_F is not None:
+        n_RF, rstd_R = rms_norm(h_RF, sub_norm_F, eps=eps)
+    # P1 eq. 5: Expert(x) = max(x W1^T, 0) W2, here in the form of GLU eq. 6: (act(x W) * x V) W2
+    y_RU = linear(n_RF, down_UF, None)
+    return y_RU, gate_up_R2F, rstd_R
+
+
+def _one_expert_backward(
+    dy_RU: FloatArray,
+    x_RU: FloatArray,
+    gate_R1: FloatArray,
+    gate_up_2FU: Weight,
+    down_UF: Weight,
+    sub_norm_F: FloatArray | None,
+    gate_up_R2F: FloatArray,
+    rstd_R: FloatArray | None,
+    dgate_up_2FU: FloatArray,
+    ddown_UF: FloatArray,
+    dsub_norm_F: FloatArray | None,
+    *,
+    activation: Activation,
+) -> tuple[FloatArray, FloatArray]:
+    """Return dx_RU and dgate_R, of rows that contribute gate * Expert(x).
+
+    Expert(x) = n @ down^T; let a = dy @ down. Then dgate = dy . (n @ down^T) = a . n, so the expert's
+    output itself need not be kept;  ddown += (gate dy)^T n;  dn = gate a;  the rest is the chain rule.
+    Quantised, each map's input and weight are what they act as (`straight_through`).
+    """
+    h_RF = n_RF = gated_activation(gate_up_R2F, activation=activation)
+    if sub_norm_F is not None and rstd_R is not None:
+        n_RF = h_RF * rstd_R[:, None] * sub_norm_F
+    n_RF, acting_down_UF = straight_through(n_RF, down_UF)
+
+    a_RF = dy_RU @ acting_down_UF
+    dgate_R = (a_RF * n_RF).sum(axis=1)
+    ddown_UF += dy_RU.T @ (gate_R1 * n_RF)
+    dh_RF: FloatArray = gate_R1 * a_RF
+    if sub_norm_F is not None and rstd_R is not None and dsub_norm_F is not None:
+        dh_RF = rms_norm_backward(dh_RF, h_RF, sub_norm_F, rstd_R, dsub_norm_F)
+
+    dgate_up_R2F = gated_activation_backward(dh_RF, gate_up_R2F, activation=activation)
+    x_RU, acting_gate_up_2FU = straight_through(x_RU, gate_up_2FU)
+    dgate_up_2FU += dgate_up_R2F.T @ x_RU
+    return dgate_up_R2F @ acting_gate_up_2FU, dgate_R
+
+
 def expert_ffn(
     x_MU: FloatArray,
     gate_MK: FloatArray,
@@ -23,24 +88,30 @@ def expert_ffn(
     activation: Activation,
     eps: float,
 ) -> tuple[FloatArray, ExpertCache]:
-    """See `Operations.expert_ffn`. Every expert in turn; an expert sees a sub-token at most once."""
+    """See `Operations.expert_ffn`. Expert by expert; one sees a sub-token at most once."""
     route_R, _, start_Z = dispatch
-    K = gate_MK.shape[1]
+    R, K = len(route_R), gate_MK.shape[1]
+    sub_token_R = route_R // K  # whose row it is
+    gate_R1 = gate_MK.reshape(-1, 1)[route_R]  # G(x)_p of that sub-token and the row's expert p
+    expert_RU: FloatArray = np.empty((R, x_MU.shape[1]), x_MU.dtype)  # Expert_p(x)
+    gate_up_R2F: FloatArray = np.empty((R, gate_up_E2FU.shape[1]), x_MU.dtype)
+    rstd_R: FloatArray | None = None if sub_norm_EF is None else np.empty(R, x_MU.dtype)
     y_MU = np.zeros_like(x_MU)
-    gate_up_of_expert, rstd_R = [], None
-    if sub_norm_EF is not None:
-        rstd_R = np.empty(len(route_R), x_MU.dtype)
     for e in range(len(start_Z) - 1):
         rows = slice(start_Z[e], start_Z[e + 1])
-        sub_token = route_R[rows] // K
-        gate_up = linear(x_MU[sub_token], expert(gate_up_E2FU, e), None)
-        gate_up_of_expert.append(gate_up)
-        h = gated_activation(gate_up, activation=activation)
-        if sub_norm_EF is not None and rstd_R is not None:
-            h, rstd_R[rows] = rms_norm(h, sub_norm_EF[e], eps=eps)
-        y = linear(h, expert(down_EUF, e), None)
-        y_MU[sub_token] += gate_MK.ravel()[route_R[rows], None] * y
-    return y_MU, ExpertCache(np.concatenate(gate_up_of_expert), rstd_R)
+        expert_RU[rows], gate_up_R2F[rows], rstd = _one_expert(
+            x_MU[sub_token_R[rows]],
+            expert(gate_up_E2FU, e),
+            expert(down_EUF, e),
+            None if sub_norm_EF is None else sub_norm_EF[e],
+            activation=activation,
+            eps=eps,
+        )
+        if rstd_R is not None:
+            rstd_R[rows] = rstd
+        # P1 eq. 3: y~ = sum_p G(x~)_p Expert_p(x~); with one head P1 eq. 1. A row is one summand.
+        y_MU[sub_token_R[rows]] += gate_R1[rows] * expert_RU[rows]
+    return y_MU, ExpertCache(gate_up_R2F, rstd_R)
 
 
 def expert_ffn_backward(
@@ -60,32 +131,30 @@ def expert_ffn_backward(
 ) -> tuple[FloatArray, FloatArray]:
     """See `Operations.expert_ffn_backward`.
 
-    A row contributes gate * (n @ down^T) with n = h, or n = norm(h). Let a = dy @ down: then
-    dgate = dy . (n @ down^T) = a . n, so the expert's output itself need not be kept;
-    dn = gate * a;  ddown = sum over rows of gate * dy^T n; the rest is the chain rule.
-    Quantised, each map's input and weight are what they act as (`straight_through`).
+    P1 eq. 3 sums rows into sub-tokens: each row receives its sub-token's dy, and a sub-token's dx is
+    the sum of its rows'.
     """
     route_R, _, start_Z = dispatch
-    K = gate_MK.shape[1]
+    sub_token_R = route_R // gate_MK.shape[1]
+    gate_R1 = gate_MK.reshape(-1, 1)[route_R]
     dx_MU = np.zeros_like(x_MU)
     dgate_MK = np.zeros_like(gate_MK)
     for e in range(len(start_Z) - 1):
         rows = slice(start_Z[e], start_Z[e + 1])
-        route = route_R[rows]
-        sub_token = route // K
-        gate = gate_MK.ravel()[route, None]
-        h = n = gated_activation(cache.gate_up_R2F[rows], activation=activation)
-        if sub_norm_EF is not None and cache.rstd_R is not None:
-            n = h * cache.rstd_R[rows, None] * sub_norm_EF[e]
-        n, down = straight_through(n, expert(down_EUF, e))
-        a = dy_MU[sub_token] @ down
-        dgate_MK.ravel()[route] = (a * n).sum(axis=1)
-        ddown_EUF[e] += dy_MU[sub_token].T @ (gate * n)
-        dh = gate * a
-        if sub_norm_EF is not None and cache.rstd_R is not None and dsub_norm_EF is not None:
-            dh = rms_norm_backward(dh, h, sub_norm_EF[e], cache.rstd_R[rows], dsub_norm_EF[e])
-        dgate_up = gated_activation_backward(dh, cache.gate_up_R2F[rows], activation=activation)
-        x, gate_up = straight_through(x_MU[sub_token], expert(gate_up_E2FU, e))
-        dgate_up_E2FU[e] += dgate_up.T @ x
-        dx_MU[sub_token] += dgate_up @ gate_up
+        dx, dgate = _one_expert_backward(
+            dy_MU[sub_token_R[rows]],
+            x_MU[sub_token_R[rows]],
+            gate_R1[rows],
+            expert(gate_up_E2FU, e),
+            expert(down_EUF, e),
+            None if sub_norm_EF is None else sub_norm_EF[e],
+            cache.gate_up_R2F[rows],
+            None if cache.rstd_R is None else cache.rstd_R[rows],
+            dgate_up_E2FU[e],
+            ddown_EUF[e],
+            None if dsub_norm_EF is None else dsub_norm_EF[e],
+            activation=activation,
+        )
+        dx_MU[sub_token_R[rows]] += dx
+        dgate_MK.reshape(-1)[route_R[rows]] = dgate
     return dx_MU, dgate_MK

@@ -13,7 +13,7 @@ def gated_activation(gate_up_N2F: FloatArray, *, activation: Activation) -> Floa
     """See `Operations.gated_activation`."""
     gate_NF, up_NF = np.split(gate_up_N2F, 2, axis=1)
     if activation == "silu":
-        return gate_NF * sigmoid(gate_NF) * up_NF
+        return gate_NF * sigmoid(gate_NF) * up_NF  # GLU eq. 5: Swish(x W) * x V
     return np.maximum(gate_NF, 0) ** 2 * up_NF
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.operations.numpy_ref.buffers import added
 from mhmoe_np.operations.numpy_ref.quantise import integers, quantise_rows, straight_through
+from mhmoe_np.operations.numpy_ref.sums import added
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
 
 def linear(x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
     """See `Operations.linear`."""
-    y_NO = x_NI @ w_OI.T if isinstance(w_OI, np.ndarray) else bit_linear(x_NI, w_OI)
+    y_NO = bit_linear(x_NI, w_OI) if isinstance(w_OI, BitWeight | PackedWeight) else x_NI @ w_OI.T
     return y_NO if b_O is None else y_NO + b_O
 
 
@@ -23,9 +23,10 @@ def bit_linear(x_NI: FloatArray, w_OI: BitWeight | PackedWeight) -> FloatArray:
     I <= 131,072, whether the integers came packed or not. Integers have one zero: adding 0 turns the
     -0 of a float product into it.
     """
-    w, beta_O, _ = integers(w_OI, x_NI.dtype)
+    q_OI, beta_O, _ = integers(w_OI, x_NI.dtype)
     q_NI, scale_N = quantise_rows(x_NI)
-    return (q_NI @ w.T + 0) * (beta_O * scale_N[:, None])
+    # B1 eq. 11: W~ Quant(x) * (beta gamma / 127); the norm before it is the layers'
+    return (q_NI @ q_OI.T + 0) * (beta_O * scale_N[:, None])
 
 
 def linear_backward(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.operations.numpy_ref.buffers import added
+from mhmoe_np.operations.numpy_ref.sums import added
 from mhmoe_np.types import FloatArray
 
 
 def rms_norm(x_ND: FloatArray, w_D: FloatArray, *, eps: float) -> tuple[FloatArray, FloatArray]:
     """See `Operations.rms_norm`."""
     rstd_N = 1 / np.sqrt(np.mean(x_ND**2, axis=1) + x_ND.dtype.type(eps))
-    return x_ND * rstd_N[:, None] * w_D, rstd_N
+    return x_ND * rstd_N[:, None] * w_D, rstd_N  # RMSNorm eq. 4: x / RMS(x) * g
 
 
 def add_in_place_and_norm(

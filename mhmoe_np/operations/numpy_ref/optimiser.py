@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.types import FloatArray
 
 
-def sum_of_squares(x_P: FloatArray) -> float:
-    """See `Operations.sum_of_squares`."""
-    return float(np.sum(x_P.astype(np.float64) ** 2))
+def add_sum_of_squares(x_P: FloatArray, total_1: FloatArray) -> None:
+    """See `Operations.add_sum_of_squares`."""
+    total_1 += np.sum(x_P.astype(np.float64) ** 2)
 
 
 def adamw_in_place(
@@ -18,14 +20,19 @@ def adamw_in_place(
     gradient_P: FloatArray,
     first_moment_P: FloatArray,
     second_moment_P: FloatArray,
+    squares_1: FloatArray,
+    guard: FloatArray,
     *,
     step: int,
-    gradient_scale: float,
     settings: AdamWSettings,
 ) -> None:
     """See `Operations.adamw_in_place`."""
-    learning_rate, beta1, beta2, epsilon, weight_decay = settings
-    g_P = gradient_P * parameter_P.dtype.type(gradient_scale)
+    if not np.isfinite(guard).all():
+        return
+    learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm = settings
+    norm = math.sqrt(squares_1[0])
+    g_P = gradient_P * parameter_P.dtype.type(min(1.0, clip_norm / max(norm, 1e-30)))
+    # AdamW algorithm 2: p -= lr (decay p + m^ / (sqrt(v^) + epsilon))
     first_moment_P[...] = beta1 * first_moment_P + (1 - beta1) * g_P
     second_moment_P[...] = beta2 * second_moment_P + (1 - beta2) * g_P**2
     mean_P = first_moment_P / (1 - beta1**step)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mhmoe_np.operations.packing import PackedMatrices, pack, unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import FloatArray
 
 SMALLEST_SCALE = 1e-5
 
@@ -18,33 +18,50 @@ SMALLEST_SCALE = 1e-5
 def quantise_rows(x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
     """See `Operations.quantise_rows`."""
     real = x_NI.dtype.type
+    # B1 eq. 5: gamma = max |x|, here of each row
     gamma_N = np.maximum(np.abs(x_NI).max(axis=1, initial=0), real(SMALLEST_SCALE))
+    # B1 eq. 4: Clip(x * Q / gamma), here rounded to 8 bits
     q_NI = np.clip(np.rint(x_NI * (real(127) / gamma_N)[:, None]), -128, 127)
     return q_NI, gamma_N / real(127)
 
 
 def quantise_weight(
     w_OI: FloatArray,
-    start_Z: IntArray,
+    starts: tuple[int, ...],
     *,
     quantization: Quantization,
     q_OI: FloatArray,
     beta_O: FloatArray,
-) -> IntArray:
+    report_X5: FloatArray,
+) -> None:
     """See `Operations.quantise_weight`."""
-    counts = []
-    for first, last in pairwise(start_Z):
-        matrix_OI = w_OI[first:last]
-        beta = np.maximum(_mean(np.abs(matrix_OI)), w_OI.dtype.type(SMALLEST_SCALE))
-        if quantization == "bitnet_b158":
-            quantised_OI = np.clip(np.rint(matrix_OI * (1 / beta)), -1, 1)
-        else:
-            quantised_OI = np.where(matrix_OI - _mean(matrix_OI) > 0, w_OI.dtype.type(1), -1)
-        values = [np.count_nonzero(quantised_OI == value) for value in (-1, 0, 1)]
-        counts.append([*values, np.count_nonzero(quantised_OI != q_OI[first:last])])
-        q_OI[first:last] = quantised_OI
+    quantise = _to_trits if quantization == "bitnet_b158" else _to_signs
+    for x, (first, last) in enumerate(pairwise(starts)):
+        quantised, beta = quantise(w_OI[first:last])
+        counts = [np.count_nonzero(quantised == value) for value in (-1, 0, 1)]
+        flipped = np.count_nonzero(quantised != q_OI[first:last])
+        report_X5[x] = [beta, *counts, flipped]
+        q_OI[first:last] = quantised
         beta_O[first:last] = beta
-    return np.array(counts)
+
+
+def _to_trits(w_OI: FloatArray) -> tuple[FloatArray, np.floating[Any]]:
+    """One matrix as -1, 0 and +1, and its beta."""
+    # B2 eq. 3: beta (there gamma) = mean |W|
+    beta = np.maximum(_mean(np.abs(w_OI)), w_OI.dtype.type(SMALLEST_SCALE))
+    # B2 eq. 1-2: W~ = RoundClip(W / beta, -1, 1)
+    q_OI = np.clip(np.rint(w_OI * (1 / beta)), -1, 1)
+    return q_OI, beta
+
+
+def _to_signs(w_OI: FloatArray) -> tuple[FloatArray, np.floating[Any]]:
+    """One matrix as -1 and +1, and its beta."""
+    # B1 eq. 12: beta = mean |W|
+    beta = np.maximum(_mean(np.abs(w_OI)), w_OI.dtype.type(SMALLEST_SCALE))
+    alpha = _mean(w_OI)  # B1 eq. 3: alpha = mean W
+    # B1 eq. 1-2: W~ = Sign(W - alpha), -1 at 0
+    q_OI = np.where(w_OI - alpha > 0, w_OI.dtype.type(1), -1)
+    return q_OI, beta
 
 
 def pack_in_place(q_EOI: FloatArray, packed: PackedMatrices) -> None:
@@ -53,6 +70,7 @@ def pack_in_place(q_EOI: FloatArray, packed: PackedMatrices) -> None:
 
 
 def _mean(x_OI: FloatArray) -> np.floating[Any]:
+    """The exact sum, rounded once, over the number of elements [D8]."""
     if not np.isfinite(x_OI).all():
         return x_OI.dtype.type(np.nan)
     return x_OI.dtype.type(math.fsum(x_OI.ravel().tolist()) / x_OI.size)

@@ -1,0 +1,35 @@
+"""What a run was started with: versions, processor, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
+
+
+def environment(*, threads: int, backend: str) -> dict[str, Any]:
+    """What a run is started with, for whoever reads its figures later."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "backend": backend,
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

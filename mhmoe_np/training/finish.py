@@ -1,0 +1,46 @@
+"""What a run ends with: the scores of its held-out text, and a sample."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mhmoe_np.data.tokenizer import load_tokenizer
+from mhmoe_np.inference.evaluate import DomainScore, evaluate
+from mhmoe_np.inference.generate import Sampling, generate
+from mhmoe_np.storage.files import write_json
+from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
+from mhmoe_np.training.trainer import Trainer
+
+SAMPLE_TOKENS = 120
+
+
+class RunResult(NamedTuple):
+    """How good the trained model is, and how it writes."""
+
+    scores: dict[str, DomainScore]  # of each domain's held-out text
+    sample: str
+
+
+def finish_run(trainer: Trainer) -> RunResult:
+    """Score the held-out text, let the model write a sample, and write `evaluation.json`.
+
+    Raises UserError: a domain's held-out text is a single token; OSError: no file can be written.
+    """
+    model, ops, config = trainer.learner.model, trainer.ops, trainer.config
+    tokenizer = load_tokenizer(trainer.run / TOKENIZER)
+    scores = {
+        domain.name: evaluate(model, domain, tokenizer, ops=ops)
+        for domain in validation_domains(trainer.run)
+    }
+    pieces = generate(
+        model,
+        tokenizer,
+        "",
+        max_new_tokens=min(SAMPLE_TOKENS, config.model.max_position_embeddings - 1),
+        sampling=Sampling(temperature=0.8, top_p=0.95, seed=config.training.seed),
+        ops=ops,
+    )
+    result = RunResult(scores, "".join(pieces))
+    values = {name: score.as_dict() for name, score in scores.items()}
+    write_json(trainer.run / EVALUATION, {"domains": values})
+    return result

@@ -1,0 +1,69 @@
+"""From a configuration to a run folder: text read, split, tokenised, and written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mhmoe_np.data.documents import chosen_domains
+from mhmoe_np.data.split import split_documents
+from mhmoe_np.data.store import write_store
+from mhmoe_np.data.tokenizer import id_count, load_tokenizer, save_tokenizer, train_tokenizer
+from mhmoe_np.errors import UserError
+from mhmoe_np.settings.run import RunConfig
+from mhmoe_np.storage.files import write_directory_atomically, write_json, write_text
+from mhmoe_np.training.environment import environment
+from mhmoe_np.training.run_folder import ENVIRONMENT, RUN_CONFIG, STORE, TOKENIZER, VALIDATION
+
+
+def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: str) -> None:
+    """Read the text, split it, train or load the tokenizer, and write all that a run starts from.
+
+    Raises UserError: `path` exists, or the text or the tokenizer is unfit.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
+    domains = chosen_domains(config.data.paths)
+    parts = {
+        domain.name: split_documents(
+            domain.documents,
+            fraction=config.data.validation_fraction,
+            seed=config.training.seed,
+        )
+        for domain in domains
+    }
+    training = [document for kept, _ in parts.values() for document in kept]
+    vocab_size = config.model.vocab_size
+    if config.data.tokenizer is None:
+        tokenizer = train_tokenizer(training, vocab_size=vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    if id_count(tokenizer) > vocab_size:
+        raise UserError(
+            f"{config.data.tokenizer or 'the trained tokenizer'}: has {id_count(tokenizer)} ids, more "
+            f"than model.vocab_size {vocab_size}; raise it"
+        )
+
+    def fill(folder: Path) -> None:
+        (folder / "data").mkdir()
+        (folder / VALIDATION).mkdir()
+        write_store(folder / STORE, training, tokenizer, name="train")
+        for name, (_, held_out) in parts.items():
+            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
+            write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))
+        save_tokenizer(tokenizer, folder / TOKENIZER)
+        write_json(folder / ENVIRONMENT, environment(threads=threads, backend=backend))
+        write_text(folder / RUN_CONFIG, tomli_w.dumps(_without_none(config.model_dump())))
+
+    write_directory_atomically(path, fill)
+
+
+def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a key whose value is None is left out, and reads as None again."""
+    return {
+        table: {key: value for key, value in values.items() if value is not None}
+        for table, values in tables.items()
+    }
