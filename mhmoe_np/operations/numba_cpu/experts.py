@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
-from mhmoe_np.operations.numba_cpu.compiling import ROWS, SERIAL_MACS, task
+from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
 from mhmoe_np.operations.numba_cpu.packed import Packed, PackedProducts, as_packed
 from mhmoe_np.operations.numba_cpu.packed_product import SERIAL_PACKED_MACS
 from mhmoe_np.operations.numba_cpu.quantise import act_as_quantised, scale_columns
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.regions import ROWS, SERIAL_MACS, run, tasks_of
 from mhmoe_np.operations.numba_cpu.routed_rows import combine, gather, spans_of
 from mhmoe_np.operations.numba_cpu.stacks import project, stack_of
 from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
@@ -28,7 +28,7 @@ from mhmoe_np.types import FloatArray
 ROWS_OF_GRADIENT = 1024  # that a weight's gradient takes at once
 
 
-class _Forward(NamedTuple):
+class ExpertsForward(NamedTuple):
     """Every expert on its rows, a span a task."""
 
     gate_up: Any  # a stack [E, 2F, U]
@@ -45,7 +45,7 @@ class _Forward(NamedTuple):
     y_RU: Any  # written: each row's output, not yet gated
 
 
-@tasks_of(_Forward)
+@tasks_of(ExpertsForward)
 def _experts_forward(i: int, a: Any) -> None:
     e, first, end = a.spans[i, 0], a.spans[i, 1], a.spans[i, 2]
     gate_up_R2F = a.gate_up_R2F[first:end]
@@ -58,7 +58,7 @@ def _experts_forward(i: int, a: Any) -> None:
     project(h_RF, a.down, e, a.y_RU[first:end])
 
 
-class _Backward(NamedTuple):
+class ExpertsBackward(NamedTuple):
     """The gradients of all but the matrices, a span a task."""
 
     gate_up: Any  # unpacked, [E, 2F, U]
@@ -78,7 +78,7 @@ class _Backward(NamedTuple):
     dsub_norms: Any  # [spans, F], added to: each span's share
 
 
-@tasks_of(_Backward)
+@tasks_of(ExpertsBackward)
 def _experts_backward(i: int, a: Any) -> None:
     """The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate * a.
 
@@ -98,7 +98,7 @@ def _experts_backward(i: int, a: Any) -> None:
         act_as_quantised(n_RF, n_RF)
     _gates_backward(a, a.route_R[first:end], dn_RF, n_RF)
     if normed:
-        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, a.dsub_norms[i], 0.0)
+        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, a.dsub_norms[i], False)
     activate_rows_backward(dn_RF, gate_up_R2F, a.silu, dgate_up_R2F)
     if a.gate_up.quantised:
         dacc_R2F = np.empty_like(dgate_up_R2F)
@@ -142,7 +142,7 @@ def _gates_backward(a: Any, route_R: Any, dn_RF: Any, n_RF: Any) -> None:
             n_F[f] *= gate
 
 
-class _WeightGradients(NamedTuple):
+class ExpertsWeightGradients(NamedTuple):
     """The gradients of the matrices, one a task: all of gate and up, the larger ones, come first."""
 
     start_Z: Any
@@ -157,7 +157,7 @@ class _WeightGradients(NamedTuple):
     ddown_EUF: Any  # added to
 
 
-@tasks_of(_WeightGradients)
+@tasks_of(ExpertsWeightGradients)
 def _weight_gradients(i: int, a: Any) -> None:
     experts = len(a.start_Z) - 1
     e = i % experts
@@ -197,7 +197,7 @@ class Experts(PackedProducts):
         gate_up_R2F = self.empty((R, gate_up_E2FU.shape[-2]), dtype)
         rstd_R = None if sub_norm_EF is None else self.empty((R,), dtype)
         with self.scope():
-            forward = _Forward(
+            forward = ExpertsForward(
                 gate_up=stack_of(as_packed(gate_up_E2FU), self._instruction_set),
                 down=down,
                 sub_norm_EF=_or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
@@ -245,7 +245,7 @@ class Experts(PackedProducts):
         dgate_MK[...] = 0
         with self.scope():
             sub_norm_EF = _or_nothing(sub_norm_EF, (E, 0), dtype)
-            backward = _Backward(
+            backward = ExpertsBackward(
                 gate_up=stack_of(gate_up_E2FU, self._instruction_set),
                 down=stack_of(down_EUF, self._instruction_set),
                 sub_norm_EF=sub_norm_EF,
@@ -263,7 +263,7 @@ class Experts(PackedProducts):
                 dsub_norms=np.zeros((len(spans), sub_norm_EF.shape[1]), dtype),
             )
             run(backward, len(spans), macs=macs)
-            gradients = _WeightGradients(
+            gradients = ExpertsWeightGradients(
                 start_Z=start_Z,
                 route_R=route_R,
                 choices=gate_MK.shape[1],

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.operations.numba_cpu.compiling import ROWS, ROWS_ELEMENTWISE, blocks, exact, task
+from mhmoe_np.operations.numba_cpu.compiling import exact, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack
 from mhmoe_np.operations.numba_cpu.packed_product import (
@@ -18,13 +18,20 @@ from mhmoe_np.operations.numba_cpu.packed_product import (
     quantise_to_bytes,
 )
 from mhmoe_np.operations.numba_cpu.quantise import (
-    SERIAL_NUMBERS,
     QuantiseRows,
     act_as_quantised,
     scale_block,
     scale_rows,
 )
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.regions import (
+    ELEMENT_MACS,
+    ROWS,
+    ROWS_ELEMENTWISE,
+    block,
+    blocks,
+    run,
+    tasks_of,
+)
 from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
@@ -47,10 +54,10 @@ def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
 
 
 @exact
-def _corner(i: int, height: int, width: int, columns: int) -> Any:
-    """The first row and column of tile number i in an output of so many columns."""
-    across = (columns + width - 1) // width
-    return i // across * height, i % across * width
+def _tile(i: int, height: int, width: int, columns: int) -> Any:
+    """Rows and columns of tile number i, as slices, in an output of so many columns."""
+    across = blocks(columns, width)
+    return block(i // across, height), block(i % across, width)
 
 
 @task
@@ -60,8 +67,8 @@ def _add_bias(y_NO: Any, b_O: Any) -> None:
             y_NO[n, o] += b_O[o]
 
 
-class _Product(NamedTuple):
-    """y = x @ w^T."""
+class FloatTiles(NamedTuple):
+    """y = x @ w^T, a tile a task."""
 
     x_NI: Any
     w_OI: Any
@@ -70,14 +77,13 @@ class _Product(NamedTuple):
     width: int
 
 
-@tasks_of(_Product)
-def _product_tile(i: int, a: Any) -> None:
-    n, o = _corner(i, a.height, a.width, a.y_NO.shape[1])
-    end, last = n + a.height, o + a.width
-    product_nt(a.x_NI[n:end], a.w_OI[o:last], a.y_NO[n:end, o:last])
+@tasks_of(FloatTiles)
+def _float_tile(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.y_NO.shape[1])
+    product_nt(a.x_NI[rows], a.w_OI[columns], a.y_NO[rows, columns])
 
 
-class _BitProduct(NamedTuple):
+class BitTiles(NamedTuple):
     """The same of integers kept as floats: y = (q @ w^T) * (beta * gamma/127)."""
 
     q_NI: Any
@@ -89,31 +95,31 @@ class _BitProduct(NamedTuple):
     width: int
 
 
-@tasks_of(_BitProduct)
-def _bit_product_tile(i: int, a: Any) -> None:
-    n, o = _corner(i, a.height, a.width, a.y_NO.shape[1])
-    end, last = n + a.height, o + a.width
-    product_nt(a.q_NI[n:end], a.w_OI[o:last], a.y_NO[n:end, o:last])
-    scale_block(a.y_NO[n:end, o:last], a.scale_N[n:end], a.beta_O[o:last])
+@tasks_of(BitTiles)
+def _bit_tile(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.y_NO.shape[1])
+    y_NO = a.y_NO[rows, columns]
+    product_nt(a.q_NI[rows], a.w_OI[columns], y_NO)
+    scale_block(y_NO, a.scale_N[rows], a.beta_O[columns])
 
 
-class _ToBytes(NamedTuple):
-    """Rows to quantise for a packed product, a block a task."""
+class RowsToBytes(NamedTuple):
+    """Rows to quantise for `PackedTiles`, a block a task."""
 
     x_NI: Any
-    q_NI: Any  # written, as are its scales and sums
+    q_NI: Any  # written, like what follows
     scale_N: Any
     sum_N: Any
 
 
-@tasks_of(_ToBytes, exact)
-def _to_bytes(i: int, a: Any) -> None:
-    n, end = i * ROWS_ELEMENTWISE, (i + 1) * ROWS_ELEMENTWISE
-    quantise_to_bytes(a.x_NI[n:end], a.q_NI[n:end], a.scale_N[n:end], a.sum_N[n:end])
+@tasks_of(RowsToBytes, exact)
+def _rows_to_bytes(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    quantise_to_bytes(a.x_NI[rows], a.q_NI[rows], a.scale_N[rows], a.sum_N[rows])
 
 
-class _PackedTiles(NamedTuple):
-    """The same of packed integers, a stack of one matrix."""
+class PackedTiles(NamedTuple):
+    """The same as `BitTiles` of packed integers, a stack of one matrix."""
 
     weight: Any
     q_NI: Any  # int8, padded with zeros to whole groups
@@ -124,36 +130,34 @@ class _PackedTiles(NamedTuple):
     width: int  # whole panels
 
 
-@tasks_of(_PackedTiles, exact)
+@tasks_of(PackedTiles, exact)
 def _packed_tile(i: int, a: Any) -> None:
     panels = a.weight.code.shape[1]
-    n, o = _corner(i, a.height, a.width, panels * PANEL)
-    end, first = n + a.height, o // PANEL
-    product = PackedProduct(
-        a.weight, np.intp(0), a.q_NI[n:end], a.scale_N[n:end], a.sum_N[n:end], a.y_NO[n:end]
-    )
-    packed_product(product, first, min(first + a.width // PANEL, panels))
+    rows, columns = _tile(i, a.height, a.width, panels * PANEL)
+    scale_N, sum_N, y_NO = a.scale_N[rows], a.sum_N[rows], a.y_NO[rows]
+    product = PackedProduct(a.weight, np.intp(0), a.q_NI[rows], scale_N, sum_N, y_NO)
+    packed_product(product, columns.start // PANEL, min(columns.stop // PANEL, panels))
 
 
-class _InputGradient(NamedTuple):
-    """dx = dy @ w, or dx += dy @ w."""
+class InputGradient(NamedTuple):
+    """dx = dy @ w, or dx += dy @ w, a tile a task."""
 
     dy_NO: Any
     w_OI: Any
-    dx_NI: Any  # written, or added to
-    added: bool
+    dx_NI: Any
+    onto: bool  # add to dx; otherwise it may hold anything
     height: int
     width: int
 
 
-@tasks_of(_InputGradient)
-def _input_gradient_tile(i: int, a: Any) -> None:
-    n, j = _corner(i, a.height, a.width, a.dx_NI.shape[1])
-    end, last = n + a.height, j + a.width
-    gemm_nn(1.0, a.dy_NO[n:end], a.w_OI[:, j:last], 1.0 if a.added else 0.0, a.dx_NI[n:end, j:last])
+@tasks_of(InputGradient)
+def _input_gradient(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.dx_NI.shape[1])
+    beta = 1.0 if a.onto else 0.0
+    gemm_nn(1.0, a.dy_NO[rows], a.w_OI[:, columns], beta, a.dx_NI[rows, columns])
 
 
-class _WeightGradient(NamedTuple):
+class WeightGradient(NamedTuple):
     """dw += dy^T @ x, a strip of outputs a task."""
 
     dy_NO: Any
@@ -162,26 +166,26 @@ class _WeightGradient(NamedTuple):
     outputs: int  # of one strip
 
 
-@tasks_of(_WeightGradient)
-def _weight_gradient_strip(i: int, a: Any) -> None:
-    o, last = i * a.outputs, (i + 1) * a.outputs
-    gemm_tn(1.0, a.dy_NO[:, o:last], a.x_NI, 1.0, a.dw_OI[o:last])
+@tasks_of(WeightGradient)
+def _weight_gradient(i: int, a: Any) -> None:
+    strip = block(i, a.outputs)
+    gemm_tn(1.0, a.dy_NO[:, strip], a.x_NI, 1.0, a.dw_OI[strip])
 
 
-class _ActingRows(NamedTuple):
+class ActingRows(NamedTuple):
     """What a BitLinear's input acts as, a block of rows a task."""
 
     x_NI: Any
     x_hat_NI: Any  # written
 
 
-@tasks_of(_ActingRows, exact)
+@tasks_of(ActingRows, exact)
 def _acting_rows(i: int, a: Any) -> None:
-    n, end = i * ROWS_ELEMENTWISE, (i + 1) * ROWS_ELEMENTWISE
-    act_as_quantised(a.x_NI[n:end], a.x_hat_NI[n:end])
+    rows = block(i, ROWS_ELEMENTWISE)
+    act_as_quantised(a.x_NI[rows], a.x_hat_NI[rows])
 
 
-class _ActingWeights(NamedTuple):
+class ActingWeights(NamedTuple):
     """What a BitLinear's weight acts as, a block of outputs a task."""
 
     w_OI: Any
@@ -189,10 +193,10 @@ class _ActingWeights(NamedTuple):
     w_hat_OI: Any  # written
 
 
-@tasks_of(_ActingWeights, exact)
+@tasks_of(ActingWeights, exact)
 def _acting_weights(i: int, a: Any) -> None:
-    o, last = i * ROWS_ELEMENTWISE, (i + 1) * ROWS_ELEMENTWISE
-    scale_rows(a.w_OI[o:last], a.beta_O[o:last], a.w_hat_OI[o:last])
+    outputs = block(i, ROWS_ELEMENTWISE)
+    scale_rows(a.w_OI[outputs], a.beta_O[outputs], a.w_hat_OI[outputs])
 
 
 @task
@@ -215,7 +219,7 @@ class Linear(QuantiseRows, PackedProducts):
             self._bit_linear(x_NI, weight, y_NO)
         else:
             height, width, tiles = tiles_of(*y_NO.shape)
-            product = _Product(x_NI, weight, y_NO, height, width)
+            product = FloatTiles(x_NI, weight, y_NO, height, width)
             run(product, tiles, macs=y_NO.size * x_NI.shape[1])
         if b_O is not None:
             _add_bias(y_NO, b_O)
@@ -225,7 +229,7 @@ class Linear(QuantiseRows, PackedProducts):
         with self.scope():
             q_NI, scale_N = self.quantise_rows(x_NI)
             height, width, tiles = tiles_of(*y_NO.shape)
-            product = _BitProduct(q_NI, weight.w, scale_N, weight.beta, y_NO, height, width)
+            product = BitTiles(q_NI, weight.w, scale_N, weight.beta, y_NO, height, width)
             run(product, tiles, macs=y_NO.size * x_NI.shape[1])
 
     def _packed_linear(self, x_NI: FloatArray, weight: PackedWeight, y_NO: FloatArray) -> None:
@@ -239,10 +243,10 @@ class Linear(QuantiseRows, PackedProducts):
         with self.scope():
             q_NI = self.empty((rows, padded_inputs(stack)), np.int8)
             scale_N, sum_N = self.empty((rows,), x_NI.dtype), self.empty((rows,), np.int32)
-            to_bytes = _ToBytes(x_NI, q_NI, scale_N, sum_N)
-            run(to_bytes, blocks(rows, ROWS_ELEMENTWISE), macs=x_NI.size, serial=SERIAL_NUMBERS)
+            to_bytes = RowsToBytes(x_NI, q_NI, scale_N, sum_N)
+            run(to_bytes, blocks(rows, ROWS_ELEMENTWISE), macs=x_NI.size * ELEMENT_MACS)
             height, width, tiles = tiles_of(rows, blocks(y_NO.shape[1], PANEL) * PANEL)
-            product = _PackedTiles(stack, q_NI, scale_N, sum_N, y_NO, height, width)
+            product = PackedTiles(stack, q_NI, scale_N, sum_N, y_NO, height, width)
             run(product, tiles, macs=macs, serial=SERIAL_PACKED_MACS)
 
     def linear_backward(
@@ -264,10 +268,10 @@ class Linear(QuantiseRows, PackedProducts):
                 x_NI, w_OI = self._straight_through(x_NI, w_OI)
             macs = dy_NO.size * x_NI.shape[1]
             height, width, tiles = tiles_of(*dx_NI.shape)
-            to_input = _InputGradient(dy_NO, w_OI, dx_NI, onto_NI is not None, height, width)
+            to_input = InputGradient(dy_NO, w_OI, dx_NI, onto_NI is not None, height, width)
             run(to_input, tiles, macs=macs)
             strip = max(128, blocks(len(w_OI), 8))
-            run(_WeightGradient(dy_NO, x_NI, dw_OI, strip), blocks(len(w_OI), strip), macs=macs)
+            run(WeightGradient(dy_NO, x_NI, dw_OI, strip), blocks(len(w_OI), strip), macs=macs)
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)
         return dx_NI
@@ -276,10 +280,10 @@ class Linear(QuantiseRows, PackedProducts):
         """What x and w act as."""
         x_hat_NI, w_hat_OI = self.empty(x_NI.shape, x_NI.dtype), self.empty(w_OI.w.shape, x_NI.dtype)
         rows = blocks(len(x_NI), ROWS_ELEMENTWISE)
-        run(_ActingRows(x_NI, x_hat_NI), rows, macs=x_NI.size, serial=SERIAL_NUMBERS)
+        run(ActingRows(x_NI, x_hat_NI), rows, macs=x_NI.size * ELEMENT_MACS)
         outputs = blocks(len(w_hat_OI), ROWS_ELEMENTWISE)
-        acting = _ActingWeights(w_OI.w, w_OI.beta, w_hat_OI)
-        run(acting, outputs, macs=w_hat_OI.size, serial=SERIAL_NUMBERS)
+        acting = ActingWeights(w_OI.w, w_OI.beta, w_hat_OI)
+        run(acting, outputs, macs=w_hat_OI.size * ELEMENT_MACS)
         return x_hat_NI, w_hat_OI
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:

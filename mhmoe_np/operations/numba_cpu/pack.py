@@ -8,13 +8,12 @@ import numpy as np
 
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import exact
-from mhmoe_np.operations.numba_cpu.quantise import SERIAL_NUMBERS
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, run, tasks_of
 from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES, PackedMatrices
 from mhmoe_np.types import FloatArray
 
 
-class _Coding(NamedTuple):
+class Coding(NamedTuple):
     """A format as compiled code takes it."""
 
     lowest: int  # the value of code 0
@@ -49,15 +48,15 @@ def _codes_of_ternary_group(q_I: Any, lane: Any) -> None:
         lane[place] = value
 
 
-class _Panels(NamedTuple):
+class PackedPanels(NamedTuple):
     """A stack to pack."""
 
     q_EOI: Any
-    coding: _Coding
+    coding: Coding
     code: Any  # written: uint8 [E, panels, groups, 64]
 
 
-@tasks_of(_Panels, exact)
+@tasks_of(PackedPanels, exact)
 def _pack_panel(i: int, a: Any) -> None:
     """Codes of up to 16 outputs; outputs beyond the matrix have code 0."""
     panels = a.code.shape[1]
@@ -85,5 +84,5 @@ class Pack(Buffers):
         _, depth, base, lowest, step = FORMATS[packed.format]
         bits = 8 // depth if 2 ** (8 // depth) >= base else 0
         matrices, panels = packed.code.shape[:2]
-        panels_of_all = _Panels(q_EOI, _Coding(lowest, step, depth, bits), packed.code)
-        run(panels_of_all, matrices * panels, macs=q_EOI.size, serial=SERIAL_NUMBERS)
+        region = PackedPanels(q_EOI, Coding(lowest, step, depth, bits), packed.code)
+        run(region, matrices * panels, macs=q_EOI.size * ELEMENT_MACS)

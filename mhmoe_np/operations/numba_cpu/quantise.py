@@ -11,11 +11,16 @@ import numpy as np
 
 from mhmoe_np.operations.numba_cpu.arithmetic import bits_of, float_of
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, blocks, exact
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.compiling import exact
+from mhmoe_np.operations.numba_cpu.regions import (
+    ELEMENT_MACS,
+    ROWS_ELEMENTWISE,
+    block,
+    blocks,
+    run,
+    tasks_of,
+)
 from mhmoe_np.types import FloatArray
-
-SERIAL_NUMBERS = 1 << 15  # so many are quantised before a second thread has woken up
 
 
 @exact
@@ -88,7 +93,7 @@ def scale_columns(dy_NO: Any, beta_O: Any, dacc_NO: Any) -> None:
             dacc_NO[n, o] = dy_NO[n, o] * beta_O[o]
 
 
-class _Rows(NamedTuple):
+class QuantisedRows(NamedTuple):
     """Rows to quantise, a block a task."""
 
     x_NI: Any
@@ -96,10 +101,10 @@ class _Rows(NamedTuple):
     scale_N: Any  # written: gamma/127
 
 
-@tasks_of(_Rows, exact)
-def _quantise_rows(i: int, rows: Any) -> None:
-    n, end = i * ROWS_ELEMENTWISE, (i + 1) * ROWS_ELEMENTWISE
-    quantise_block(rows.x_NI[n:end], rows.q_NI[n:end], rows.scale_N[n:end])
+@tasks_of(QuantisedRows, exact)
+def _quantise_rows(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    quantise_block(a.x_NI[rows], a.q_NI[rows], a.scale_N[rows])
 
 
 class QuantiseRows(Buffers):
@@ -110,5 +115,5 @@ class QuantiseRows(Buffers):
         q_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype)
         scale_N: FloatArray = self.empty(x_NI.shape[:1], x_NI.dtype)
         tasks = blocks(len(x_NI), ROWS_ELEMENTWISE)
-        run(_Rows(x_NI, q_NI, scale_N), tasks, macs=x_NI.size, serial=SERIAL_NUMBERS)
+        run(QuantisedRows(x_NI, q_NI, scale_N), tasks, macs=x_NI.size * ELEMENT_MACS)
         return q_NI, scale_N

@@ -13,8 +13,7 @@ import numpy as np
 
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import exact, reduction
-from mhmoe_np.operations.numba_cpu.quantise import SERIAL_NUMBERS
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, run, tasks_of
 from mhmoe_np.operations.table import Quantization
 from mhmoe_np.types import FloatArray
 
@@ -66,7 +65,7 @@ def _quick_sum(x_I: Any) -> float:
     return total
 
 
-class _Sums(NamedTuple):
+class MatrixSums(NamedTuple):
     """The sums behind the means, a matrix a task."""
 
     w_OI: Any
@@ -76,7 +75,7 @@ class _Sums(NamedTuple):
     certain_X: Any  # written: whether both means are
 
 
-@tasks_of(_Sums, exact)
+@tasks_of(MatrixSums, exact)
 def _sums_of_matrix(i: int, a: Any) -> None:
     """In n additions a float64 loses less than n 2^-53 sum |w|, two floats n 2^-104 sum |w|.
 
@@ -100,7 +99,7 @@ def _sums_of_matrix(i: int, a: Any) -> None:
     a.certain_X[i] = certain
 
 
-class _Matrices(NamedTuple):
+class QuantisedMatrices(NamedTuple):
     """The quantisation itself, a matrix a task."""
 
     w_OI: Any
@@ -112,7 +111,7 @@ class _Matrices(NamedTuple):
     report_X5: Any  # written: beta, how many of -1, 0 and +1, how many changed
 
 
-@tasks_of(_Matrices, exact)
+@tasks_of(QuantisedMatrices, exact)
 def _quantise_matrix(i: int, a: Any) -> None:
     real, ternary = a.w_OI.dtype.type, a.ternary
     first, end = a.starts[i], a.starts[i + 1]
@@ -158,12 +157,12 @@ class QuantiseWeight(Buffers):
         matrices, ternary = len(starts) - 1, quantization == "bitnet_b158"
         first_rows = np.array(starts)
         sums_X2, certain_X = np.zeros((matrices, 2)), np.empty(matrices, np.bool_)
-        to_sum = _Sums(w_OI, first_rows, ternary, sums_X2, certain_X)
-        run(to_sum, matrices, macs=w_OI.size, serial=SERIAL_NUMBERS)
+        to_sum = MatrixSums(w_OI, first_rows, ternary, sums_X2, certain_X)
+        run(to_sum, matrices, macs=w_OI.size * ELEMENT_MACS)
         for x in np.flatnonzero(~certain_X):
             sums_X2[x] = _exact_sums(w_OI[starts[x] : starts[x + 1]], ternary)
-        to_quantise = _Matrices(w_OI, first_rows, ternary, sums_X2, q_OI, beta_O, report_X5)
-        run(to_quantise, matrices, macs=w_OI.size, serial=SERIAL_NUMBERS)
+        to_quantise = QuantisedMatrices(w_OI, first_rows, ternary, sums_X2, q_OI, beta_O, report_X5)
+        run(to_quantise, matrices, macs=w_OI.size * ELEMENT_MACS)
 
 
 def _exact_sums(w_OI: FloatArray, ternary: bool) -> tuple[float, float]:

@@ -12,70 +12,23 @@ does not depend on who runs it: the same input gives the same bits at any number
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, prange, types
-from numba.core import cgutils
-from numba.core.imputils import impl_ret_borrowed
 
-from mhmoe_np.operations.numba_cpu.compiling import exact, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
 SERIAL_MACS = 1 << 19
 
 
-class Loops(NamedTuple):
-    """The two compiled loops over the tasks of one kind of region."""
-
-    work: Any
-    shared_out: Any
-
-
-borrowed: Callable[..., Any] = impl_ret_borrowed  # Numba counts whoever holds an array
-
-LOOPS: dict[type, Loops] = {}
-_ALONE = np.empty(0, np.int64)  # in the place of a counter: nobody else draws numbers
-
-
-def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
-    """Declare the decorated `function(i, region)` to be what the tasks of regions of `kind` do.
-
-    compiled_as: `task`, or `exact` where every operation must round as written.
-    Returns the compiled function, for kernels that do such a task within one of their own.
-    """
-
-    def declare(function: Any) -> Any:
-        compiled = compiled_as(function)
-        work = exact(_for_task(function, _work, KIND=kind, TASK=compiled))
-        shared_out = parallel(_for_task(function, _shared_out, WORK=work))
-        LOOPS[kind] = Loops(work, shared_out)
-        return compiled
-
-    return declare
-
-
-KIND: Any = None  # in each task's copy of the loops: the region's tuple,
-TASK: Any = None  # the compiled task
-WORK: Any = None  # and the compiled loop of one thread
-
-
-def _for_task(function: Any, loop: Any, **names: Any) -> Any:
-    """A copy of a loop in which the given names stand for what belongs to one task.
-
-    With one common loop, in which Numba finds the task by the tuple's type, small calls would take half
-    as long again: it compares the names of all fields. The copy seems to stand where the task does;
-    Numba names and dates the files of its cache by that.
-    """
-    code = loop.__code__.replace(
-        co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno
-    )
-    copy = FunctionType(code, {**loop.__globals__, **names}, loop.__name__)
-    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__ + loop.__name__
-    return copy
+# What reading, changing and writing a number takes, in multiply-adds of a matrix product.
+ELEMENT_MACS = 16
+ROWS = 256  # rows of one task where a matrix product dominates
+ROWS_ELEMENTWISE = 64  # rows of one task where memory does
 
 
 @typed_intrinsic
@@ -89,83 +42,77 @@ def take_number(typing_context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
-@typed_intrinsic
-def address_of(typing_context: Any, fields: Any) -> Any:
-    """Where the fields lie while the calling function runs.
+class Loops(NamedTuple):
+    """The compiled loops of one kind of region, over tasks that are numbered by a counter."""
 
-    A parallel loop takes tuples apart and cannot take one within another, such as a weight in a region;
-    an address it passes on as it is.
+    work: Any  # the tasks that one thread gets hold of; all of them in turn without a counter
+    shared_out: Any  # all tasks on all threads
+
+
+LOOPS: dict[type, Loops] = {}
+ALONE = np.empty(0, np.int64)  # in a counter's place: nobody else draws numbers
+
+
+def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
+    """Declare the decorated `function(i, region)` to be what the tasks of regions of `kind` do.
+
+    compiled_as: `task`, or `exact` where every operation must round as written.
+    Returns the compiled function, for kernels that do such a task within one of their own.
     """
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        allocate: Callable[..., Any] = cgutils.alloca_once
-        address = allocate(builder, context.get_data_type(fields))
-        context.pack_value(builder, fields, arguments[0], address)
-        return address
+    def declare(function: Any) -> Any:
+        compiled = compiled_as(function)
+        work = exact(_loop("work", function, kind, TASK=compiled))
+        LOOPS[kind] = Loops(work, parallel(_loop("shared_out", function, kind, WORK=work)))
+        return compiled
 
-    return types.CPointer(fields)(fields), code  # type: ignore[no-untyped-call]
-
-
-@typed_intrinsic
-def fields_at(typing_context: Any, address: Any) -> Any:
-    """The fields at an address."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        fields = context.unpack_value(builder, address.dtype, arguments[0])
-        return borrowed(context, builder, address.dtype, fields)
-
-    return address.dtype(address), code
+    return declare
 
 
-def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.BaseTuple):
-        members: Any = kind
-        parts = [
-            _without_owner(context, builder, member, builder.extract_value(value, i))
-            for i, member in enumerate(members)
-        ]
-        return context.make_tuple(builder, kind, parts)
-    if isinstance(kind, types.Array):
-        array = context.make_array(kind)(context, builder, value)
-        array.meminfo = array.meminfo.type(None)
-        array.parent = array.parent.type(None)
-        return array._getvalue()
-    return value
-
-
-@typed_intrinsic
-def without_owners(typing_context: Any, region: Any) -> Any:
-    """The same region, whose arrays nobody counts the holders of: who called `run` holds them.
-
-    Otherwise every row that a task slices out would be counted, by all threads in one place.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _without_owner(context, builder, region, arguments[0])
-
-    return region(region), code
-
-
-def _work(counter: Any, tasks: int, fields: Any) -> None:
-    """The tasks that one thread gets hold of; without a counter, all of them in turn."""
-    region = without_owners(KIND(*fields))
-    i = 0
+# Written out for each kind, because Numba takes plain arguments in a third of the time that it takes
+# for a named tuple, whose names it compares, and takes no tuple inside a tuple into a parallel loop.
+# No field's name begins with an underscore.
+SOURCE = {
+    "work": """
+def work(_counter, _tasks, {fields}):
+    _region = KIND({fields})
+    _i = 0
     while True:
-        if len(counter) > 0:
-            i = take_number(counter)
-        if i >= tasks:
+        if len(_counter) > 0:
+            _i = take_number(_counter)
+        if _i >= _tasks:
             return
-        TASK(i, region)
-        i += 1
+        TASK(_i, _region)
+        _i += 1
+""",
+    "shared_out": """
+def shared_out(_workers, _counter, _tasks, {fields}):
+    for _ in prange(_workers):
+        WORK(_counter, _tasks, {fields})
+""",
+}
 
 
-def _shared_out(workers: int, tasks: int, fields: Any) -> None:
-    """All tasks on all threads."""
-    counter = np.empty(1, np.int64)
-    counter[0] = 0
-    address = address_of(fields)
-    for _ in prange(workers):
-        WORK(counter, tasks, fields_at(address))
+def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
+    """One loop of a kind. It claims its task's file, beside which Numba then keeps it."""
+    source = SOURCE[name].format(fields=", ".join(kind._fields))
+    scope = {"KIND": kind, "prange": prange, "take_number": take_number, **names}
+    exec(compile(source, function.__code__.co_filename, "exec"), scope)
+    loop: Any = scope[name]
+    loop.__module__, loop.__qualname__ = function.__module__, f"{function.__qualname__}_{name}"
+    return loop
+
+
+@either
+def blocks(length: int, size: int) -> int:
+    """How many blocks of `size` cover `length`."""
+    return -(-length // size)
+
+
+@either
+def block(i: int, size: int) -> Any:
+    """Block number i as a slice."""
+    return slice(i * size, (i + 1) * size)
 
 
 def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
@@ -176,9 +123,9 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
     """
     loops = LOOPS[type(region)]
     if tasks == 1 or macs <= serial:
-        loops.work(_ALONE, tasks, tuple(region))
+        loops.work(ALONE, tasks, *region)
     else:
-        loops.shared_out(get_num_threads(), tasks, tuple(region))
+        loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, *region)
 
 
 def workers() -> Any:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, blocks, task
-from mhmoe_np.operations.numba_cpu.regions import run, tasks_of
+from mhmoe_np.operations.numba_cpu.compiling import task
+from mhmoe_np.operations.numba_cpu.regions import ROWS_ELEMENTWISE, blocks, run, tasks_of
 from mhmoe_np.types import FloatArray, IntArray
 
 
@@ -41,7 +41,7 @@ def gather(x_MU: Any, route_R: Any, choices: int) -> Any:
     return out_RU
 
 
-class _Combination(NamedTuple):
+class GatedSums(NamedTuple):
     """The sums of sub-tokens' rows, a block of sub-tokens a task."""
 
     y_RU: Any
@@ -50,7 +50,7 @@ class _Combination(NamedTuple):
     y_MU: Any  # written
 
 
-@tasks_of(_Combination)
+@tasks_of(GatedSums)
 def _combine_block(i: int, a: Any) -> None:
     first = i * ROWS_ELEMENTWISE
     for m in range(first, min(first + ROWS_ELEMENTWISE, len(a.y_MU))):
@@ -66,4 +66,4 @@ def _combine_block(i: int, a: Any) -> None:
 def combine(y_RU: FloatArray, gate_MK: FloatArray, slot_MK: IntArray, y_MU: FloatArray) -> None:
     """y[m] = sum_j gate[m, j] * row[slot[m, j]]."""
     tasks = blocks(len(y_MU), ROWS_ELEMENTWISE)
-    run(_Combination(y_RU, gate_MK, slot_MK, y_MU), tasks, macs=slot_MK.size * y_MU.shape[1])
+    run(GatedSums(y_RU, gate_MK, slot_MK, y_MU), tasks, macs=slot_MK.size * y_MU.shape[1])
