@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, InstructionSet, available, choose
-from mhmoe_np.operations.numba_cpu.packed import as_stack, packed_product, padded_inputs
+from mhmoe_np.operations.numba_cpu.packed import as_stack
+from mhmoe_np.operations.numba_cpu.packed_product import PackedProduct, packed_product, padded_inputs
 from mhmoe_np.operations.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight
 from tests.operations.cases import (
@@ -149,7 +150,7 @@ def integer_product(packed: PackedMatrices, q_RI: Any, instruction_set: Instruct
     padded[:, :inputs] = q_RI
     sums, scales = q_RI.sum(axis=1).astype(np.int32), np.ones(rows, np.float32)
     y = np.full((rows, packed.outputs), np.nan, np.float32)
-    packed_product(weight, 0, padded, scales, sums, y, 0, packed.code.shape[1])
+    packed_product(PackedProduct(weight, 0, padded, scales, sums, y), 0, packed.code.shape[1])
     return y
 
 
