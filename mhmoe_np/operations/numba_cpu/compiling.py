@@ -1,8 +1,9 @@
 """How this backend's kernels are compiled.
 
-A kernel is two functions: a task on a block of rows, compiled alone, and a `prange` loop over tasks.
-Blocks never depend on the number of threads and no two tasks write to one place, so the same input
-gives the same bits at any number of threads. Each task calls BLAS on one thread (`limit_blas`).
+A task works on rows of its own and calls BLAS on one thread (`limit_blas`); `regions` shares tasks out.
+
+No kernel promises the compiler that numbers are finite: code that meets a NaN in spite of such a
+promise may do anything, another thing on every processor. Nor did the promise make it faster [D12].
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Everything of fastmath but `reassoc`: that would fold away the rounding trick in `exp`.
-FAST = {"nnan", "ninf", "nsz", "contract", "arcp"}
+# Fused multiply-adds and multiplication by a reciprocal; the sign of a zero is free. Not `nnan` and
+# `ninf`, see above, and not `reassoc`: that would fold away the rounding trick in `exp`.
+FAST = {"nsz", "contract", "arcp"}
 
 
 def task(function: Function) -> Function:
@@ -34,13 +36,19 @@ def exact(function: Function) -> Function:
 
 
 def reduction(function: Function) -> Function:
-    """A sum or maximum of a row alone: it vectorises only if the compiler may reorder it."""
-    return _compiled(function, fastmath=True)
+    """A sum over a row alone: it vectorises only if the compiler may reorder it."""
+    return _compiled(function, fastmath={*FAST, "reassoc"})
 
 
 def parallel(function: Function) -> Function:
     """A loop over tasks. Keep its body small: it is compiled twice."""
     return _compiled(function, parallel=True)
+
+
+def either(function: Function) -> Function:
+    """A function for Python and for compiled code."""
+    usable: Function = register_jitable(function)
+    return usable
 
 
 def typed_intrinsic(definition: Any) -> Any:
@@ -49,7 +57,8 @@ def typed_intrinsic(definition: Any) -> Any:
 
 
 def _compiled(function: Function, **options: Any) -> Function:
-    compiled: Function = njit(cache=True, error_model="numpy", **options)(function)
+    options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
+    compiled: Function = njit(cache=True, **options)(function)
     return compiled
 
 
