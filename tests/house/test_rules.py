@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,3 +39,18 @@ def test_the_readme_runs_only_commands_that_exist() -> None:
     used = set(re.findall(r"mhmoe-np (\w+)", readme))
     assert set(COMMANDS) <= used
     assert used <= set(COMMANDS)
+
+
+def test_the_readmes_map_names_every_room() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "mhmoe_np").glob("*/__init__.py")}
+    named = set(re.findall(r"^  ([a-z]+)/ ", readme, re.MULTILINE))
+    assert named == rooms
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|toml))`", (ROOT / page).read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "mhmoe_np" / name).exists(), name
