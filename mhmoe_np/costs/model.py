@@ -24,6 +24,8 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     """Every parameter, and those without the experts that a token does not choose.
 
     A token has H sub-tokens, each choosing K experts: at most H·K different ones.
+
+    Source   [spec 1 tensor names], [spec 7 MoE-layer parameters]
     """
     total = sum(math.prod(entry.shape) for entry in parameter_table(config))
     idle = 0
@@ -40,6 +42,8 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
 
     Of causal attention the half that is seen counts; norms, activations and additions do not. A
     training step costs three times as much, the backward of a product being two products.
+
+    Source   [spec 2 attention], [spec 2 FFN], [spec 2 logits], [spec 7 multiply-adds]
     """
     D, L = config.hidden_size, config.num_hidden_layers
     inner = config.num_attention_heads * config.head_dim

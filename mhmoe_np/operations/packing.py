@@ -13,6 +13,8 @@ has code 0 and meets activations that are 0.
     sign-1bit       -1, 1 as 0, 1; block b in bit b
 
 Departs from HF's layout, which is made for unpacking whole matrices.
+
+Source   [spec 5 packed weights]
 """
 
 from __future__ import annotations
@@ -71,12 +73,19 @@ class PackedMatrices(NamedTuple):
 
 
 def code_shape(outputs: int, inputs: int, format: FormatName) -> tuple[int, int, int]:
-    """[panels, groups, 64] of one matrix."""
+    """[panels, groups, 64] of one matrix.
+
+    Source   [spec 5 packed weights]
+    """
     return -(-outputs // PANEL), -(-inputs // FORMATS[format].group), PANEL * PLACES
 
 
 def empty_code(experts: int, outputs: int, inputs: int, format: FormatName) -> NDArray[np.uint8]:
-    """Room for the codes of a stack, at a multiple of 64 bytes: no group straddles two cache lines."""
+    """Room for the codes of a stack, at a multiple of 64 bytes: no group straddles two cache lines.
+
+    Shapes   -> [E, panels, groups, 64]
+    Source   [spec 5 packed weights]
+    """
     shape = (experts, *code_shape(outputs, inputs, format))
     size = math.prod(shape)
     room = np.empty(size + PANEL * PLACES, np.uint8)
@@ -87,7 +96,9 @@ def empty_code(experts: int, outputs: int, inputs: int, format: FormatName) -> N
 def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:
     """Pack integers, of any dtype.
 
-    Raises ValueError: a value that the format does not have.
+    Shapes   q_EOI
+    Raises   ValueError: a value that the format does not have.
+    Source   [spec 5 packed weights]
     """
     experts, outputs, inputs = q_EOI.shape
     _, depth, base, lowest, step = FORMATS[format]
@@ -115,7 +126,11 @@ def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:
 
 
 def unpack(packed: PackedMatrices) -> IntArray:
-    """The integers again: int8, [E, O, I]."""
+    """The integers again, int8.
+
+    Shapes   -> q_EOI
+    Source   [spec 5 packed weights]
+    """
     code, outputs, inputs, name = packed
     depth, lowest, step = FORMATS[name].depth, FORMATS[name].lowest, FORMATS[name].step
     experts, panels, groups, _ = code.shape

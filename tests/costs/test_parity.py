@@ -28,7 +28,7 @@ def changed(preset: str, **keys: object) -> ModelConfig:
 
 
 def test_the_table_of_the_specification():
-    # [spec 7].
+    # [spec 7 Paper configs], [spec 7 model], [P1 section 3]
     macs = 4_718_592
     assert paper_rows() == [
         ParityRow("dense", 0, 0, 0, 2048, 4_718_592, macs, 0, 0),
@@ -63,12 +63,27 @@ def test_table_4_two_heads_with_projections_costs_more():
     assert macs_per_token(config) == 5_898_240
 
 
+def test_the_papers_leading_terms_with_a_third_matrix():
+    # [P1 eq. 6-7]: for one token 4 d^2 + 4 d d_moe k and 4 d d_moe k multiplications and additions,
+    # with experts of two matrices; [spec 7 multiply-adds].
+    d, F, k = 768, 1024, 2
+    assert (
+        2 * macs_per_token(MODEL_PRESETS["paper-fine-grained-smoe"]) == Fraction(3, 2) * 4 * d * F * k
+    )
+    d_mhmoe = 768
+    assert (
+        2 * macs_per_token(MODEL_PRESETS["paper-mh-moe-2"])
+        == 4 * d**2 + Fraction(3, 2) * 4 * d * d_mhmoe * k
+    )
+
+
 def test_a_row_can_be_made_of_any_configuration():
     row = parity_row("mine", MODEL_PRESETS["small-mh-moe-3"])
     assert (row.name, row.heads, row.experts, row.intermediate_size) == ("mine", 3, 96, 128)
 
 
 def test_router_counts():
+    # [spec 7 router excluded]
     config = MODEL_PRESETS["paper-mh-moe-3"]
     assert router_parameters(config) == 96 * 256
     assert router_macs(config) == 3 * 96 * 256
@@ -79,7 +94,7 @@ def test_router_counts():
     [(2, 768, Fraction(124, 3), 41), (3, 512, Fraction(93), 93)],
 )
 def test_exact_parity_with_the_papers_smoe(heads, inner, exact_experts, experts):
-    # [spec 7]: 41 1/3 and 93, where the paper chose 40 and 96.
+    # [spec 7 equal FLOPs], [spec 7 equal parameters]: 41 1/3 and 93, where the paper chose 40 and 96.
     solution = solve(768, 8, 1, 2048, heads, heads, "swiglu")
     assert solution.exact_intermediate_size == inner == solution.intermediate_size
     assert (solution.exact_experts, solution.experts) == (exact_experts, experts)
@@ -137,6 +152,7 @@ problems = st.fixed_dictionaries(
 
 @given(problems)
 def test_before_rounding_the_layers_are_exactly_equal(problem):
+    # [P1 eq. 9], [spec 7 equal FLOPs], [spec 7 equal parameters]
     D = problem["sub_token_width"] * problem["heads"]
     H, K, K0 = problem["heads"], problem["top_k"], problem["baseline_top_k"]
     E0, F0 = K0 + problem["spare_experts"], D + problem["spare_width"]

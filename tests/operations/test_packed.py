@@ -90,6 +90,7 @@ def test_a_packed_linear_map_has_the_bits_of_the_definition(
     bias: bool,
     seed: int,
 ) -> None:
+    # [spec 5 packed weights], [spec 5 integer product]
     r = Inputs(seed, np.float32)
     w = bit_weight(r, format, outputs, inputs)
     packed = packed_weight(w, format)
@@ -470,6 +471,7 @@ def test_constant_and_tiny_matrices(name: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_linear_backward_is_straight_through(name: str) -> None:
+    # [B1 section 2.2], [spec 5 straight-through]
     r = Inputs(17, np.float64)
     w = bit_weight(r, "ternary-2bit", 9, 14)
     x, dy, dw, db = r(11, 14), r(11, 9), r(9, 14), r(9)

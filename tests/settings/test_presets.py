@@ -50,6 +50,7 @@ def test_a_family_shares_its_backbone(family, backbone, name):
     ],
 )
 def test_experts_are_those_of_the_paper(name, heads, experts, top_k, paper_inner, small_inner):
+    # [P1 section 3], [spec 7 Paper configs]
     for family, inner in (("paper", paper_inner), ("small", small_inner)):
         config = MODEL_PRESETS[f"{family}-{name}"]
         assert (config.moe_heads, config.num_experts, config.num_experts_per_tok) == (

@@ -17,9 +17,11 @@ from mhmoe_np.operations.numba_cpu.optimiser import Optimiser
 from mhmoe_np.operations.numba_cpu.pack import Pack
 from mhmoe_np.operations.numba_cpu.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.numba_cpu.router import Router
+from mhmoe_np.operations.numba_cpu.sums import Sums
 
 
 class NumbaOperations(
+    Sums,
     Linear,
     QuantiseWeight,
     Pack,

@@ -57,7 +57,8 @@ def typed_intrinsic(definition: Any) -> Any:
 
 
 def _compiled(function: Function, **options: Any) -> Function:
-    compiled: Function = njit(cache=True, error_model="numpy", **options)(function)
+    options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
+    compiled: Function = njit(cache=True, **options)(function)
     return compiled
 
 

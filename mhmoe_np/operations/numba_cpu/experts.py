@@ -102,7 +102,7 @@ def _experts_backward(i: int, a: Any) -> None:
     activate_rows_backward(dn_RF, gate_up_R2F, a.silu, dgate_up_R2F)
     if a.gate_up.quantised:
         dacc_R2F = np.empty_like(dgate_up_R2F)
-        scale_columns(dgate_up_R2F, a.gate_up.beta_EO[e], dacc_R2F)
+        scale_columns(dgate_up_R2F, a.gate_up.betas[e], dacc_R2F)
         gemm_nn(1.0, dacc_R2F, a.gate_up.w_EOI[e], 0.0, a.dx_RU[first:end])
     else:
         gemm_nn(1.0, dgate_up_R2F, a.gate_up.w_EOI[e], 0.0, a.dx_RU[first:end])
@@ -113,7 +113,7 @@ def _times_down(a: Any, e: int, route_R: Any) -> Any:
     """dy @ down for the rows of one span."""
     dy_RU = gather(a.dy_MU, route_R, a.gate_MK.shape[1])
     if a.down.quantised:
-        scale_columns(dy_RU, a.down.beta_EO[e], dy_RU)
+        scale_columns(dy_RU, a.down.betas[e], dy_RU)
     dn_RF = np.empty((len(route_R), a.gated_RF.shape[1]), dy_RU.dtype)
     gemm_nn(1.0, dy_RU, a.down.w_EOI[e], 0.0, dn_RF)
     return dn_RF

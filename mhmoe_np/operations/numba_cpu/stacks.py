@@ -20,7 +20,7 @@ class Unpacked(NamedTuple):
     """Matrices with a number an entry: floats, or the integers of a `BitWeight` with their scales."""
 
     w_EOI: Any
-    beta_EO: Any  # [E, 0] where the entries are floats
+    betas: Any  # [E, O], the scales of the integers; [E, 0] where the entries are floats
     quantised: bool
 
 
@@ -56,4 +56,4 @@ def _project_unpacked(x_NI: Any, stack: Any, e: int, y_NO: Any) -> None:
     scale_N = np.empty(len(x_NI), x_NI.dtype)
     quantise_block(x_NI, x_NI, scale_N)
     product_nt(x_NI, stack.w_EOI[e], y_NO)
-    scale_block(y_NO, scale_N, stack.beta_EO[e])
+    scale_block(y_NO, scale_N, stack.betas[e])

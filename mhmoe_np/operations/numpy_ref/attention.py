@@ -39,7 +39,7 @@ def attention(
     # Attention eq. 1: softmax(q k^T / sqrt(C)) v
     out_BTAC = np.einsum("bats,bsac->btac", p_BATS, v_BSAC)
     log_sum_exp_BAT = (highest_BAT1 + np.log(sum_BAT1))[..., 0]
-    return np.ascontiguousarray(out_BTAC), log_sum_exp_BAT
+    return np.ascontiguousarray(out_BTAC), np.ascontiguousarray(log_sum_exp_BAT)
 
 
 def attention_backward(
