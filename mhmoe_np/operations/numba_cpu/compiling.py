@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from numba import njit
 from numba.extending import intrinsic, register_jitable
 
+from mhmoe_np.operations.numba_cpu.kernel_cache import kept_by_sources
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Fused multiply-adds and multiplication by a reciprocal; the sign of a zero is free. Not `nnan` and
@@ -58,7 +60,8 @@ def typed_intrinsic(definition: Any) -> Any:
 
 def _compiled(function: Function, **options: Any) -> Function:
     options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
-    compiled: Function = njit(cache=True, **options)(function)
+    with kept_by_sources():
+        compiled: Function = njit(cache=True, **options)(function)
     return compiled
 
 
