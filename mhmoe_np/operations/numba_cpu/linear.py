@@ -45,6 +45,8 @@ def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
 
     The last ones of rows and columns may be smaller.
     """
+    if rows <= ROWS and columns <= COLUMNS:
+        return rows, columns, 1
     height, width = ROWS, columns
     if rows >= 4 * MANY_ROWS:
         height = MANY_ROWS
