@@ -63,15 +63,3 @@ def _compiled(function: Function, **options: Any) -> Function:
     with kept_by_sources():
         compiled: Function = njit(cache=True, **options)(function)
     return compiled
-
-
-# Below this many multiply-adds one thread is done before a second one has woken up; on a busy machine
-# waking it can take milliseconds. Such work runs task by task on the calling thread.
-SERIAL_MACS = 1 << 19
-ROWS = 256  # rows of one task where a matrix product dominates
-ROWS_ELEMENTWISE = 64  # rows of one task where memory does
-
-
-def blocks(length: int, size: int) -> int:
-    """How many blocks of `size` cover `length`."""
-    return -(-length // size)

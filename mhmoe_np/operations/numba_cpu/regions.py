@@ -126,8 +126,3 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
         loops.work(ALONE, tasks, *region)
     else:
         loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, *region)
-
-
-def workers() -> Any:
-    """How many there are, and their counter."""
-    return get_num_threads(), np.zeros(1, np.int64)
