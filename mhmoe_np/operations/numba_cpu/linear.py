@@ -228,6 +228,7 @@ class Linear(QuantiseRows, PackedProducts):
         return y_NO
 
     def _bit_linear(self, x_NI: FloatArray, weight: BitWeight, y_NO: FloatArray) -> None:
+        """In floats, which hold every sum of its integers exactly."""
         with self.scope():
             q_NI, scale_N = self.quantise_rows(x_NI)
             height, width, tiles = tiles_of(*y_NO.shape)

@@ -113,6 +113,7 @@ class QuantisedMatrices(NamedTuple):
 
 @tasks_of(QuantisedMatrices, exact)
 def _quantise_matrix(i: int, a: Any) -> None:
+    """Integers, scale and report of matrix i, whose means are known."""
     real, ternary = a.w_OI.dtype.type, a.ternary
     first, end = a.starts[i], a.starts[i + 1]
     size = (end - first) * a.w_OI.shape[1]

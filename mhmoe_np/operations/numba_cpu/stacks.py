@@ -50,6 +50,7 @@ def _compiled_project(x_NI: Any, stack: Any, e: Any, y_NO: Any) -> Any:
 
 @task
 def _project_unpacked(x_NI: Any, stack: Any, e: int, y_NO: Any) -> None:
+    """In floats, which hold every sum of a BitLinear's integers exactly."""
     if not stack.quantised:
         product_nt(x_NI, stack.w_EOI[e], y_NO)
         return
