@@ -53,7 +53,7 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
         "attention projections": L * 2 * D * (inner + key_value),
         "attention": L * inner * sequence,
         "router": moe * parity.router_macs(config),
-        "experts": moe * parity.macs_per_token(config) if moe else 0,
+        "experts": moe * parity.moe_layer_macs(config) if moe else 0,
         "feed-forward": (L - moe) * 3 * D * config.intermediate_size,
         "output head": config.vocab_size * D,
     }

@@ -35,7 +35,7 @@ def moe_layer_parameters(config: ModelConfig) -> int:
     return experts + _outside_experts(config)  # P1 eq. 9, one side
 
 
-def macs_per_token(config: ModelConfig) -> int:
+def moe_layer_macs(config: ModelConfig) -> int:
     """Multiply-adds of one token through one MoE layer, or a dense feed-forward layer where E = 0.
 
     H·K expert calls of 3·U·F each, D² for each of the head and merge layers that is present, 3·D·F
@@ -107,7 +107,7 @@ def parity_row(name: str, config: ModelConfig) -> ParityRow:
         top_k=config.num_experts_per_tok,
         intermediate_size=config.intermediate_size if dense else config.moe_intermediate_size,
         parameters=moe_layer_parameters(config),
-        macs_per_token=macs_per_token(config),
+        macs_per_token=moe_layer_macs(config),
         router_parameters=router_parameters(config),
         router_macs=router_macs(config),
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mhmoe_np.costs.parity import (
     MATRICES_PER_EXPERT,
     ParityRow,
-    macs_per_token,
+    moe_layer_macs,
     moe_layer_parameters,
     paper_rows,
     parity_row,
@@ -45,7 +45,7 @@ def test_a_shared_expert_adds_a_dense_network():
     shared = changed("paper-mh-moe-2", shared_expert_intermediate_size=2048)
     dense = 3 * 768 * 2048
     assert moe_layer_parameters(shared) - moe_layer_parameters(without) == dense
-    assert macs_per_token(shared) - macs_per_token(without) == dense
+    assert moe_layer_macs(shared) - moe_layer_macs(without) == dense
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -53,14 +53,14 @@ def test_a_shared_expert_adds_a_dense_network():
 def test_a_projection_counts_where_it_is_present(head, merge):
     # [P1 Table 5]: one or both projections removed from the two-head model.
     config = changed("paper-mh-moe-2", moe_head_layer=head, moe_merge_layer=merge)
-    assert macs_per_token(config) == 4_718_592 - (2 - head - merge) * 768**2
+    assert moe_layer_macs(config) == 4_718_592 - (2 - head - merge) * 768**2
     assert moe_layer_parameters(config) == 36_569_088 - (2 - head - merge) * 768**2
 
 
 def test_table_4_two_heads_with_projections_costs_more():
     # [P1 Table 4]: the "without" experts (F 1024) plus both projections.
     config = changed("paper-mh-moe-2", moe_intermediate_size=1024)
-    assert macs_per_token(config) == 5_898_240
+    assert moe_layer_macs(config) == 5_898_240
 
 
 def test_the_papers_leading_terms_with_a_third_matrix():
@@ -68,11 +68,11 @@ def test_the_papers_leading_terms_with_a_third_matrix():
     # with experts of two matrices; [spec 7 multiply-adds].
     d, F, k = 768, 1024, 2
     assert (
-        2 * macs_per_token(MODEL_PRESETS["paper-fine-grained-smoe"]) == Fraction(3, 2) * 4 * d * F * k
+        2 * moe_layer_macs(MODEL_PRESETS["paper-fine-grained-smoe"]) == Fraction(3, 2) * 4 * d * F * k
     )
     d_mhmoe = 768
     assert (
-        2 * macs_per_token(MODEL_PRESETS["paper-mh-moe-2"])
+        2 * moe_layer_macs(MODEL_PRESETS["paper-mh-moe-2"])
         == 4 * d**2 + Fraction(3, 2) * 4 * d * d_mhmoe * k
     )
 
@@ -197,7 +197,7 @@ def test_the_solution_counts_as_a_configuration_does(problem):
         moe_head_layer=True,
         moe_merge_layer=True,
     )
-    assert macs_per_token(config) == solution.macs.solution
+    assert moe_layer_macs(config) == solution.macs.solution
     assert moe_layer_parameters(config) == solution.parameters.solution
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mhmoe_np.costs.parity import macs_per_token
+from mhmoe_np.costs.parity import moe_layer_macs
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
 
 
@@ -15,7 +15,7 @@ def test_the_ten_names():
 
 @pytest.mark.parametrize(("family", "macs"), [("paper", 4_718_592), ("small", 4_718_592 // 16)])
 def test_a_family_costs_the_same_multiply_adds_a_token(family, macs):
-    assert {macs_per_token(MODEL_PRESETS[f"{family}-{name}"]) for name in PAPER_MODELS} == {macs}
+    assert {moe_layer_macs(MODEL_PRESETS[f"{family}-{name}"]) for name in PAPER_MODELS} == {macs}
 
 
 @pytest.mark.parametrize(
