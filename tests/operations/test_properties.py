@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import pkgutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.operations import numba_cpu
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu.arithmetic import exp
 from mhmoe_np.operations.numba_cpu.compiling import task
-from mhmoe_np.operations.numba_cpu.packed import Packed
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from tests.operations.cases import (
     BACKENDS,
@@ -44,64 +38,7 @@ def ops(request: pytest.FixtureRequest) -> Operations:
     return BACKENDS[request.param]
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Put the number of threads back: it belongs to the process."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
-
-
 # ---- the same bits ---------------------------------------------------------------------------
-
-
-def parallel_kernels() -> dict[tuple[Any, str], Any]:
-    """Every compiled loop over tasks of the backend, by the module and name that hold it."""
-    names = [module.name for module in pkgutil.iter_modules(numba_cpu.__path__)]
-    modules = [importlib.import_module(f"{numba_cpu.__name__}.{name}") for name in names]
-    return {
-        (module, name): value
-        for module in modules
-        for name, value in vars(module).items()
-        if getattr(value, "targetoptions", {}).get("parallel")
-    }
-
-
-def test_the_run_of_the_table_reaches_every_parallel_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small work skips these kernels: below such a size, the tests of threads would compare nothing.
-    entered: set[str] = set()
-    entered_with_packed_weights: set[str] = set()
-
-    def recording(name: str, kernel: Any) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            entered.add(name)
-            if any(isinstance(argument, Packed) for argument in arguments):
-                entered_with_packed_weights.add(name)
-            return kernel(*arguments)
-
-        return call
-
-    kernels = parallel_kernels()
-    for (module, name), kernel in kernels.items():
-        monkeypatch.setattr(module, name, recording(name, kernel))
-    run_table(NUMBA, np.float64, seed=49)
-    assert len(kernels) > 10
-    # Nobody uses `_shared_out` yet.
-    assert entered == {name for _, name in kernels} - {"_shared_out"}
-    assert entered_with_packed_weights == {"_experts", "packed_tiles", "quantise_for_all"}
-
-
-@of_each_dtype
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
-@pytest.mark.usefixtures("threads")
-def test_one_thread_and_two_give_the_same_bits(dtype: Any) -> None:
-    runs = []
-    for count in (1, 2):
-        numba.set_num_threads(count)
-        runs.append(run_table(NUMBA, dtype, seed=50))
-    assert set(runs[0]) == TABLE
-    for name in runs[0]:
-        same_bits(runs[1][name], runs[0][name])
 
 
 @of_each_dtype
@@ -476,11 +413,11 @@ def test_float32_exp_does_not_fall_by_more_than_its_last_place() -> None:
     assert (y[:, -1] > y[:, 0]).all()
 
 
-def test_float32_exp_is_clamped_outside_its_range() -> None:
-    x = np.array([-87, 88, -87.01, 88.01, -104, 89, -1e30, 1e30], np.float32)
+def test_float32_exp_beyond_its_range_is_0_or_infinite() -> None:
+    x = np.array([-87, 88, -87.7, 88.4, -104, 89, -1e30, 1e30, -math.inf, math.inf], np.float32)
     low, high = compiled_exp(x)[:2]
     assert 0 < low < high < np.inf
-    assert (compiled_exp(x) == np.array([low, high] * 4)).all()
+    assert compiled_exp(x)[2:].tolist() == [0, math.inf] * 4
 
 
 def test_float64_exp_is_the_librarys() -> None:
