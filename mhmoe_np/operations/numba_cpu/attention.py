@@ -22,7 +22,7 @@ QUERY_ROWS = 64
 STEP_HEADS = 4  # key/value heads of one task in a step of decoding
 
 
-class _Rotate(NamedTuple):
+class Rotate(NamedTuple):
     """What `Operations.rotate_in_place` reads and writes: a task is a block of one sequence."""
 
     x_BTAC: Any
@@ -30,7 +30,7 @@ class _Rotate(NamedTuple):
     sin_TJ: Any
 
 
-@tasks_of(_Rotate)
+@tasks_of(Rotate)
 def _rotate(i: int, a: Any) -> None:
     _, T, heads, _ = a.x_BTAC.shape
     across = blocks(T, QUERY_ROWS)
@@ -46,7 +46,7 @@ def _rotate(i: int, a: Any) -> None:
                 x_C[j + J] = imaginary * cos_J[j] + real * sin_J[j]
 
 
-class _Attend(NamedTuple):
+class Attend(NamedTuple):
     """What `Operations.attention` reads and writes: a task is a head and a block of its queries."""
 
     q_BTAC: Any
@@ -89,7 +89,7 @@ def _attend_block(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: A
             out_C[c] *= inverse
 
 
-@tasks_of(_Attend)
+@tasks_of(Attend)
 def _attend(i: int, a: Any) -> None:
     _, T, A, _ = a.q_BTAC.shape
     S, G = a.k_BSGC.shape[1:3]
@@ -106,7 +106,7 @@ def _attend(i: int, a: Any) -> None:
     )
 
 
-class _AttendStep(NamedTuple):
+class AttendStep(NamedTuple):
     """A step of decoding, T = 1: a task is one sequence and some of its key/value heads."""
 
     q_BTAC: Any
@@ -133,7 +133,7 @@ def _add_rows(p_S: Any, v_SC: Any, out_C: Any) -> None:
             out_C[c] += p * v_C[c]
 
 
-@tasks_of(_AttendStep)
+@tasks_of(AttendStep)
 def _attend_step(i: int, a: Any) -> None:
     """Position by position, so that the cache is read once and in the order in which it lies.
 
@@ -172,7 +172,7 @@ def _attend_step(i: int, a: Any) -> None:
             _add_rows(scores_AS[head, s : s + 4], v_SGC[s : s + 4, head // group], out_AC[head])
 
 
-class _AttendBackward(NamedTuple):
+class AttendBackward(NamedTuple):
     """What `Operations.attention_backward` reads and writes.
 
     A task is a key/value head: it alone adds to that head's dk and dv.
@@ -225,7 +225,7 @@ def _attend_block_backward(b: int, head: int, first: int, a: Any) -> None:
     gemm_tn(scale, ds_TS, q_TC, 1.0, a.dk_BTGC[b, :last, g])
 
 
-@tasks_of(_AttendBackward)
+@tasks_of(AttendBackward)
 def _attend_backward(i: int, a: Any) -> None:
     T, A = a.q_BTAC.shape[1:3]
     G = a.k_BTGC.shape[2]
@@ -244,7 +244,7 @@ class Attention(Buffers):
     def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
         """See `Operations.rotate_in_place`."""
         tasks = len(x_BTAC) * blocks(x_BTAC.shape[1], QUERY_ROWS)
-        run(_Rotate(x_BTAC, cos_TJ, sin_TJ), tasks, macs=x_BTAC.size * ELEMENT_MACS)
+        run(Rotate(x_BTAC, cos_TJ, sin_TJ), tasks, macs=x_BTAC.size * ELEMENT_MACS)
 
     def attention(
         self, q_BTAC: FloatArray, k_BSGC: FloatArray, v_BSGC: FloatArray
@@ -256,9 +256,9 @@ class Attention(Buffers):
         arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
         macs = 2 * q_BTAC.size * k_BSGC.shape[1]
         if T == 1:
-            run(_AttendStep(*arrays), B * blocks(k_BSGC.shape[2], STEP_HEADS), macs=macs)
+            run(AttendStep(*arrays), B * blocks(k_BSGC.shape[2], STEP_HEADS), macs=macs)
         else:
-            run(_Attend(*arrays), B * A * blocks(T, QUERY_ROWS), macs=macs)
+            run(Attend(*arrays), B * A * blocks(T, QUERY_ROWS), macs=macs)
         return out_BTAC, log_sum_exp_BAT
 
     def attention_backward(
@@ -274,7 +274,7 @@ class Attention(Buffers):
         dv_BTGC: FloatArray,
     ) -> None:
         """See `Operations.attention_backward`."""
-        region = _AttendBackward(
+        region = AttendBackward(
             dout_BTAC,
             q_BTAC,
             k_BTGC,

@@ -35,7 +35,7 @@ def activate_rows(gate_up_N2F: Any, silu: bool, h_NF: Any) -> None:
                 h_F[f] = positive * positive * up_F[f]
 
 
-class _Activate(NamedTuple):
+class Activate(NamedTuple):
     """The gated activation, a block of rows a task."""
 
     gate_up_N2F: Any
@@ -43,7 +43,7 @@ class _Activate(NamedTuple):
     h_NF: Any
 
 
-@tasks_of(_Activate)
+@tasks_of(Activate)
 def _activate(i: int, a: Any) -> None:
     rows = block(i, ROWS_ELEMENTWISE)
     activate_rows(a.gate_up_N2F[rows], a.silu, a.h_NF[rows])
@@ -70,8 +70,8 @@ def activate_rows_backward(dh_NF: Any, gate_up_N2F: Any, silu: bool, dgate_up_N2
                 dup_F[f] = dh_F[f] * positive * positive
 
 
-class _ActivateBackward(NamedTuple):
-    """The backward of `_Activate`."""
+class ActivateBackward(NamedTuple):
+    """The backward of `Activate`."""
 
     dh_NF: Any
     gate_up_N2F: Any
@@ -79,7 +79,7 @@ class _ActivateBackward(NamedTuple):
     dgate_up_N2F: Any
 
 
-@tasks_of(_ActivateBackward)
+@tasks_of(ActivateBackward)
 def _activate_backward(i: int, a: Any) -> None:
     rows = block(i, ROWS_ELEMENTWISE)
     activate_rows_backward(a.dh_NF[rows], a.gate_up_N2F[rows], a.silu, a.dgate_up_N2F[rows])
@@ -92,7 +92,7 @@ class FeedForward(Buffers):
         """See `Operations.gated_activation`."""
         N, doubled = gate_up_N2F.shape
         h_NF: FloatArray = self.empty((N, doubled // 2), gate_up_N2F.dtype)
-        region = _Activate(gate_up_N2F, activation == "silu", h_NF)
+        region = Activate(gate_up_N2F, activation == "silu", h_NF)
         run(region, blocks(N, ROWS_ELEMENTWISE), macs=gate_up_N2F.size * ELEMENT_MACS)
         return h_NF
 
@@ -101,6 +101,6 @@ class FeedForward(Buffers):
     ) -> FloatArray:
         """See `Operations.gated_activation_backward`."""
         dgate_up_N2F: FloatArray = self.empty(gate_up_N2F.shape, gate_up_N2F.dtype)
-        region = _ActivateBackward(dh_NF, gate_up_N2F, activation == "silu", dgate_up_N2F)
+        region = ActivateBackward(dh_NF, gate_up_N2F, activation == "silu", dgate_up_N2F)
         run(region, blocks(len(dh_NF), ROWS_ELEMENTWISE), macs=gate_up_N2F.size * ELEMENT_MACS)
         return dgate_up_N2F

@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 256, 1024  # at least and at most
 
 
-class _Exponentials(NamedTuple):
+class Exponentials(NamedTuple):
     """Logits as e^(logit - top), with each row's top and sum in each strip: a strip a task."""
 
     x_ND: Any
@@ -39,7 +39,7 @@ class _Exponentials(NamedTuple):
     sums: Any  # [strips, N]
 
 
-@tasks_of(_Exponentials)
+@tasks_of(Exponentials)
 def _exponentials(i: int, a: Any) -> None:
     N, width = len(a.target_N), a.e_strips.shape[2]
     w_VD = a.w_VD[block(i, width)]
@@ -57,7 +57,7 @@ def _exponentials(i: int, a: Any) -> None:
         a.tops[i, n], a.sums[i, n] = top, row_sum(e_V, V)
 
 
-class _RowLosses(NamedTuple):
+class RowLosses(NamedTuple):
     """Each row's NLL from its strips, 0 where uncounted: a block of rows a task.
 
     gradient: make softmax - onehot(target) of e_strips.
@@ -86,7 +86,7 @@ def _nll_of_row(at_target: Any, tops: Any, sums: Any, factors: Any) -> Any:
     return (highest - at_target) + np.log(total)
 
 
-@tasks_of(_RowLosses)
+@tasks_of(RowLosses)
 def _nll(i: int, a: Any) -> None:
     strips, _, width = a.e_strips.shape
     factors = np.empty(strips, a.nll_N.dtype)
@@ -106,7 +106,7 @@ def _nll(i: int, a: Any) -> None:
                 a.e_strips[target // width, n, target % width] -= 1
 
 
-class _LossGradients(NamedTuple):
+class LossGradients(NamedTuple):
     """dx = dl w, some rows a task, and dw += dl^T x, a strip a task; dl = dnll * dlogits."""
 
     dlogits_strips: Any
@@ -117,7 +117,7 @@ class _LossGradients(NamedTuple):
     dw_VD: Any
 
 
-@tasks_of(_LossGradients)
+@tasks_of(LossGradients)
 def _gradients(i: int, a: Any) -> None:
     """The long tasks first."""
     N, (strips, _, width) = len(a.x_ND), a.dlogits_strips.shape
@@ -167,7 +167,7 @@ class Loss(Buffers):
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
                 self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_strips, gradient=True)
-                region = _LossGradients(e_strips, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
+                region = LossGradients(e_strips, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
                 tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(e_strips)
                 run(region, tasks, macs=2 * x_ND[rows].size * len(w_VD))
         return nll_N, dx_ND
@@ -187,9 +187,9 @@ class Loss(Buffers):
         with self.scope():
             at_target_N = self.empty((N,), x_ND.dtype)
             tops, sums = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
-            exponentials = _Exponentials(x_ND, w_VD, target_N, at_target_N, e_strips, tops, sums)
+            exponentials = Exponentials(x_ND, w_VD, target_N, at_target_N, e_strips, tops, sums)
             run(exponentials, strips, macs=x_ND.size * len(w_VD))
-            losses = _RowLosses(target_N, at_target_N, tops, sums, nll_N, e_strips, gradient)
+            losses = RowLosses(target_N, at_target_N, tops, sums, nll_N, e_strips, gradient)
             touched = N * len(w_VD) if gradient else N * strips
             run(losses, blocks(N, ROWS_OF_TASK), macs=touched * ELEMENT_MACS)
 

@@ -59,7 +59,7 @@ def norm_rows_backward(
                 dx_D[d] = rstd * (dn_D[d] - x_D[d] * pull)
 
 
-class _NormRows(NamedTuple):
+class NormRows(NamedTuple):
     """RMSNorm, a block of rows a task."""
 
     x_ND: Any
@@ -69,13 +69,13 @@ class _NormRows(NamedTuple):
     rstd_N: Any
 
 
-@tasks_of(_NormRows)
+@tasks_of(NormRows)
 def _norm(i: int, a: Any) -> None:
     rows = block(i, ROWS_ELEMENTWISE)
     norm_rows(a.x_ND[rows], a.w_D, a.eps, a.y_ND[rows], a.rstd_N[rows])
 
 
-class _NormSums(NamedTuple):
+class NormSums(NamedTuple):
     """sum += x, and RMSNorm of that, a block of rows a task."""
 
     x_ND: Any
@@ -86,7 +86,7 @@ class _NormSums(NamedTuple):
     rstd_N: Any
 
 
-@tasks_of(_NormSums)
+@tasks_of(NormSums)
 def _add_and_norm(i: int, a: Any) -> None:
     first = i * ROWS_ELEMENTWISE
     for n in range(first, min(first + ROWS_ELEMENTWISE, len(a.x_ND))):
@@ -97,8 +97,8 @@ def _add_and_norm(i: int, a: Any) -> None:
         norm_rows(a.sum_ND[row], a.w_D, a.eps, a.y_ND[row], a.rstd_N[row])
 
 
-class _NormRowsBackward(NamedTuple):
-    """The backward of `_NormRows`: each task sums up a dw of its own."""
+class NormRowsBackward(NamedTuple):
+    """The backward of `NormRows`: each task sums up a dw of its own."""
 
     dy_ND: Any
     x_ND: Any
@@ -109,7 +109,7 @@ class _NormRowsBackward(NamedTuple):
     onto: bool
 
 
-@tasks_of(_NormRowsBackward)
+@tasks_of(NormRowsBackward)
 def _norm_backward(i: int, a: Any) -> None:
     rows = block(i, ROWS_ELEMENTWISE)
     norm_rows_backward(
@@ -126,7 +126,7 @@ class Norm(Buffers):
         """See `Operations.rms_norm`."""
         y_ND, rstd_N = self.empty(x_ND.shape, x_ND.dtype), self.empty(x_ND.shape[:1], x_ND.dtype)
         tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
-        run(_NormRows(x_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
+        run(NormRows(x_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
         return y_ND, rstd_N
 
     def add_in_place_and_norm(
@@ -135,7 +135,7 @@ class Norm(Buffers):
         """See `Operations.add_in_place_and_norm`."""
         y_ND, rstd_N = self.empty(x_ND.shape, x_ND.dtype), self.empty(x_ND.shape[:1], x_ND.dtype)
         tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
-        run(_NormSums(x_ND, branch_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
+        run(NormSums(x_ND, branch_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
         return y_ND, rstd_N
 
     def rms_norm_backward(
@@ -153,6 +153,6 @@ class Norm(Buffers):
         tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
         dw_of_tasks = np.zeros((tasks, len(w_D)), x_ND.dtype)
         arrays = dy_ND, x_ND, w_D, rstd_N, dx_ND, dw_of_tasks
-        run(_NormRowsBackward(*arrays, onto_ND is not None), tasks, macs=x_ND.size * ELEMENT_MACS)
+        run(NormRowsBackward(*arrays, onto_ND is not None), tasks, macs=x_ND.size * ELEMENT_MACS)
         dw_D += dw_of_tasks.sum(axis=0)
         return dx_ND

@@ -1,4 +1,4 @@
-"""_AdamW in one pass over the flat buffer, and the norm that clipping needs."""
+"""AdamW in one pass over the flat buffer, and the norm that clipping needs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def _sum_of_squares(x_P: Any) -> float:
     return total
 
 
-class _Squares(NamedTuple):
+class Squares(NamedTuple):
     """The sums of x^2 of all chunks."""
 
     x_P: Any
     sums: Any  # [chunks]
 
 
-@tasks_of(_Squares)
+@tasks_of(Squares)
 def _squares(i: int, a: Any) -> None:
     a.sums[i] = _sum_of_squares(a.x_P[block(i, CHUNK)])
 
 
-class _AdamW(NamedTuple):
+class AdamW(NamedTuple):
     """One update, a chunk of the parameters a task."""
 
     parameter_P: Any
@@ -49,7 +49,7 @@ class _AdamW(NamedTuple):
     settings: AdamWSettings
 
 
-@tasks_of(_AdamW)
+@tasks_of(AdamW)
 def _adamw(i: int, a: Any) -> None:
     real = a.parameter_P.dtype.type
     rate, beta1, beta2, epsilon, decay, _ = a.settings
@@ -76,7 +76,7 @@ class Optimiser(Buffers):
     def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
         """See `Operations.add_sum_of_squares`. The chunks' sums add up in order."""
         sums = np.empty(blocks(len(x_P), CHUNK))
-        run(_Squares(x_P, sums), len(sums), macs=len(x_P) * ELEMENT_MACS)
+        run(Squares(x_P, sums), len(sums), macs=len(x_P) * ELEMENT_MACS)
         total_1 += sums.sum()
 
     def adamw_in_place(
@@ -97,5 +97,5 @@ class Optimiser(Buffers):
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
         gradient_scale = min(1.0, settings.clip_norm / max(math.sqrt(squares_1[0]), 1e-30))
         unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
-        region = _AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
+        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
         run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)

@@ -40,7 +40,7 @@ def _choose(p_E: Any, rank_E: Any, expert_K: Any) -> None:
         expert_K[j] = best
 
 
-class _Routes(NamedTuple):
+class Routes(NamedTuple):
     """What `Operations.route` reads and writes."""
 
     logits_ME: Any
@@ -51,7 +51,7 @@ class _Routes(NamedTuple):
     gate_MK: Any
 
 
-@tasks_of(_Routes)
+@tasks_of(Routes)
 def _route(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
     (M, E), K = a.logits_ME.shape, a.expert_MK.shape[1]
@@ -76,7 +76,7 @@ def _route(i: int, a: Any) -> None:
                 a.gate_MK[m, j] /= chosen
 
 
-class _RoutesBackward(NamedTuple):
+class RoutesBackward(NamedTuple):
     """What `Operations.route_backward` reads and writes."""
 
     dgate_MK: Any
@@ -91,7 +91,7 @@ class _RoutesBackward(NamedTuple):
     dlogits_ME: Any
 
 
-@tasks_of(_RoutesBackward)
+@tasks_of(RoutesBackward)
 def _route_backward(i: int, a: Any) -> None:
     real = a.p_ME.dtype.type
     (M, E), K = a.p_ME.shape, a.expert_MK.shape[1]
@@ -150,7 +150,7 @@ class Router(Buffers):
             gate_MK=self.empty((M, top_k), logits_ME.dtype),
         )
         macs = logits_ME.size * ELEMENT_MACS
-        run(_Routes(logits_ME, normalise, *routing), blocks(M, ROWS_ELEMENTWISE), macs=macs)
+        run(Routes(logits_ME, normalise, *routing), blocks(M, ROWS_ELEMENTWISE), macs=macs)
         return routing
 
     def route_backward(
@@ -166,7 +166,7 @@ class Router(Buffers):
         count_E, choices, sub_tokens, daux, dz = losses
         dp_E = daux * len(count_E) * (count_E / choices) / sub_tokens
         dlogits_ME: FloatArray = self.empty(routing.p_ME.shape, routing.p_ME.dtype)
-        region = _RoutesBackward(
+        region = RoutesBackward(
             dgate_MK,
             *routing,
             counted_M,

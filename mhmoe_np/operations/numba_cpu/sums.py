@@ -15,14 +15,14 @@ from mhmoe_np.operations.numba_cpu.regions import (
 from mhmoe_np.types import FloatArray
 
 
-class _Add(NamedTuple):
+class Add(NamedTuple):
     """onto += x, a block of rows a task."""
 
     x_ND: Any
     onto_ND: Any
 
 
-@tasks_of(_Add)
+@tasks_of(Add)
 def _add(i: int, a: Any) -> None:
     first = i * ROWS_ELEMENTWISE
     for n in range(first, min(first + ROWS_ELEMENTWISE, len(a.x_ND))):
@@ -39,4 +39,4 @@ class Sums:
     def add_in_place(self, x_ND: FloatArray, onto_ND: FloatArray) -> None:
         """See `Operations.add_in_place`."""
         tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
-        run(_Add(x_ND, onto_ND), tasks, macs=x_ND.size * ELEMENT_MACS)
+        run(Add(x_ND, onto_ND), tasks, macs=x_ND.size * ELEMENT_MACS)
