@@ -453,6 +453,24 @@ def test_a_matrix_that_is_not_finite_shows_it_and_spares_its_neighbour(
 
 
 @of_each_dtype
+@pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [np.inf, -np.inf], [np.inf] * 20])
+def test_a_matrix_that_is_not_finite_is_quantised_as_defined(
+    quantization: Any, dtype: Any, bad: list[float]
+) -> None:
+    w = Inputs(20, dtype)(8, 5)
+    w.ravel()[: len(bad)] = bad
+    results = []
+    for ops in BACKENDS.values():
+        q, beta, report = np.zeros_like(w), np.zeros(8, dtype), np.zeros((2, 5))
+        with np.errstate(invalid="ignore"):
+            quantise(ops, w, (0, 4, 8), quantization, q, beta, report)
+        results.append((q, beta, report))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        np.testing.assert_array_equal(actual, expected)  # NaN where NaN is, whatever its bits
+
+
+@of_each_dtype
 @pytest.mark.parametrize("name", BACKENDS)
 def test_constant_and_tiny_matrices(name: str, dtype: Any) -> None:
     cases = [("bitnet_b158", 0.25, 1, 0.25), ("bitnet_b158", -0.25, -1, 0.25)]
