@@ -10,6 +10,7 @@ import click
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
 from mhmoe_np.errors import UserError
+from mhmoe_np.operations.packing import FORMATS
 from mhmoe_np.operations.table import BackendName
 
 
@@ -19,7 +20,7 @@ from mhmoe_np.operations.table import BackendName
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["ternary-2bit", "ternary-base3", "sign-1bit"]),
+    type=click.Choice(list(FORMATS)),
     help="Default: sign-1bit or ternary-2bit; ternary-base3 is smaller and slower.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.backend import announce_compilation, threads_option
-from mhmoe_cli.run_settings import base_tables, flag_tables
+from mhmoe_cli.run_settings import base_tables, option_tables
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.presets import DEFAULT_PRESET
-from mhmoe_np.settings.run import merge, parse_run_config, with_settings
+from mhmoe_np.settings.run import merge, parse_run_config
 
 if TYPE_CHECKING:
     from mhmoe_np.costs.plan import Plan
@@ -41,10 +41,8 @@ def command(
     Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model show
     how fast this machine is and how much memory they need.
     """
-    tables = with_settings(base_tables(config, preset), settings)
-    resolved = parse_run_config(
-        merge(tables, flag_tables(data, steps, None, None)), source="configuration"
-    )
+    over = option_tables(settings, data, steps=steps)
+    resolved = parse_run_config(merge(base_tables(config, preset), over), source="configuration")
 
     from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.data.documents import chosen_domains

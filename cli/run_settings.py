@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.presets import DEFAULT_PRESET, RUN_PRESETS
-from mhmoe_np.settings.run import Tables, merge, read_toml
+from mhmoe_np.settings.run import Tables, merge, read_toml, with_settings
 
 
 def base_tables(config: Path | None, preset: str | None) -> Tables:
@@ -22,10 +22,20 @@ def base_tables(config: Path | None, preset: str | None) -> Tables:
     return merge(named, read_toml(config) if config else {})
 
 
-def flag_tables(
-    data: tuple[str, ...], steps: int | None, seed: int | None, checkpoint_every: int | None
+def option_tables(
+    settings: tuple[str, ...],
+    data: tuple[str, ...],
+    *,
+    steps: int | None,
+    seed: int | None = None,
+    checkpoint_every: int | None = None,
 ) -> Tables:
-    """The settings that have options of their own."""
+    """What --set says, and over it the settings that have options of their own.
+
+    Raises UserError: a --set without '=', or with an unknown or ambiguous key.
+    """
     training = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
     given: Tables = {"training": {key: value for key, value in training.items() if value is not None}}
-    return merge(given, {"data": {"paths": list(data)}}) if data else given
+    if data:
+        given["data"] = {"paths": list(data)}
+    return merge(with_settings({}, settings), given)

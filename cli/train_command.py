@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.backend import announce_compilation, backend_option, threads_option
-from mhmoe_cli.run_settings import base_tables, flag_tables
+from mhmoe_cli.run_settings import base_tables, option_tables
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.presets import DEFAULT_PRESET
-from mhmoe_np.settings.run import merge, parse_run_config, with_settings
+from mhmoe_np.settings.run import merge, parse_run_config
 
 if TYPE_CHECKING:
     from mhmoe_np.training.trainer import StepReport, Trainer
@@ -52,7 +52,7 @@ def command(
     from mhmoe_np.training.run import resume_run, start_run
 
     base = base_tables(config, preset)
-    over = merge(with_settings({}, settings), flag_tables(data, steps, seed, checkpoint_every))
+    over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
     if backend == "numba":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mhmoe_np.settings.run import parse_run_config, read_toml
 from tests.conftest import Run
+from tests.resume import digests
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -64,6 +66,28 @@ def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(block[1])
     config = parse_run_config(read_toml(tmp_path / "config.toml"), source="README.md")
     assert config.model.max_position_embeddings == config.training.sequence_length
+
+
+def test_its_python_does_what_the_commands_do(
+    mhmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if line]
+    assert sum(not line.startswith(("import ", "from ")) for line in lines) <= 12
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+
+    mhmoe("train", "--steps", 20, "--out", "runs/by-command")
+    mhmoe("train", "--resume", "runs/by-command", "--steps", 30)
+    ours, commands = tmp_path / "runs" / "from-python", tmp_path / "runs" / "by-command"
+    assert digests(ours) == digests(commands)
+    for name in ("evaluation.json", "config.toml", "environment.json"):
+        assert (ours / name).read_bytes() == (commands / name).read_bytes()
+    assert names["score"] == names["result"].scores["speech"]
+    gradients = {name for name in names["tensors"] if name.startswith("grad.")}
+    assert gradients == {f"grad.{name}" for name in names["trainer"].learner.parameters.tensors}
 
 
 def test_a_small_preset_can_be_planned(mhmoe: Run) -> None:

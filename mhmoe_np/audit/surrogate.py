@@ -5,7 +5,7 @@ forward in which every quantiser adds a constant, x + (x_hat - x at the point) a
 point). There the surrogate equals the quantised model, and around it it can be differentiated; the
 quantised model itself is flat between jumps.
 
-Source   [spec 5], [B1 section 2.2].
+Source   [spec 5 straight-through], [B1 section 2.2]
 """
 
 from __future__ import annotations

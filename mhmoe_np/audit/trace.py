@@ -1,6 +1,6 @@
 """One forward and backward, every tensor written down for comparison with other implementations.
 
-Source   [spec 8].
+Source   [spec 8 trace]
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Checkpoint directories: a model's configuration, weights and tokenizer, and the training state.
 
-Source   [spec 1]. Written to a temporary directory and renamed, so a checkpoint is whole or absent.
-A packed checkpoint has `packed.safetensors` (see `packed_file`) in the place of `model.safetensors`.
+Written to a temporary directory and renamed, so a checkpoint is whole or absent. A packed checkpoint
+has `packed.safetensors` (see `packed_file`) in the place of `model.safetensors`.
+
+Source   [spec 1 Checkpoint directory]
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     """Every parameter, and those without the experts that a token does not choose.
 
     A token has H sub-tokens, each choosing K experts: at most H·K different ones.
+
+    Source   [spec 1 tensor names], [spec 7 MoE-layer parameters]
     """
     total = sum(math.prod(entry.shape) for entry in parameter_table(config))
     idle = 0
@@ -40,6 +42,8 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
 
     Of causal attention the half that is seen counts; norms, activations and additions do not. A
     training step costs three times as much, the backward of a product being two products.
+
+    Source   [spec 2 attention], [spec 2 FFN], [spec 2 logits], [spec 7 multiply-adds]
     """
     D, L = config.hidden_size, config.num_hidden_layers
     inner = config.num_attention_heads * config.head_dim
@@ -49,7 +53,7 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
         "attention projections": L * 2 * D * (inner + key_value),
         "attention": L * inner * sequence,
         "router": moe * parity.router_macs(config),
-        "experts": moe * parity.macs_per_token(config) if moe else 0,
+        "experts": moe * parity.moe_layer_macs(config) if moe else 0,
         "feed-forward": (L - moe) * 3 * D * config.intermediate_size,
         "output head": config.vocab_size * D,
     }

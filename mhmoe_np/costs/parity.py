@@ -25,34 +25,47 @@ def moe_layer_parameters(config: ModelConfig) -> int:
     """Matrix parameters of one MoE layer, or of a dense feed-forward layer where E = 0.
 
     E·3·U·F for the experts, D² for each of the head and merge layers that is present, 3·D·F for a
-    shared expert. The router is `router_parameters`. Source [spec 7], [P1 eq. 9] with 3 matrices.
+    shared expert. The router is `router_parameters`.
+
+    Source   [spec 7 MoE-layer parameters]; with 3 matrices in place of 2 either side of [P1 eq. 9]
     """
     if config.num_experts == 0:
         return _dense_weights(config, config.intermediate_size)
     experts = 3 * config.num_experts * config.sub_token_width * config.moe_intermediate_size
-    return experts + _outside_experts(config)
+    return experts + _outside_experts(config)  # P1 eq. 9, one side
 
 
-def macs_per_token(config: ModelConfig) -> int:
+def moe_layer_macs(config: ModelConfig) -> int:
     """Multiply-adds of one token through one MoE layer, or a dense feed-forward layer where E = 0.
 
     H·K expert calls of 3·U·F each, D² for each of the head and merge layers that is present, 3·D·F
-    for a shared expert. The router is `router_macs`. Source [spec 7], [P1 eq. 6-7] with 3 matrices.
+    for a shared expert. The router is `router_macs`.
+
+    Source   [spec 7 multiply-adds]; the leading terms of [P1 eq. 6] and, without head and merge layer,
+             [P1 eq. 7], with 3 matrices in place of 2; these count multiplications and additions
     """
     if config.num_experts == 0:
         return _dense_weights(config, config.intermediate_size)
     calls = config.moe_heads * config.num_experts_per_tok
     experts = 3 * calls * config.sub_token_width * config.moe_intermediate_size
+    # P1 eq. 6: 2 (2 B d^2 - B d) + (4 B d d_moe - B d - B d_moe h) k
+    # P1 eq. 7: (4 B d d_moe - B d_moe - B d) k
     return experts + _outside_experts(config)
 
 
 def router_parameters(config: ModelConfig) -> int:
-    """E·U: the router's parameters in one MoE layer; 0 in a dense one. Source [spec 7]."""
+    """E·U: the router's parameters in one MoE layer; 0 in a dense one.
+
+    Source   [spec 7 router excluded]
+    """
     return config.num_experts * config.sub_token_width
 
 
 def router_macs(config: ModelConfig) -> int:
-    """H·E·U: the router's multiply-adds for one token in one MoE layer. Source [spec 7]."""
+    """H·E·U: the router's multiply-adds for one token in one MoE layer.
+
+    Source   [spec 7 router excluded]
+    """
     return config.moe_heads * router_parameters(config)
 
 
@@ -82,7 +95,10 @@ class ParityRow(NamedTuple):
 
 
 def parity_row(name: str, config: ModelConfig) -> ParityRow:
-    """The row of one model: the counts are those of a single MoE (or dense) layer."""
+    """The row of one model: the counts are those of a single MoE (or dense) layer.
+
+    Source   [spec 7 model]
+    """
     dense = config.num_experts == 0
     return ParityRow(
         name=name,
@@ -91,14 +107,17 @@ def parity_row(name: str, config: ModelConfig) -> ParityRow:
         top_k=config.num_experts_per_tok,
         intermediate_size=config.intermediate_size if dense else config.moe_intermediate_size,
         parameters=moe_layer_parameters(config),
-        macs_per_token=macs_per_token(config),
+        macs_per_token=moe_layer_macs(config),
         router_parameters=router_parameters(config),
         router_macs=router_macs(config),
     )
 
 
 def paper_rows() -> list[ParityRow]:
-    """The five models of the paper's tables. Source [spec 7], [P1 section 3]."""
+    """The five models of the paper's tables.
+
+    Source   [spec 7 Paper configs], [P1 section 3]
+    """
     return [parity_row(name, MODEL_PRESETS[f"paper-{name}"]) for name in PAPER_MODELS]
 
 
@@ -156,10 +175,11 @@ def solve(
     F is rounded to the nearest integer of at least 1 before E is found, and E to the nearest of at
     least K; a tie goes to the even integer.
 
-    Source: swiglu [spec 7], which the paper's configurations obey; relu [P1 eq. 8-9], whose printed
-    F = F0 - D/K is the case K = K0.
-    Raises UserError: a number is below 1, `heads` does not divide `hidden_size`, the baseline
-    chooses more experts than it has, or the baseline is too small to pay for head and merge.
+    Raises   UserError: a number is below 1, `heads` does not divide `hidden_size`, the baseline
+             chooses more experts than it has, or the baseline is too small to pay for head and merge.
+    Source   swiglu [spec 7 equal FLOPs], [spec 7 equal parameters], which the paper's configurations
+             obey; relu [P1 eq. 8-9], whose printed F = F0 - D/K is the case K = K0, and the example
+             [P1 eq. 10]
     """
     numbers = {
         "hidden_size": hidden_size,
@@ -193,8 +213,10 @@ def solve(
     # E0 >= K0 makes the stored width positive where the active one is.
     stored = baseline_experts * baseline_intermediate_size - head_and_merge
 
-    exact_intermediate_size = active / top_k
+    exact_intermediate_size = active / top_k  # P1 eq. 8: d_mhmoe = d_moe - d/k
     intermediate_size = max(1, round(exact_intermediate_size))
+    # P1 eq. 9: 2 d d_moe E_moe = 2 d^2 + 2 (d/h) d_mhmoe E_mhmoe
+    # P1 eq. 10: for d_moe = 4d, k = 1, h = 3: d_mhmoe = 3d, E_mhmoe = 4 E_moe - 1
     exact_experts = heads * stored / intermediate_size
     experts = max(top_k, round(exact_experts))
 

@@ -76,7 +76,9 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
     """Probe this machine and add up, for a run on a text of `text_bytes`.
 
     load: makes the operations of a run; each probe has its own, since their buffers adapt to its size.
-    Raises UserError: the model alone does not fit into the memory that is free.
+
+    Raises   UserError: the model alone does not fit into the memory that is free.
+    Source   [spec 7 multiply-adds]; accumulated steps [D5]; the rest is measured here
     """
     training = config.training
     count = parameter_count(config.model)

@@ -1,6 +1,6 @@
 """The byte-level BPE tokenizer: training, saving, loading.
 
-Source: GPT-2's byte-level BPE, by the `tokenizers` library. Departs in one point: the name of a
+GPT-2's byte-level BPE, by the `tokenizers` library. Departs in one point: the name of a
 special token inside a document is encoded as ordinary text, so no document can end another.
 """
 

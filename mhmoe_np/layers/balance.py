@@ -60,9 +60,9 @@ def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:
     """
     top1 = config.router_aux_loss_type == "top1"
     count_E = statistics.first_choice_E if top1 else statistics.choice_E
-    share_E = count_E / count_E.sum()  # Switch eq. 5: f
-    mean_p_E = statistics.p_sum_E / statistics.sub_tokens  # Switch eq. 6: P
-    # Switch eq. 4, P2 eq. 10: E sum_e f_e P_e
+    share_E = count_E / count_E.sum()  # Switch eq. 5: f_e, the share of choices
+    mean_p_E = statistics.p_sum_E / statistics.sub_tokens  # Switch eq. 6: P_e, the mean probability
+    # Switch eq. 4, P2 eq. 10: aux = E sum_e f_e P_e
     return float(len(mean_p_E) * np.sum(share_E * mean_p_E))
 
 

@@ -44,7 +44,8 @@ def feed_forward_forward(
     if config.use_sub_norm:
         sub_norm_F = w[f"{prefix}.ffn_sub_norm.weight"]
         normed_NF, rstd_N = ops.rms_norm(h_NF, sub_norm_F, eps=config.rms_norm_eps)
-    y_ND = ops.linear(normed_NF, w[f"{prefix}.down_proj.weight"], None)  # GLU eq. 6
+    # GLU eq. 6: FFN(x) = (act(x W) * x V) W2
+    y_ND = ops.linear(normed_NF, w[f"{prefix}.down_proj.weight"], None)
     return y_ND, FeedForwardCache(x_ND, gate_up_N2F, h_NF, normed_NF, rstd_N)
 
 

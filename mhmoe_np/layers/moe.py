@@ -98,7 +98,7 @@ def moe_forward(
         experts=config.num_experts,
         capacity=capacity(config, N * H) if drop else None,
     )
-    y_MU, experts = ops.expert_ffn(  # P1 eq. 3 (with one head P1 eq. 1)
+    y_MU, experts = ops.expert_ffn(  # P1 eq. 3 (P1 eq. 1 with one head)
         x_MU,
         routing.gate_MK,
         dispatch,

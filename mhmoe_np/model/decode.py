@@ -50,8 +50,8 @@ def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operatio
     id_BT: the host's.
 
     Shapes   id_BT -> logits_BV
-    Source   [spec 2 logits], [D4]
     Raises   ValueError: the cache has no room for them, or what `start` raises.
+    Source   [spec 2 logits], [D4]
     """
     config, weights, _ = model
     B, T = id_BT.shape

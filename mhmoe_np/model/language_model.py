@@ -68,8 +68,8 @@ def start(model: Model, id_BT: IntArray, *, first: int, ops: Operations) -> Star
     """Take the host's ids of positions first .. first+T-1 to the device, and embed them there.
 
     Shapes   id_BT -> id_N, x_ND, rotary
-    Source   [spec 1 embed_tokens]
     Raises   ValueError: positions beyond the model's, or an id outside the vocabulary.
+    Source   [spec 1 embed_tokens]
     """
     config = model.config
     last = first + id_BT.shape[1]
@@ -102,8 +102,8 @@ def forward(
     generation) [D4].
 
     Shapes   input_BT -> y_ND
-    Source   [spec 2 pre-norm], [spec 2 final norm]
     Raises   ValueError: see `start`.
+    Source   [spec 2 pre-norm], [spec 2 final norm]
     """
     config, weights, _ = model
     begun = start(model, input_BT, first=0, ops=ops)
@@ -163,8 +163,8 @@ def last_hidden(model: Model, input_BT: IntArray, *, ops: Operations) -> FloatAr
     """`forward`'s y_ND without capacity, where no backward follows: one block's memory serves all.
 
     Shapes   input_BT -> y_ND
-    Source   [spec 2 pre-norm], [spec 2 final norm], [D4]
     Raises   ValueError: see `start`.
+    Source   [spec 2 pre-norm], [spec 2 final norm], [D4]
     """
     config, weights, _ = model
     _, x_ND, rotary = start(model, input_BT, first=0, ops=ops)

@@ -52,8 +52,8 @@ def targets_of(micro_batches: Sequence[Batch]) -> int:
     """How many targets count.
 
     Shapes   micro_batches
-    Source   [spec 4 not counted]
     Raises   ValueError: none does.
+    Source   [spec 4 not counted]
     """
     targets = sum(int(np.count_nonzero(batch.counted_N)) for batch in micro_batches)
     if targets == 0:
@@ -67,8 +67,8 @@ def loss(
     """The losses and router statistics of a batch by forward passes alone.
 
     Shapes   micro_batches
-    Source   [spec 4 NLL]
     Raises   ValueError: no target is counted, or what `forward` raises.
+    Source   [spec 4 NLL]
     """
     targets, sums = targets_of(micro_batches), StepSums(model.config, ops=ops)
     for batch in micro_batches:
@@ -113,8 +113,8 @@ def add_loss_and_gradient(
     Nothing is read back: `sums` says what came of it once it is read.
 
     Shapes   micro_batches
-    Source   [spec 4 NLL], [D5]
     Raises   ValueError: no target is counted, or what `forward` raises.
+    Source   [spec 4 NLL], [D5]
     """
     targets = targets_of(micro_batches)
     routed = len(micro_batches) > 1 and model.config.num_experts > 0
@@ -148,8 +148,8 @@ def loss_and_gradient(
     """`add_loss_and_gradient` and its sums, read.
 
     Shapes   micro_batches
-    Source   [spec 4 loss], [D5]
     Raises   ValueError: see there.
+    Source   [spec 4 loss], [D5]
     """
     sums = StepSums(model.config, ops=ops)
     add_loss_and_gradient(model, gradient, micro_batches, sums, watch=watch, ops=ops)

@@ -32,7 +32,10 @@ class Moments(NamedTuple):
         return self._replace(first=self.first.to_host(ops), second=self.second.to_host(ops))
 
     def tensors(self) -> dict[str, FloatArray]:
-        """Both means under the tensors' names with a prefix."""
+        """Both means under the tensors' names with a prefix.
+
+        Shapes   -> those of spec 1
+        """
         return {
             f"{prefix}.{name}": tensor
             for prefix, moment in (("first_moment", self.first), ("second_moment", self.second))

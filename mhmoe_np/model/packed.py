@@ -48,8 +48,8 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
     The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
     mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
 
-    Source   [D11]
     Raises   UserError: no floats quantise to these weights, so no checkpoint was packed into them.
+    Source   [D11]
     """
     weights = weights.to_host(ops)
     parameters = Parameters(config, np.float32)

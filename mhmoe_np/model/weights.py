@@ -103,6 +103,7 @@ class Weights:
 def floats(weight: Weight) -> FloatArray:
     """A weight that is not quantised.
 
+    Shapes   -> the weight's own
     Source   [spec 5 never quantised]
     """
     assert not isinstance(weight, BitWeight | PackedWeight)

@@ -202,7 +202,7 @@ class Operations(Protocol):
 
         Shapes   x_ND, onto_ND
         Dtypes   float
-        Source   [spec 2] x + f(x).
+        Source   [spec 2 pre-norm] x + f(x)
         Cost     N*D additions; 3 N*D numbers. The backward hands dy on to both.
         """
 
@@ -211,8 +211,8 @@ class Operations(Protocol):
 
         Shapes   x_N, total_1
         Dtypes   float; float64 total_1
-        Source   [spec 4] the mean NLL is a sum over targets.
-        Cost     N additions; N numbers.
+        Source   [spec 4 NLL]
+        Cost     N additions; N numbers. The backward is `dnll` of `token_nll_and_gradient`.
         """
 
     # ---- linear maps -------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Operations(Protocol):
 
         Shapes   x_NI, w_OI, b_O? -> y_NO
         Dtypes   float
-        Source   [spec 1] every linear is stored [out, in] and applied as x @ W.T; [spec 5].
+        Source   [spec 1 x @ W.T]; quantised [spec 5 integer product], [B1 eq. 11]
         Cost     N*I*O multiply-adds; N*I + O*I + N*O numbers (O*I/16 where packed to 2 bits).
         """
 
@@ -241,7 +241,8 @@ class Operations(Protocol):
         Shapes   dy_NO, x_NI, w_OI, dw_OI, db_O?, onto_NI? -> dx_NI
         Dtypes   float
         Raises   TypeError: the weight is packed.
-        Source   [spec 5] straight-through: dx = dy @ (beta w), dW = dy^T @ (q gamma/127).
+        Source   [spec 1 x @ W.T]; quantised [spec 5 straight-through], [B1 section 2.2]:
+                 dx = dy @ (beta w), dW = dy^T @ (q gamma/127)
         Cost     2 N*I*O multiply-adds; 2 N*O + 2 N*I + 3 O*I numbers.
         """
 
@@ -250,7 +251,7 @@ class Operations(Protocol):
 
         Shapes   id_N, w_VD -> x_ND
         Dtypes   float; int64 id_N
-        Source   [spec 2].
+        Source   [spec 1 embed_tokens]
         Cost     no multiply-adds; 2 N*D numbers.
         """
 
@@ -259,7 +260,7 @@ class Operations(Protocol):
 
         Shapes   dx_ND, id_N, dw_VD
         Dtypes   float; int64 id_N
-        Source   [spec 2].
+        Source   [spec 1 embed_tokens]
         Cost     N*D additions; 3 N*D numbers.
         """
 
@@ -273,7 +274,7 @@ class Operations(Protocol):
 
         Shapes   x_NI -> q_NI, scale_N
         Dtypes   float
-        Source   [spec 5], [B1 eq. 4], [B2].
+        Source   [spec 5 activations], [B1 eq. 4-5]; by rows as in [B2]
         Cost     N*I multiplications; 3 N*I numbers. No backward of its own: straight-through.
         """
 
@@ -300,7 +301,7 @@ class Operations(Protocol):
 
         Shapes   w_OI, q_OI, beta_O, report_X5
         Dtypes   float; float64 report_X5
-        Source   [spec 5], [B1 eq. 1-3], [B2].
+        Source   [spec 5 bitnet_b158 weights], [B2 eq. 1-3]; [spec 5 bitnet weights], [B1 eq. 1-3, 12]
         Cost     2 O*I additions, O*I multiplications; 4 O*I numbers. No backward: straight-through.
         """
 
@@ -309,8 +310,9 @@ class Operations(Protocol):
 
         Shapes   q_EOI
         Dtypes   float
-        Source   [spec 5] packed weights.
-        Cost     no multiply-adds; E*O*I numbers read, 1, 1.6 or 2 bits each written.
+        Raises   ValueError: an integer that the format does not have; a backend need not look.
+        Source   [spec 5 packed weights]
+        Cost     no multiply-adds; E*O*I numbers read, 1, 1.6 or 2 bits each written. No gradient.
         """
 
     # ---- normalisation -----------------------------------------------------------------------
@@ -322,7 +324,7 @@ class Operations(Protocol):
 
         Shapes   x_ND, w_D -> y_ND, rstd_N
         Dtypes   float
-        Source   [spec 2] RMSNorm; Zhang and Sennrich, arXiv 1910.07467, eq. 4.
+        Source   [spec 2 RMSNorm], [RMSNorm eq. 4]
         Cost     3 N*D multiply-adds; 2 N*D numbers.
         """
 
@@ -331,12 +333,11 @@ class Operations(Protocol):
     ) -> tuple[FloatArray, FloatArray]:
         """branch += x, in place; return what `rms_norm` makes of that sum.
 
-        The backward is that of the norm, onto the gradient that the sum receives elsewhere.
-
         Shapes   x_ND, branch_ND, w_D -> y_ND, rstd_N
         Dtypes   float
-        Source   [spec 2] x + f(x), then RMSNorm.
-        Cost     4 N*D multiply-adds; 4 N*D numbers.
+        Source   [spec 2 pre-norm] x + f(x), then [spec 2 RMSNorm]
+        Cost     4 N*D multiply-adds; 4 N*D numbers. The backward is the norm's, onto the gradient that
+                 the sum receives elsewhere.
         """
 
     def rms_norm_backward(
@@ -353,7 +354,7 @@ class Operations(Protocol):
 
         Shapes   dy_ND, x_ND, w_D, rstd_N, dw_D, onto_ND? -> dx_ND
         Dtypes   float
-        Source   [spec 2] RMSNorm.
+        Source   [spec 2 RMSNorm]
         Cost     6 N*D multiply-adds; 3 N*D numbers.
         """
 
@@ -367,7 +368,7 @@ class Operations(Protocol):
         Shapes   x_BTAC, cos_TJ, sin_TJ
         Dtypes   float
         Views    x_BTAC
-        Source   [spec 2] RoPE; Su et al., arXiv 2104.09864, eq. 34.
+        Source   [spec 2 RoPE], [RoPE eq. 34]
         Cost     2 B*T*A*C multiply-adds; 2 B*T*A*C numbers; the backward the same.
         """
 
@@ -382,7 +383,7 @@ class Operations(Protocol):
         Shapes   q_BTAC, k_BSGC, v_BSGC -> out_BTAC, log_sum_exp_BAT
         Dtypes   float
         Views    q_BTAC, k_BSGC, v_BSGC
-        Source   [spec 2] attention.
+        Source   [spec 2 attention], [Attention eq. 1]
         Cost     2 B*A*C multiply-adds for each query and key seen: B*A*C*T*(T+1) when S = T;
                  B*C*(2 T*A + 2 S*G) numbers.
         """
@@ -405,7 +406,7 @@ class Operations(Protocol):
                  dq_BTAC, dk_BTGC, dv_BTGC
         Dtypes   float
         Views    q_BTAC, k_BTGC, v_BTGC, dq_BTAC, dk_BTGC, dv_BTGC
-        Source   [spec 2] attention; the probabilities are computed again, as in arXiv 2205.14135.
+        Source   [spec 2 attention]; the probabilities are computed again, as in [FlashAttention]
         Cost     5/2 of the forward's multiply-adds; B*T*C*(4 A + 4 G) numbers.
         """
 
@@ -418,7 +419,7 @@ class Operations(Protocol):
 
         Shapes   gate_up_N2F -> h_NF
         Dtypes   float
-        Source   [spec 2] FFN; Shazeer, arXiv 2002.05202, eq. 5.
+        Source   [spec 2 FFN], [GLU eq. 5]
         Cost     N*F exponentials, 3 N*F multiplications; 3 N*F numbers.
         """
 
@@ -429,7 +430,7 @@ class Operations(Protocol):
 
         Shapes   dh_NF, gate_up_N2F -> dgate_up_N2F
         Dtypes   float
-        Source   [spec 2] FFN.
+        Source   [spec 2 FFN]
         Cost     N*F exponentials, 7 N*F multiplications; 5 N*F numbers.
         """
 
@@ -443,7 +444,7 @@ class Operations(Protocol):
 
         Shapes   logits_ME -> p_ME, log_sum_exp_M, expert_MK, gate_MK
         Dtypes   float; int64 expert_MK
-        Source   [spec 3] p, I, g; [P2 eq. 5]; renormalised gates [D1].
+        Source   [spec 3 softmax], [P2 eq. 5]; [spec 3 K largest]; renormalised gates [D1]
         Cost     M*E exponentials, M*E*K comparisons; 2 M*E + 3 M*K numbers.
         """
 
@@ -464,7 +465,8 @@ class Operations(Protocol):
 
         Shapes   dgate_MK, routing, counted_M, losses -> dlogits_ME
         Dtypes   float; int64 expert_MK; bool counted_M; float64 count_E
-        Source   [spec 3]; balance loss and z-loss [spec 4], see `layers.balance`.
+        Source   [spec 3 softmax]; balance loss [spec 4 aux], [Switch eq. 4]; z-loss [spec 4 z-loss],
+                 [ST-MoE eq. 5]
         Cost     4 M*E + 6 M*K multiply-adds; 2 M*E + 4 M*K numbers: the backward of top-k gating is
                  that of a softmax, the K chosen entries having one summand more.
         """
@@ -477,7 +479,7 @@ class Operations(Protocol):
         Shapes   routing, dispatch, counted_M, sums
         Dtypes   float; int64 expert_MK, route_R, slot_MK, start_Z; bool counted_M;
                  float64 first_choice_E, choice_E, p_E, dropped_E, squared_log_sum_exp_1
-        Source   [spec 4] f and mean p; logsumexp^2.
+        Source   [spec 4 aux], [spec 4 z-loss]
         Cost     M*E + M additions; M*E + 2 M*K numbers. No gradient of its own.
         """
 
@@ -485,12 +487,12 @@ class Operations(Protocol):
         """Sort the choices by expert; keep at most `capacity` of each expert's (None: all).
 
         An expert's rows are in filling order: all first choices in sub-token order, then all second
-        ones. Integers only, no gradient.
+        ones.
 
         Shapes   expert_MK -> route_R, slot_MK, start_Z
         Dtypes   int64 expert_MK, route_R, slot_MK, start_Z
-        Source   [spec 4] capacity.
-        Cost     no multiply-adds, a counting sort; 4 M*K + E numbers.
+        Source   [spec 4 capacity]
+        Cost     no multiply-adds, a counting sort; 4 M*K + E numbers. No gradient: integers.
         """
 
     def expert_ffn(
@@ -512,7 +514,8 @@ class Operations(Protocol):
         Shapes   x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?
                  -> y_MU, gate_up_R2F, rstd_R?
         Dtypes   float; int64 route_R, slot_MK, start_Z
-        Source   [P1 eq. 3] (with one head [P1 eq. 1]); Expert in its SwiGLU form [P1 eq. 5], [spec 3].
+        Source   [spec 3 Expert], [P1 eq. 3], with one head [P1 eq. 1]; Expert is [P1 eq. 5] in the
+                 form of [GLU eq. 6]
         Cost     3 R*U*F + R*U multiply-adds; 3 E*U*F + 2 R*U + 5 R*F + M*U numbers.
         """
 
@@ -538,7 +541,7 @@ class Operations(Protocol):
                  dgate_up_E2FU, ddown_EUF, dsub_norm_EF? -> dx_MU, dgate_MK
         Dtypes   float; int64 route_R, slot_MK, start_Z
         Raises   TypeError: the weights are packed.
-        Source   [P1 eq. 3]; straight-through where quantised [spec 5].
+        Source   [spec 3 Expert], [P1 eq. 3]; quantised [spec 5 straight-through]
         Cost     6 R*U*F + 2 R*F multiply-adds; 9 E*U*F + 4 R*U + 10 R*F numbers.
         """
 
@@ -549,7 +552,7 @@ class Operations(Protocol):
 
         Shapes   x_ND, w_VD, target_N -> nll_N
         Dtypes   float; int64 target_N
-        Source   [spec 4] NLL; nats.
+        Source   [spec 4 NLL]
         Cost     N*D*V multiply-adds, N*V exponentials; N*D + V*D numbers, and the logits, which need
                  not all be held at once.
         """
@@ -570,7 +573,7 @@ class Operations(Protocol):
 
         Shapes   x_ND, w_VD, target_N, dw_VD -> nll_N, dx_ND
         Dtypes   float; int64 target_N
-        Source   [spec 4] NLL.
+        Source   [spec 4 NLL]
         Cost     3 N*D*V multiply-adds, N*V exponentials; 2 N*D + 3 V*D numbers, and the logits.
         """
 
@@ -581,8 +584,8 @@ class Operations(Protocol):
 
         Shapes   x_P, total_1
         Dtypes   float; float64 total_1
-        Source   [spec 6] clipping by the global norm.
-        Cost     P multiply-adds; P numbers.
+        Source   [spec 6 clip]
+        Cost     P multiply-adds; P numbers. No gradient.
         """
 
     def adamw_in_place(
@@ -607,6 +610,6 @@ class Operations(Protocol):
 
         Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard
         Dtypes   float; float64 squares_1, guard
-        Source   [spec 6]; Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
-        Cost     12 P multiply-adds, P roots; 8 P numbers.
+        Source   [spec 6 AdamW], [AdamW algorithm 2]
+        Cost     12 P multiply-adds, P roots; 8 P numbers. No gradient.
         """

@@ -1,6 +1,6 @@
 """The model's configuration: the keys of `config.json`, read strictly.
 
-Source [spec 1]. Departs nowhere.
+Source   [spec 1 Model keys]
 """
 
 from __future__ import annotations

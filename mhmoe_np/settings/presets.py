@@ -1,6 +1,8 @@
 """Named models: the five of the paper's tables, and the same five at a quarter of the width.
 
-Source [spec 7], [P1 section 3]; the quarter-width family keeps the paper's FLOPs parity exactly.
+The quarter-width family keeps the paper's FLOPs parity exactly.
+
+Source   [spec 7 Paper configs], [P1 section 3]
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Learning rate, weight decay and the optimiser's other numbers as functions of the step.
 
-Source: warm-up and linear decay [R1], [spec 6]; two stages: the training tips of
-BitNet b1.58. A step is the index, from 0, of the update about to be made.
+A step is the index, from 0, of the update about to be made.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ import math
 from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.settings.run import OptimizerConfig, ScheduleKind
 
-# The tips' 1.5e-3 -> 1e-3 (700M) and 1.2e-3 -> 8e-4 (1.3B).
+# Tips: 1.5e-3 -> 1e-3 (700M) and 1.2e-3 -> 8e-4 (1.3B).
 DEFAULT_SECOND_STAGE = 2 / 3
 
 
 def in_second_stage(step: int, *, total_steps: int) -> bool:
-    """Whether `step` lies in the second half of the run; an odd middle step is in the first."""
+    """Whether `step` lies in the second half of the run; an odd middle step is in the first.
+
+    Source   [spec 6 half-way], [Tips]
+    """
     return 2 * step >= total_steps
 
 
@@ -42,6 +44,8 @@ def learning_rate(
 
     A warm-up as long as the run or longer leaves no decay. A run of one step makes it at the
     warm-up's rate, or at `peak` without one. `second_stage_peak` is read by two-stage alone.
+
+    Source   linear [spec 6 warm-up], from [R1]; two-stage [spec 6 BitNet recipe], from [Tips]
     """
     if kind == "two-stage" and in_second_stage(step, total_steps=total_steps):
         peak = DEFAULT_SECOND_STAGE * peak if second_stage_peak is None else second_stage_peak
@@ -59,14 +63,20 @@ def learning_rate(
 
 
 def weight_decay(step: int, *, total_steps: int, kind: ScheduleKind, decay: float) -> float:
-    """The weight decay of update `step`: `decay`, but 0 in the second half of a two-stage run."""
+    """The weight decay of update `step`: `decay`, but 0 in the second half of a two-stage run.
+
+    Source   [spec 6 decoupled decay]; two-stage [spec 6 BitNet recipe], from [Tips]
+    """
     if kind == "two-stage" and in_second_stage(step, total_steps=total_steps):
         return 0.0
     return decay
 
 
 def adamw_settings(step: int, *, total_steps: int, optimizer: OptimizerConfig) -> AdamWSettings:
-    """The optimiser's numbers for update `step` of a run of `total_steps`."""
+    """The optimiser's numbers for update `step` of a run of `total_steps`.
+
+    Source   [spec 6 AdamW]
+    """
     return AdamWSettings(
         learning_rate(
             step,

@@ -141,7 +141,8 @@ class Trainer:
         """Go on to the last step; return the signal that ended it early, if one did.
 
         on_step: called with each step's report.
-        SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+        SIGINT and SIGTERM end the run after the current step, with a checkpoint; only the main thread
+        can catch them, so call it there.
 
         Raises TrainingFailure: the loss is not finite; UserError: a file cannot be written.
         """

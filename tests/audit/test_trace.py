@@ -31,6 +31,15 @@ PADDED[2, 11:] = -100
 def test_every_tensor_of_a_trace_equals_the_independent_model(
     kind: str, tokens: np.ndarray, backend: BackendName
 ) -> None:
+    # The layer: [P1 eq. 1-5], [P2 eq. 4-5, 8], [spec 3 head layer], [spec 3 reshape],
+    # [spec 3 softmax], [spec 3 K largest], [spec 3 Expert], [spec 3 merge layer],
+    # [spec 3 SharedExpert].
+    # The rest: [spec 1 Model keys], [spec 1 tensor names], [spec 1 embed_tokens], [spec 1 not tied],
+    # [spec 2 pre-norm], [spec 2 final norm], [spec 2 RMSNorm], [spec 2 attention], [spec 2 RoPE],
+    # [spec 2 FFN], [GLU eq. 5-6], [spec 2 use_sub_norm], [spec 2 logits].
+    # Losses: [spec 4 NLL], [spec 4 aux], [spec 4 z-loss], [spec 4 loss], [spec 4 not counted],
+    # [spec 4 capacity], [Switch eq. 4-6], [P2 eq. 10-11], [ST-MoE eq. 5].
+    # BitNet: [spec 5 BitLinear], [spec 5 never quantised], [spec 5 straight-through].
     config = ModelConfig.model_validate(settings(kind))
     parameters = Parameters(config, np.float64)
     initialise(parameters, seed=SEEDS.get(kind, DEFAULT_SEED))
@@ -49,6 +58,7 @@ def test_every_tensor_of_a_trace_equals_the_independent_model(
 
 
 def test_the_command_writes_what_the_library_computes(mhmoe: Run, tmp_path: Path) -> None:
+    # [spec 8 trace], [spec 1 Checkpoint directory]
     (tmp_path / "config.json").write_text(json.dumps(settings("mh2-shared")))
     np.save(tmp_path / "tokens.npy", PADDED)
     mhmoe("init", "config.json", "--out", "model", "--seed", 5)

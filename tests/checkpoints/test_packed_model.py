@@ -62,6 +62,7 @@ def _cases() -> list[tuple[str, FormatName]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "format"), _cases())
 def test_packed_traces_are_the_fake_quantised_ones(kind: str, format: FormatName, backend: str) -> None:
+    # [spec 5 packed weights]
     ops, config = BACKENDS[backend], _config(kind)
     parameters = _parameters(config)
     packed = pack_weights(parameters, format, ops=ops)
@@ -134,6 +135,7 @@ def test_cached_decoding_is_the_same_packed(kind: str) -> None:
 def test_unpacking_gives_the_same_model_and_packing_it_again_the_same_file(
     kind: str, tmp_path: Path
 ) -> None:
+    # [D11]
     config, ops = _config(kind), load_operations("numba")
     parameters = _parameters(config)
     for format in formats_for(config):

@@ -19,6 +19,7 @@ from tests.kinds import KINDS, settings
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_active_parameters_are_those_of_as_many_experts_as_a_token_can_choose(kind: str) -> None:
+    # [spec 1 tensor names], [spec 7 MoE-layer parameters]
     config = ModelConfig.model_validate(settings(kind))
     tensors = Parameters(config, np.float32).tensors
     chosen = config.moe_heads * config.num_experts_per_tok
@@ -64,6 +65,7 @@ class Counting:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_multiply_adds_are_those_of_a_forward(kind: str) -> None:
+    # [spec 7 multiply-adds]
     config = ModelConfig.model_validate(settings(kind))
     parameters = Parameters(config, np.float64)
     initialise(parameters, 1)

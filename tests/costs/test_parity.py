@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mhmoe_np.costs.parity import (
     MATRICES_PER_EXPERT,
     ParityRow,
-    macs_per_token,
+    moe_layer_macs,
     moe_layer_parameters,
     paper_rows,
     parity_row,
@@ -28,7 +28,7 @@ def changed(preset: str, **keys: object) -> ModelConfig:
 
 
 def test_the_table_of_the_specification():
-    # [spec 7].
+    # [spec 7 Paper configs], [spec 7 model], [P1 section 3]
     macs = 4_718_592
     assert paper_rows() == [
         ParityRow("dense", 0, 0, 0, 2048, 4_718_592, macs, 0, 0),
@@ -45,7 +45,7 @@ def test_a_shared_expert_adds_a_dense_network():
     shared = changed("paper-mh-moe-2", shared_expert_intermediate_size=2048)
     dense = 3 * 768 * 2048
     assert moe_layer_parameters(shared) - moe_layer_parameters(without) == dense
-    assert macs_per_token(shared) - macs_per_token(without) == dense
+    assert moe_layer_macs(shared) - moe_layer_macs(without) == dense
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -53,14 +53,28 @@ def test_a_shared_expert_adds_a_dense_network():
 def test_a_projection_counts_where_it_is_present(head, merge):
     # [P1 Table 5]: one or both projections removed from the two-head model.
     config = changed("paper-mh-moe-2", moe_head_layer=head, moe_merge_layer=merge)
-    assert macs_per_token(config) == 4_718_592 - (2 - head - merge) * 768**2
+    assert moe_layer_macs(config) == 4_718_592 - (2 - head - merge) * 768**2
     assert moe_layer_parameters(config) == 36_569_088 - (2 - head - merge) * 768**2
 
 
 def test_table_4_two_heads_with_projections_costs_more():
     # [P1 Table 4]: the "without" experts (F 1024) plus both projections.
     config = changed("paper-mh-moe-2", moe_intermediate_size=1024)
-    assert macs_per_token(config) == 5_898_240
+    assert moe_layer_macs(config) == 5_898_240
+
+
+def test_the_papers_leading_terms_with_a_third_matrix():
+    # [P1 eq. 6-7]: for one token 4 d^2 + 4 d d_moe k and 4 d d_moe k multiplications and additions,
+    # with experts of two matrices; [spec 7 multiply-adds].
+    d, F, k = 768, 1024, 2
+    assert (
+        2 * moe_layer_macs(MODEL_PRESETS["paper-fine-grained-smoe"]) == Fraction(3, 2) * 4 * d * F * k
+    )
+    d_mhmoe = 768
+    assert (
+        2 * moe_layer_macs(MODEL_PRESETS["paper-mh-moe-2"])
+        == 4 * d**2 + Fraction(3, 2) * 4 * d * d_mhmoe * k
+    )
 
 
 def test_a_row_can_be_made_of_any_configuration():
@@ -69,6 +83,7 @@ def test_a_row_can_be_made_of_any_configuration():
 
 
 def test_router_counts():
+    # [spec 7 router excluded]
     config = MODEL_PRESETS["paper-mh-moe-3"]
     assert router_parameters(config) == 96 * 256
     assert router_macs(config) == 3 * 96 * 256
@@ -79,7 +94,7 @@ def test_router_counts():
     [(2, 768, Fraction(124, 3), 41), (3, 512, Fraction(93), 93)],
 )
 def test_exact_parity_with_the_papers_smoe(heads, inner, exact_experts, experts):
-    # [spec 7]: 41 1/3 and 93, where the paper chose 40 and 96.
+    # [spec 7 equal FLOPs], [spec 7 equal parameters]: 41 1/3 and 93, where the paper chose 40 and 96.
     solution = solve(768, 8, 1, 2048, heads, heads, "swiglu")
     assert solution.exact_intermediate_size == inner == solution.intermediate_size
     assert (solution.exact_experts, solution.experts) == (exact_experts, experts)
@@ -137,6 +152,7 @@ problems = st.fixed_dictionaries(
 
 @given(problems)
 def test_before_rounding_the_layers_are_exactly_equal(problem):
+    # [P1 eq. 9], [spec 7 equal FLOPs], [spec 7 equal parameters]
     D = problem["sub_token_width"] * problem["heads"]
     H, K, K0 = problem["heads"], problem["top_k"], problem["baseline_top_k"]
     E0, F0 = K0 + problem["spare_experts"], D + problem["spare_width"]
@@ -181,7 +197,7 @@ def test_the_solution_counts_as_a_configuration_does(problem):
         moe_head_layer=True,
         moe_merge_layer=True,
     )
-    assert macs_per_token(config) == solution.macs.solution
+    assert moe_layer_macs(config) == solution.macs.solution
     assert moe_layer_parameters(config) == solution.parameters.solution
 
 

@@ -32,6 +32,7 @@ def _batch(rows: int) -> Batch:
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("kind", ["dense", "smoe", "mh2-topk-balance", "mh3", "mh2-z-loss"])
 def test_accumulated_micro_batches_equal_the_big_batch(kind: str, backend: BackendName) -> None:
+    # [D5], [spec 4 NLL], [spec 4 aux]
     ops = load_operations(backend)
     model, batch = _model(kind, ops), _batch(4)
     big, small = (Parameters(model.config, np.float64) for _ in range(2))
@@ -47,6 +48,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(kind: str, backend: Backe
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "capacity" not in kind])
 def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendName) -> None:
+    # [spec 2 logits], [D4]
     ops = load_operations(backend)
     # Where float32's last bits differ, a quantiser may round to the other neighbour: hence float64.
     model = _model(kind, ops, np.float64 if kind in QUANTISED else np.float32)
@@ -90,6 +92,7 @@ def test_a_later_token_leaves_earlier_logits_as_they_are() -> None:
 
 @pytest.mark.parametrize("length", [2, 9, 33, 34, 200])
 def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> None:
+    # [D4]
     ops = load_operations("numpy")
     model = _model("mh2-capacity", ops)
     token_W = np.random.default_rng(7).integers(0, 37, length)

@@ -34,6 +34,7 @@ def near(actual: Any, expected: Any) -> None:
 def test_dispatch_serves_a_queue_for_each_expert(
     M: int, E: int, K: int, load: str, capacity: int | None, seed: int
 ) -> None:
+    # [spec 4 capacity]
     expert = Inputs(seed, float).experts(M, E, min(K, E), load)
     actual = NUMPY.dispatch(expert, experts=E, capacity=capacity)
     expected = dumb.dispatch(expert.tolist(), E, capacity)
@@ -45,6 +46,7 @@ def test_dispatch_serves_a_queue_for_each_expert(
 def test_route_sorts_the_probabilities_and_keeps_ties_in_order(
     M: int, E: int, K: int, levels: int, normalise: bool, seed: int
 ) -> None:
+    # [P2 eq. 5], [spec 3 softmax], [spec 3 K largest], [D1]
     r, K = Inputs(seed, float), min(K, E)
     logits = r.rng.integers(0, levels, (M, E)).astype(float) if levels else r(M, E)
     actual = NUMPY.route(logits, top_k=K, normalise=normalise)
@@ -78,6 +80,7 @@ def test_expert_ffn_is_the_gated_sum_of_the_choices_not_dropped(
     sub_norm: bool,
     seed: int,
 ) -> None:
+    # [P1 eq. 1, 3, 5], [GLU eq. 6], [spec 3 Expert]
     r, K = Inputs(seed, float), min(K, E)
     expert = r.experts(M, E, K, "even")
     sent = NUMPY.dispatch(expert, experts=E, capacity=capacity)
@@ -104,6 +107,7 @@ def test_expert_ffn_is_the_gated_sum_of_the_choices_not_dropped(
 def test_attention_is_the_softmax_mean_of_the_values_seen(
     B: int, T: int, earlier: int, heads: tuple[int, int], C: int, seed: int
 ) -> None:
+    # [Attention eq. 1], [spec 2 attention]
     r, (A, G), S = Inputs(seed, float), heads, T + earlier
     q, k, v = r(B, T, A, C), r(B, S, G, C), r(B, S, G, C)
     out, lse = NUMPY.attention(q, k, v)
@@ -115,6 +119,7 @@ def test_attention_is_the_softmax_mean_of_the_values_seen(
 @given(B=st.integers(1, 2), T=TINY, A=TINY, J=TINY, seed=SEEDS)
 @quick(30)
 def test_rotation_is_a_complex_product(B: int, T: int, A: int, J: int, seed: int) -> None:
+    # [RoPE eq. 34], [spec 2 RoPE]
     r = Inputs(seed, float)
     x, angle = r(B, T, A, 2 * J), r(T, J, spread=3.0)
     expected = dumb.rotate(x.tolist(), np.cos(angle), np.sin(angle))
@@ -127,6 +132,7 @@ def test_rotation_is_a_complex_product(B: int, T: int, A: int, J: int, seed: int
 def test_token_nll_is_the_log_sum_exp_less_the_targets_logit(
     N: int, V: int, D: int, ignored: float, seed: int
 ) -> None:
+    # [spec 4 NLL]
     r = Inputs(seed, float)
     x, w, target = r(N, D), r(V, D), r.rng.integers(0, V, N)
     target[r.rng.random(N) < ignored] = -100
@@ -139,6 +145,7 @@ def test_token_nll_is_the_log_sum_exp_less_the_targets_logit(
 @given(N=TINY, V=st.integers(1, 3), D=TINY, seed=SEEDS)
 @quick(40)
 def test_embedding_backward_adds_every_row_of_a_repeated_id(N: int, V: int, D: int, seed: int) -> None:
+    # [spec 1 embed_tokens]
     r = Inputs(seed, float)
     dx, ids, dw = r(N, D), r.rng.integers(0, V, N), r(V, D)
     expected = dumb.embedding_backward(dx, ids, dw)
@@ -149,6 +156,7 @@ def test_embedding_backward_adds_every_row_of_a_repeated_id(N: int, V: int, D: i
 @given(step=st.integers(1, 2000), squares=st.sampled_from([0.5, 100.0]), seed=SEEDS)
 @quick(30)
 def test_adamw_updates_every_parameter_by_the_formula(step: int, squares: float, seed: int) -> None:
+    # [AdamW algorithm 2], [spec 6 AdamW], [spec 6 clip]
     r = Inputs(seed, float)
     state = [r(5), r(5), r(5), r(5) ** 2]
     expected = [
@@ -164,6 +172,7 @@ def test_adamw_updates_every_parameter_by_the_formula(step: int, squares: float,
 @given(N=TINY, I=TINY, spread=st.sampled_from([0.0, 1e-7, 1.0, 1e6]), seed=SEEDS)
 @quick(60)
 def test_rows_are_quantised_by_their_largest_number(N: int, I: int, spread: float, seed: int) -> None:
+    # [B1 eq. 4-5], [spec 5 activations]
     x = Inputs(seed, float)(N, I, spread=spread)
     q, scale = NUMPY.quantise_rows(x)
     expected = [dumb.quantise_row(row) for row in x.tolist()]
@@ -177,6 +186,8 @@ def test_rows_are_quantised_by_their_largest_number(N: int, I: int, spread: floa
 def test_each_joined_matrix_is_quantised_by_itself(
     quantization: Any, heights: list[int], I: int, seed: int
 ) -> None:
+    # [B1 eq. 1-3, 12], [spec 5 bitnet weights]; [B2 eq. 1-3], [spec 5 bitnet_b158 weights];
+    # [spec 5 One β per matrix], [D8]
     r = Inputs(seed, float)
     start = tuple(np.cumsum([0, *heights]).tolist())
     w = r(start[-1], I) * np.repeat(np.abs(r(len(heights))), heights)[:, None]
@@ -195,6 +206,7 @@ def test_each_joined_matrix_is_quantised_by_itself(
 @given(N=TINY, I=TINY, O=TINY, seed=SEEDS)
 @quick(60)
 def test_bit_linear_multiplies_integers(N: int, I: int, O: int, seed: int) -> None:
+    # [B1 eq. 11], [spec 5 BitLinear], [spec 5 integer product]
     r = Inputs(seed, float)
     w = BitWeight(r.rng.integers(-1, 2, (O, I)).astype(float), np.abs(r(O)))
     x = r(N, I)

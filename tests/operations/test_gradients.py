@@ -74,6 +74,7 @@ def away_from_zero(x: Any) -> Any:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_backward_is_the_derivative(ops: Operations, bias: bool) -> None:
+    # [spec 1 x @ W.T]
     r = Inputs(20, float)
     at = {"x": r(7, 5), "w": r(3, 5), "b": r(3) if bias else None}
     dy = r(7, 3)
@@ -152,6 +153,7 @@ def test_attention_backward_is_the_derivative(ops: Operations, T: int, A: int, G
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_activation_backward_is_the_derivative(ops: Operations, activation: Any) -> None:
+    # [GLU eq. 5], [spec 2 FFN]
     r = Inputs(25, float)
     at, dh = {"gate_up": away_from_zero(r(70, 10))}, r(70, 5)
     gradient = ops.gated_activation_backward(dh, at["gate_up"], activation=activation)
@@ -167,6 +169,7 @@ def test_gated_activation_backward_is_the_derivative(ops: Operations, activation
 def test_route_backward_is_the_derivative_where_the_choice_holds(
     ops: Operations, E: int, K: int, normalise: bool
 ) -> None:
+    # [spec 3 softmax], [Switch eq. 4], [spec 4 aux], [ST-MoE eq. 5], [spec 4 z-loss]
     r = Inputs(26, float)
     M = 9
     # Well apart, in a random order: no move of the stencil changes the choice.
@@ -195,6 +198,7 @@ def test_route_backward_is_the_derivative_where_the_choice_holds(
 def test_expert_ffn_backward_is_the_derivative(
     ops: Operations, activation: Any, sub_norm: bool, capacity: int | None
 ) -> None:
+    # [P1 eq. 3], [spec 3 Expert]
     r = Inputs(43, float)
     M, E, K, U, F_ = 6, 4, 2, 3, 5
     sent = ops.dispatch(r.experts(M, E, K, "one"), experts=E, capacity=capacity)
@@ -260,6 +264,7 @@ def near(actual: Any, expected: torch.Tensor | None) -> None:
 
 @pytest.mark.parametrize(("A", "G"), [(2, 2), (4, 2), (3, 1)])
 def test_attention_and_its_backward_equal_torch(ops: Operations, A: int, G: int) -> None:
+    # [Attention eq. 1], [spec 2 attention]
     r = Inputs(29, float)
     B, T, C = 2, 67, 6
     q, k, v = r.joint(B, T, A, G, C)
@@ -295,6 +300,7 @@ def test_attention_of_the_last_positions_equals_torch(ops: Operations, T: int) -
 
 
 def test_rms_norm_and_its_backward_equal_torch(ops: Operations) -> None:
+    # [RMSNorm eq. 4], [spec 2 RMSNorm]
     r = Inputs(31, float)
     x, w, dy, dw = r(70, 9), r(9), r(70, 9), r(9)
     before = dw.copy()
@@ -309,6 +315,7 @@ def test_rms_norm_and_its_backward_equal_torch(ops: Operations) -> None:
 
 
 def test_token_nll_and_its_gradient_equal_torch_cross_entropy(ops: Operations) -> None:
+    # [spec 4 NLL]
     r = Inputs(33, float)
     x, w, dw, target = r(140, 5), r(530, 5), r(530, 5), r.rng.integers(0, 530, 140)
     target[::4] = -100

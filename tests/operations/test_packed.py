@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, InstructionSet, available, choose
-from mhmoe_np.operations.numba_cpu.packed import as_stack, packed_product, padded_inputs
+from mhmoe_np.operations.numba_cpu.packed import as_stack
+from mhmoe_np.operations.numba_cpu.packed_product import PackedProduct, packed_product, padded_inputs
 from mhmoe_np.operations.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight
 from tests.operations.cases import (
@@ -89,6 +90,7 @@ def test_a_packed_linear_map_has_the_bits_of_the_definition(
     bias: bool,
     seed: int,
 ) -> None:
+    # [spec 5 packed weights], [spec 5 integer product]
     r = Inputs(seed, np.float32)
     w = bit_weight(r, format, outputs, inputs)
     packed = packed_weight(w, format)
@@ -148,7 +150,7 @@ def integer_product(packed: PackedMatrices, q_RI: Any, instruction_set: Instruct
     padded[:, :inputs] = q_RI
     sums, scales = q_RI.sum(axis=1).astype(np.int32), np.ones(rows, np.float32)
     y = np.full((rows, packed.outputs), np.nan, np.float32)
-    packed_product(weight, 0, padded, scales, sums, y, 0, packed.code.shape[1])
+    packed_product(PackedProduct(weight, 0, padded, scales, sums, y), 0, packed.code.shape[1])
     return y
 
 
@@ -469,6 +471,7 @@ def test_constant_and_tiny_matrices(name: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_linear_backward_is_straight_through(name: str) -> None:
+    # [B1 section 2.2], [spec 5 straight-through]
     r = Inputs(17, np.float64)
     w = bit_weight(r, "ternary-2bit", 9, 14)
     x, dy, dw, db = r(11, 14), r(11, 9), r(9, 14), r(9)

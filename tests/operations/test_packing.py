@@ -126,6 +126,7 @@ GOLDEN: list[tuple[FormatName, list[int], list[int]]] = [
 def test_the_bytes_are_those_of_the_description(
     format: FormatName, row: list[int], first_bytes: list[int]
 ) -> None:
+    # [spec 5 packed weights]
     assert len(row) == FORMATS[format].group
     code = pack(np.array(row)[None, None], format).code
     assert code.shape == (1, 1, 1, 64)

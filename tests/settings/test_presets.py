@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mhmoe_np.costs.parity import macs_per_token
+from mhmoe_np.costs.parity import moe_layer_macs
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
 
 
@@ -15,7 +15,7 @@ def test_the_ten_names():
 
 @pytest.mark.parametrize(("family", "macs"), [("paper", 4_718_592), ("small", 4_718_592 // 16)])
 def test_a_family_costs_the_same_multiply_adds_a_token(family, macs):
-    assert {macs_per_token(MODEL_PRESETS[f"{family}-{name}"]) for name in PAPER_MODELS} == {macs}
+    assert {moe_layer_macs(MODEL_PRESETS[f"{family}-{name}"]) for name in PAPER_MODELS} == {macs}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_a_family_shares_its_backbone(family, backbone, name):
     ],
 )
 def test_experts_are_those_of_the_paper(name, heads, experts, top_k, paper_inner, small_inner):
+    # [P1 section 3], [spec 7 Paper configs]
     for family, inner in (("paper", paper_inner), ("small", small_inner)):
         config = MODEL_PRESETS[f"{family}-{name}"]
         assert (config.moe_heads, config.num_experts, config.num_experts_per_tok) == (

@@ -33,7 +33,7 @@ def test_warmup_is_a_straight_line_that_ends_at_the_peak(kind):
 
 
 def test_the_released_recipe():
-    # [R1]: warm-up 375, then linear from 6e-4 to 3e-5 at the last of 100,000 updates.
+    # [R1], [spec 6 warm-up]: warm-up 375, then linear from 6e-4 to 3e-5 at the last of 100,000 updates.
     run = rates("linear", total_steps=100_000, warmup_steps=375, peak=6e-4, final=3e-5)
     assert run[0] == pytest.approx(6e-4 / 375)
     assert run[374] == max(run) == 6e-4
@@ -61,6 +61,7 @@ def test_constant_stays_at_the_peak():
 
 
 def test_two_stage_drops_from_the_higher_line_to_the_lower_at_half_way():
+    # [spec 6 BitNet recipe], [spec 6 half-way], [Tips]
     # The tips: 1.5e-3 -> 1e-3. The lines stand at about half their peaks when they are swapped.
     run = rates("two-stage", total_steps=1000, warmup_steps=10, peak=1.5e-3, final=0.0)
     high = rates("linear", total_steps=1000, warmup_steps=10, peak=1.5e-3, final=0.0)
@@ -78,6 +79,7 @@ def test_two_stage_takes_a_given_second_peak():
 
 
 def test_weight_decay_ends_half_way_in_two_stages_alone():
+    # [spec 6 decoupled decay], [spec 6 BitNet recipe], [Tips]
     def decays(kind, total_steps):
         return [
             weight_decay(step, total_steps=total_steps, kind=kind, decay=0.1)

@@ -14,11 +14,25 @@ from mhmoe_np.operations.numba_cpu.linear import Linear
 from mhmoe_np.operations.numba_cpu.loss import Loss
 from mhmoe_np.operations.numba_cpu.norm import Norm
 from mhmoe_np.operations.numba_cpu.optimiser import Optimiser
+from mhmoe_np.operations.numba_cpu.pack import Pack
+from mhmoe_np.operations.numba_cpu.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.numba_cpu.router import Router
+from mhmoe_np.operations.numba_cpu.sums import Sums
 
 
 class NumbaOperations(
-    Linear, Norm, Attention, FeedForward, Router, DispatchOperations, Experts, Loss, Optimiser
+    Sums,
+    Linear,
+    QuantiseWeight,
+    Pack,
+    Norm,
+    Attention,
+    FeedForward,
+    Router,
+    DispatchOperations,
+    Experts,
+    Loss,
+    Optimiser,
 ):
     """The table of operations in Numba.
 

@@ -50,10 +50,12 @@ def side_by_side(typing_context: Any, x_S: Any) -> Any:
 
 
 def exp(x: Any) -> Any:
-    """e^x. float64: the library's. float32: branch-free, relative error 2.2e-7 on [-87, 88].
+    """e^x; of a NaN, NaN.
 
-    2^k * polynomial(r) with x = k ln 2 + r (Cephes' expf). k is read from the low bits of
-    x * log2(e) + 1.5 * 2^23: adding that number rounds to an integer. Clamped outside the range.
+    float64: the library's. float32: branch-free, relative error 2.2e-7 on [-87, 88], 0 below -87.7 and
+    infinite above 88.4. 2^k * polynomial(r) with x = k ln 2 + r (Cephes' expf). k + 127, the exponent
+    bits of 2^k, stands in the low bits of x * log2(e) + 1.5 * 2^23 + 127: adding that number rounds to
+    an integer.
     """
     raise NotImplementedError("compiled code only")
 
@@ -68,9 +70,9 @@ def _compiled_exp(x: Any) -> Any:
         return exp_float64
 
     def exp_float32(x: Any) -> Any:
-        x = min(max(x, f32(-87.0)), f32(88.0))
-        shifted = x * f32(1.44269504) + f32(12582912.0)
-        k = shifted - f32(12582912.0)
+        x = min(max(x, f32(-88.0)), f32(89.0))  # in this order of arguments a NaN passes through
+        shifted = x * f32(1.44269504) + f32(12583039.0)
+        k = shifted - f32(12583039.0)
         r = x - k * f32(0.693359375) + k * f32(2.12194440e-4)  # ln 2 in two parts
         p = f32(1.9875691500e-4)
         p = p * r + f32(1.3981999507e-3)
@@ -79,7 +81,7 @@ def _compiled_exp(x: Any) -> Any:
         p = p * r + f32(1.6666665459e-1)
         p = p * r + f32(5.0000001201e-1)
         y = p * (r * r) + r + f32(1)
-        return float_of(types.int32(bits_of(y) + types.int32(bits_of(shifted) << types.int32(23))))
+        return y * float_of(types.int32(bits_of(shifted) << types.int32(23)))
 
     return exp_float32
 
@@ -92,25 +94,28 @@ def sigmoid(x: Any) -> Any:
 
 
 @typed_intrinsic
-def larger(typing_context: Any, x: Any, y: Any) -> Any:
-    """The larger of two floats, by the instruction that LLVM vectorises; Numba's `max` branches."""
+def in_order(typing_context: Any, bits: Any) -> Any:
+    """Of a float's bits the integer that orders as the float does; of such an integer, the bits."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        real = arguments[0].type
-        of_two = ir.FunctionType(real, [real, real])
-        maximum = builder.module.declare_intrinsic("llvm.maxnum", [real], of_two)
-        return builder.call(maximum, arguments, fastmath=("fast",))
+        (bits,) = arguments
+        negative = builder.ashr(bits, ir.Constant(bits.type, bits.type.width - 1))
+        return builder.xor(bits, builder.lshr(negative, ir.Constant(bits.type, 1)))
 
-    return x(x, y), code
+    return bits(bits), code
 
 
-@reduction
+@task
 def row_max(x_S: Any, length: int) -> Any:
-    """The largest of the first `length` numbers."""
-    highest = x_S[0]
+    """The largest of the first `length` numbers, compared as integers: that vectorises.
+
+    A NaN stands above or below all numbers, by its sign. What is returned is then NaN or the largest
+    number, and e^(x - largest) of the NaN itself is NaN in both cases: no softmax hides it.
+    """
+    highest = in_order(bits_of(x_S[0]))
     for j in range(1, length):
-        highest = larger(highest, x_S[j])
-    return highest
+        highest = max(highest, in_order(bits_of(x_S[j])))
+    return float_of(in_order(highest))
 
 
 @reduction

@@ -7,45 +7,53 @@ log-sum-exp and recomputing the probabilities in the backward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import SERIAL_MACS, blocks, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, blocks, run, tasks_of
 from mhmoe_np.types import FloatArray
 
 QUERY_ROWS = 64
 STEP_HEADS = 4  # key/value heads of one task in a step of decoding
 
 
-@task
-def _rotate_position(x_AC: Any, cos_J: Any, sin_J: Any) -> None:
-    J = len(cos_J)
-    for a in range(x_AC.shape[0]):
-        x_C = side_by_side(x_AC[a])
-        for j in range(J):
-            first, second = x_C[j], x_C[j + J]
-            x_C[j] = first * cos_J[j] - second * sin_J[j]
-            x_C[j + J] = second * cos_J[j] + first * sin_J[j]
+class Rotate(NamedTuple):
+    """What `Operations.rotate_in_place` reads and writes: a task is a block of one sequence."""
+
+    x_BTAC: Any
+    cos_TJ: Any
+    sin_TJ: Any
 
 
-@task
-def _rotate_block(block: int, x_BTAC: Any, cos_TJ: Any, sin_TJ: Any, rows: int) -> None:
-    T = x_BTAC.shape[1]
-    across = (T + rows - 1) // rows
-    b, first = block // across, block % across * rows
-    for t in range(first, min(T, first + rows)):
-        _rotate_position(x_BTAC[b, t], cos_TJ[t], sin_TJ[t])
+@tasks_of(Rotate)
+def _rotate(i: int, a: Any) -> None:
+    _, T, heads, _ = a.x_BTAC.shape
+    across = blocks(T, QUERY_ROWS)
+    b, first = i // across, i % across * QUERY_ROWS
+    for t in range(first, min(T, first + QUERY_ROWS)):
+        cos_J, sin_J = a.cos_TJ[t], a.sin_TJ[t]
+        J = len(cos_J)
+        for head in range(heads):
+            x_C = side_by_side(a.x_BTAC[b, t, head])
+            for j in range(J):
+                real, imaginary = x_C[j], x_C[j + J]
+                x_C[j] = real * cos_J[j] - imaginary * sin_J[j]
+                x_C[j + J] = imaginary * cos_J[j] + real * sin_J[j]
 
 
-@parallel
-def _rotate(tasks: int, x_BTAC: Any, cos_TJ: Any, sin_TJ: Any, rows: int) -> None:
-    for block in prange(tasks):
-        _rotate_block(block, x_BTAC, cos_TJ, sin_TJ, rows)
+class Attend(NamedTuple):
+    """What `Operations.attention` reads and writes: a task is a head and a block of its queries."""
+
+    q_BTAC: Any
+    k_BSGC: Any
+    v_BSGC: Any
+    out_BTAC: Any
+    log_sum_exp_BAT: Any
 
 
 @task
@@ -67,7 +75,7 @@ def _exponentials(scores_TS: Any, first_visible: int, log_sum_exp_T: Any) -> Any
 
 
 @task
-def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) -> None:
+def _attend_block(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) -> None:
     """One block of queries, the last of which sees all of k_SC."""
     real = q_TC.dtype.type
     T, S = q_TC.shape[0], k_SC.shape[0]
@@ -81,89 +89,74 @@ def _attend(q_TC: Any, k_SC: Any, v_SC: Any, out_TC: Any, log_sum_exp_T: Any) ->
             out_C[c] *= inverse
 
 
-@task
-def _attend_task(
-    index: int,
-    q_BTAC: Any,
-    k_BSGC: Any,
-    v_BSGC: Any,
-    out_BTAC: Any,
-    log_sum_exp_BAT: Any,
-    rows: int,
-) -> None:
-    _, T, A, _ = q_BTAC.shape
-    S, G = k_BSGC.shape[1:3]
-    across = (T + rows - 1) // rows
-    b, a, block = index // (A * across), index // across % A, index % across
-    g = a // (A // G)
-    first = block * rows
-    last = min(T, first + rows)
+@tasks_of(Attend)
+def _attend(i: int, a: Any) -> None:
+    _, T, A, _ = a.q_BTAC.shape
+    S, G = a.k_BSGC.shape[1:3]
+    across = blocks(T, QUERY_ROWS)
+    b, head, first = i // (A * across), i // across % A, i % across * QUERY_ROWS
+    g, last = head // (A // G), min(T, first + QUERY_ROWS)
     seen = S - T + last
-    _attend(
-        q_BTAC[b, first:last, a],
-        k_BSGC[b, :seen, g],
-        v_BSGC[b, :seen, g],
-        out_BTAC[b, first:last, a],
-        log_sum_exp_BAT[b, a, first:last],
+    _attend_block(
+        a.q_BTAC[b, first:last, head],
+        a.k_BSGC[b, :seen, g],
+        a.v_BSGC[b, :seen, g],
+        a.out_BTAC[b, first:last, head],
+        a.log_sum_exp_BAT[b, head, first:last],
     )
 
 
-@parallel
-def _attention(
-    tasks: int,
-    q_BTAC: Any,
-    k_BSGC: Any,
-    v_BSGC: Any,
-    out_BTAC: Any,
-    log_sum_exp_BAT: Any,
-    rows: int,
-) -> None:
-    for index in prange(tasks):
-        _attend_task(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, rows)
+class AttendStep(NamedTuple):
+    """A step of decoding, T = 1: a task is one sequence and some of its key/value heads."""
+
+    q_BTAC: Any
+    k_BSGC: Any
+    v_BSGC: Any
+    out_BTAC: Any
+    log_sum_exp_BAT: Any
 
 
 @task
 def _add_rows(p_S: Any, v_SC: Any, out_C: Any) -> None:
     """out += p @ v for up to four rows."""
     if len(p_S) == 4:
-        first, second, third, fourth = v_SC[0], v_SC[1], v_SC[2], v_SC[3]
-        a, b, c, d = p_S[0], p_S[1], p_S[2], p_S[3]
-        for i in range(len(out_C)):
-            out_C[i] += a * first[i] + b * second[i] + c * third[i] + d * fourth[i]
+        first_C, second_C, third_C, fourth_C = v_SC[0], v_SC[1], v_SC[2], v_SC[3]
+        first, second, third, fourth = p_S[0], p_S[1], p_S[2], p_S[3]
+        for c in range(len(out_C)):
+            out_C[c] += (
+                first * first_C[c] + second * second_C[c] + third * third_C[c] + fourth * fourth_C[c]
+            )
         return
     for s in range(len(p_S)):
         p, v_C = p_S[s], v_SC[s]
-        for i in range(len(out_C)):
-            out_C[i] += p * v_C[i]
+        for c in range(len(out_C)):
+            out_C[c] += p * v_C[c]
 
 
-@task
-def _attend_step(
-    index: int, q_BTAC: Any, k_BSGC: Any, v_BSGC: Any, out_BTAC: Any, log_sum_exp_BAT: Any, heads: int
-) -> None:
-    """One query of one sequence for some key/value heads: a step of decoding.
+@tasks_of(AttendStep)
+def _attend_step(i: int, a: Any) -> None:
+    """Position by position, so that the cache is read once and in the order in which it lies.
 
-    Position by position, so that the cache is read once and in the order in which it lies; head by head
-    it would be fetched from memory in pieces of one head.
+    Head by head it would be fetched from memory in pieces of one head.
     """
-    real = q_BTAC.dtype.type
-    A, C = q_BTAC.shape[2:]
-    S, G = k_BSGC.shape[1:3]
-    group, across = A // G, (G + heads - 1) // heads
-    b, first = index // across, index % across * heads
-    last = min(first + heads, G)
-    q_AC, k_SGC, v_SGC, out_AC = q_BTAC[b, 0], k_BSGC[b], v_BSGC[b], out_BTAC[b, 0]
-    scores_AS = np.empty((A, S), q_BTAC.dtype)
+    real = a.q_BTAC.dtype.type
+    A, C = a.q_BTAC.shape[2:]
+    S, G = a.k_BSGC.shape[1:3]
+    group, across = A // G, blocks(G, STEP_HEADS)
+    b, first = i // across, i % across * STEP_HEADS
+    heads = range(first * group, min(first + STEP_HEADS, G) * group)
+    q_AC, k_SGC, v_SGC, out_AC = a.q_BTAC[b, 0], a.k_BSGC[b], a.v_BSGC[b], a.out_BTAC[b, 0]
+    scores_AS = np.empty((A, S), a.q_BTAC.dtype)
     scale = real(C**-0.5)
     fours = S // 4 * 4
     for s in range(0, fours, 4):
-        for a in range(first * group, last * group):
-            four_dots(q_AC[a], k_SGC[s : s + 4, a // group], scores_AS[a, s : s + 4])
+        for head in heads:
+            four_dots(q_AC[head], k_SGC[s : s + 4, head // group], scores_AS[head, s : s + 4])
     for s in range(fours, S):
-        for a in range(first * group, last * group):
-            scores_AS[a, s] = row_dot(q_AC[a], k_SGC[s, a // group])
-    for a in range(first * group, last * group):
-        score_S = scores_AS[a]
+        for head in heads:
+            scores_AS[head, s] = row_dot(q_AC[head], k_SGC[s, head // group])
+    for head in heads:
+        score_S = scores_AS[head]
         for s in range(S):
             score_S[s] *= scale
         highest = row_max(score_S, S)
@@ -172,29 +165,33 @@ def _attend_step(
         total = row_sum(score_S, S)
         for s in range(S):
             score_S[s] /= total
-        log_sum_exp_BAT[b, a, 0] = highest + np.log(total)
-        out_AC[a] = 0
+        a.log_sum_exp_BAT[b, head, 0] = highest + np.log(total)
+        out_AC[head] = 0
     for s in range(0, S, 4):
-        for a in range(first * group, last * group):
-            _add_rows(scores_AS[a, s : s + 4], v_SGC[s : s + 4, a // group], out_AC[a])
+        for head in heads:
+            _add_rows(scores_AS[head, s : s + 4], v_SGC[s : s + 4, head // group], out_AC[head])
 
 
-@parallel
-def _attend_steps(
-    tasks: int,
-    q_BTAC: Any,
-    k_BSGC: Any,
-    v_BSGC: Any,
-    out_BTAC: Any,
-    log_sum_exp_BAT: Any,
-    heads: int,
-) -> None:
-    for index in prange(tasks):
-        _attend_step(index, q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT, heads)
+class AttendBackward(NamedTuple):
+    """What `Operations.attention_backward` reads and writes.
+
+    A task is a key/value head: it alone adds to that head's dk and dv.
+    """
+
+    dout_BTAC: Any
+    q_BTAC: Any
+    k_BTGC: Any
+    v_BTGC: Any
+    out_BTAC: Any
+    log_sum_exp_BAT: Any
+    dq_BTAC: Any
+    dk_BTGC: Any
+    dv_BTGC: Any
 
 
 @task
 def _probabilities(scores_TS: Any, first_visible: int, log_sum_exp_T: Any) -> None:
+    """Turn scores into softmax, 0 beyond the diagonal."""
     for t in range(scores_TS.shape[0]):
         row_S = scores_TS[t]
         visible = first_visible + t
@@ -205,71 +202,40 @@ def _probabilities(scores_TS: Any, first_visible: int, log_sum_exp_T: Any) -> No
 
 
 @task
-def _attend_backward(
-    dout_TC: Any,
-    q_TC: Any,
-    k_SC: Any,
-    v_SC: Any,
-    out_TC: Any,
-    log_sum_exp_T: Any,
-    dq_TC: Any,
-    dk_SC: Any,
-    dv_SC: Any,
-) -> None:
-    """One block of queries: writes dq, adds to dk and dv."""
-    T, S = q_TC.shape[0], k_SC.shape[0]
-    scale = q_TC.shape[1] ** -0.5
-    p_TS = np.empty((T, S), q_TC.dtype)
-    ds_TS = np.empty((T, S), q_TC.dtype)
+def _attend_block_backward(b: int, head: int, first: int, a: Any) -> None:
+    """One block of one head's queries: writes dq, adds to dk and dv."""
+    _, T, A, C = a.q_BTAC.shape
+    g = head // (A // a.k_BTGC.shape[2])
+    last = min(T, first + QUERY_ROWS)
+    q_TC, k_SC, v_SC = a.q_BTAC[b, first:last, head], a.k_BTGC[b, :last, g], a.v_BTGC[b, :last, g]
+    dout_TC, out_TC = a.dout_BTAC[b, first:last, head], a.out_BTAC[b, first:last, head]
+    scale = C**-0.5
+    p_TS = np.empty((last - first, last), q_TC.dtype)
+    ds_TS = np.empty((last - first, last), q_TC.dtype)
     gemm_nt(scale, q_TC, k_SC, 0.0, p_TS)
-    _probabilities(p_TS, S - T + 1, log_sum_exp_T)
-    gemm_tn(1.0, p_TS, dout_TC, 1.0, dv_SC)
+    _probabilities(p_TS, first + 1, a.log_sum_exp_BAT[b, head, first:last])
+    gemm_tn(1.0, p_TS, dout_TC, 1.0, a.dv_BTGC[b, :last, g])
     gemm_nt(1.0, dout_TC, v_SC, 0.0, ds_TS)
-    for t in range(T):
+    for t in range(last - first):
         dot = row_dot(side_by_side(dout_TC[t]), side_by_side(out_TC[t]))
         p_S, ds_S = p_TS[t], ds_TS[t]
-        for s in range(S):
+        for s in range(last):
             ds_S[s] = p_S[s] * (ds_S[s] - dot)
-    gemm_nn(scale, ds_TS, k_SC, 0.0, dq_TC)
-    gemm_tn(scale, ds_TS, q_TC, 1.0, dk_SC)
+    gemm_nn(scale, ds_TS, k_SC, 0.0, a.dq_BTAC[b, first:last, head])
+    gemm_tn(scale, ds_TS, q_TC, 1.0, a.dk_BTGC[b, :last, g])
 
 
-@parallel
-def _attention_backward(
-    dout_BTAC: Any,
-    q_BTAC: Any,
-    k_BTGC: Any,
-    v_BTGC: Any,
-    out_BTAC: Any,
-    log_sum_exp_BAT: Any,
-    dq_BTAC: Any,
-    dk_BTGC: Any,
-    dv_BTGC: Any,
-    rows: int,
-) -> None:
-    """A task is a key/value head: it alone adds to that head's dk and dv."""
-    B, T, A, _ = q_BTAC.shape
-    G = k_BTGC.shape[2]
-    for index in prange(B * G):
-        b, g = index // G, index % G
-        for t in range(T):
-            dk_BTGC[b, t, g, :] = 0
-            dv_BTGC[b, t, g, :] = 0
-        for a in range(g * (A // G), (g + 1) * (A // G)):
-            for block in range((T + rows - 1) // rows):
-                first = block * rows
-                last = min(T, first + rows)
-                _attend_backward(
-                    dout_BTAC[b, first:last, a],
-                    q_BTAC[b, first:last, a],
-                    k_BTGC[b, :last, g],
-                    v_BTGC[b, :last, g],
-                    out_BTAC[b, first:last, a],
-                    log_sum_exp_BAT[b, a, first:last],
-                    dq_BTAC[b, first:last, a],
-                    dk_BTGC[b, :last, g],
-                    dv_BTGC[b, :last, g],
-                )
+@tasks_of(AttendBackward)
+def _attend_backward(i: int, a: Any) -> None:
+    T, A = a.q_BTAC.shape[1:3]
+    G = a.k_BTGC.shape[2]
+    b, g = i // G, i % G
+    for t in range(T):
+        a.dk_BTGC[b, t, g, :] = 0
+        a.dv_BTGC[b, t, g, :] = 0
+    for head in range(g * (A // G), (g + 1) * (A // G)):
+        for first in range(0, T, QUERY_ROWS):
+            _attend_block_backward(b, head, first, a)
 
 
 class Attention(Buffers):
@@ -278,10 +244,7 @@ class Attention(Buffers):
     def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
         """See `Operations.rotate_in_place`."""
         tasks = len(x_BTAC) * blocks(x_BTAC.shape[1], QUERY_ROWS)
-        if tasks == 1:
-            _rotate_block(0, x_BTAC, cos_TJ, sin_TJ, QUERY_ROWS)
-        else:
-            _rotate(tasks, x_BTAC, cos_TJ, sin_TJ, QUERY_ROWS)
+        run(Rotate(x_BTAC, cos_TJ, sin_TJ), tasks, macs=x_BTAC.size * ELEMENT_MACS)
 
     def attention(
         self, q_BTAC: FloatArray, k_BSGC: FloatArray, v_BSGC: FloatArray
@@ -291,20 +254,11 @@ class Attention(Buffers):
         out_BTAC = self.empty(q_BTAC.shape, q_BTAC.dtype)
         log_sum_exp_BAT = self.empty((B, A, T), q_BTAC.dtype)
         arrays = q_BTAC, k_BSGC, v_BSGC, out_BTAC, log_sum_exp_BAT
-        serial = 2 * q_BTAC.size * k_BSGC.shape[1] <= SERIAL_MACS
-        one: Any
-        in_parallel: Any
+        macs = 2 * q_BTAC.size * k_BSGC.shape[1]
         if T == 1:
-            one, in_parallel, rows = _attend_step, _attend_steps, STEP_HEADS
-            tasks = B * blocks(k_BSGC.shape[2], STEP_HEADS)
+            run(AttendStep(*arrays), B * blocks(k_BSGC.shape[2], STEP_HEADS), macs=macs)
         else:
-            one, in_parallel, rows = _attend_task, _attention, QUERY_ROWS
-            tasks = B * A * blocks(T, QUERY_ROWS)
-        if serial:
-            for index in range(tasks):
-                one(index, *arrays, rows)
-        else:
-            in_parallel(tasks, *arrays, rows)
+            run(Attend(*arrays), B * A * blocks(T, QUERY_ROWS), macs=macs)
         return out_BTAC, log_sum_exp_BAT
 
     def attention_backward(
@@ -320,7 +274,7 @@ class Attention(Buffers):
         dv_BTGC: FloatArray,
     ) -> None:
         """See `Operations.attention_backward`."""
-        _attention_backward(
+        region = AttendBackward(
             dout_BTAC,
             q_BTAC,
             k_BTGC,
@@ -330,5 +284,6 @@ class Attention(Buffers):
             dq_BTAC,
             dk_BTGC,
             dv_BTGC,
-            QUERY_ROWS,
         )
+        B, T, G, _ = k_BTGC.shape
+        run(region, B * G, macs=5 * q_BTAC.size * T)

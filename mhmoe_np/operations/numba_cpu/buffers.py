@@ -31,8 +31,6 @@ class Buffers:
     to_host = staticmethod(numpy_ref.to_host)
     packed_to_device = staticmethod(numpy_ref.packed_to_device)
     packed_to_host = staticmethod(numpy_ref.packed_to_host)
-    add_in_place = staticmethod(numpy_ref.add_in_place)
-    add_sum = staticmethod(numpy_ref.add_sum)
 
     def buffer_bytes(self) -> int:
         """See `Operations.buffer_bytes`."""

@@ -1,8 +1,9 @@
 """How this backend's kernels are compiled.
 
-A kernel is two functions: a task on a block of rows, compiled alone, and a `prange` loop over tasks.
-Blocks never depend on the number of threads and no two tasks write to one place, so the same input
-gives the same bits at any number of threads. Each task calls BLAS on one thread (`limit_blas`).
+A task works on rows of its own and calls BLAS on one thread (`limit_blas`); `regions` shares tasks out.
+
+No kernel promises the compiler that numbers are finite: code that meets a NaN in spite of such a
+promise may do anything, another thing on every processor. Nor did the promise make it faster [D12].
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from numba import njit
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
+
+from mhmoe_np.operations.numba_cpu.kernel_cache import kept_by_sources
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Everything of fastmath but `reassoc`: that would fold away the rounding trick in `exp`.
-FAST = {"nnan", "ninf", "nsz", "contract", "arcp"}
+# Fused multiply-adds and multiplication by a reciprocal; the sign of a zero is free. Not `nnan` and
+# `ninf`, see above, and not `reassoc`: that would fold away the rounding trick in `exp`.
+FAST = {"nsz", "contract", "arcp"}
 
 
 def task(function: Function) -> Function:
@@ -34,13 +38,19 @@ def exact(function: Function) -> Function:
 
 
 def reduction(function: Function) -> Function:
-    """A sum or maximum of a row alone: it vectorises only if the compiler may reorder it."""
-    return _compiled(function, fastmath=True)
+    """A sum over a row alone: it vectorises only if the compiler may reorder it."""
+    return _compiled(function, fastmath={*FAST, "reassoc"})
 
 
 def parallel(function: Function) -> Function:
     """A loop over tasks. Keep its body small: it is compiled twice."""
     return _compiled(function, parallel=True)
+
+
+def either(function: Function) -> Function:
+    """A function for Python and for compiled code."""
+    usable: Function = register_jitable(function)
+    return usable
 
 
 def typed_intrinsic(definition: Any) -> Any:
@@ -49,17 +59,7 @@ def typed_intrinsic(definition: Any) -> Any:
 
 
 def _compiled(function: Function, **options: Any) -> Function:
-    compiled: Function = njit(cache=True, error_model="numpy", **options)(function)
+    options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
+    with kept_by_sources():
+        compiled: Function = njit(cache=True, **options)(function)
     return compiled
-
-
-# Below this many multiply-adds one thread is done before a second one has woken up; on a busy machine
-# waking it can take milliseconds. Such work runs task by task on the calling thread.
-SERIAL_MACS = 1 << 19
-ROWS = 256  # rows of one task where a matrix product dominates
-ROWS_ELEMENTWISE = 64  # rows of one task where memory does
-
-
-def blocks(length: int, size: int) -> int:
-    """How many blocks of `size` cover `length`."""
-    return -(-length // size)

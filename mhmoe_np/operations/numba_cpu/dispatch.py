@@ -14,6 +14,7 @@ from mhmoe_np.types import IntArray
 
 @task
 def _counting_sort(expert_MK: Any, capacity: int, route_R: Any, slot_MK: Any, start_Z: Any) -> int:
+    """Fill the three of a `Dispatch`; return how many rows there are."""
     M, K = expert_MK.shape
     start_Z[:] = 0
     for m in range(M):

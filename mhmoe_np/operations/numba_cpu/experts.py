@@ -1,4 +1,4 @@
-"""The experts: one parallel region over (expert, block of its rows), single-threaded BLAS inside.
+"""The experts: a span of an expert's rows a task, single-threaded BLAS inside.
 
 Each task gathers its rows, runs both projections in one product, the activation, and the way down;
 a second region sums the rows of each sub-token. In the backward the weight gradients have a region of
@@ -10,311 +10,167 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
-from numba.extending import overload
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
-from mhmoe_np.operations.numba_cpu.compiling import (
-    ROWS,
-    ROWS_ELEMENTWISE,
-    SERIAL_MACS,
-    parallel,
-    task,
-)
+from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn
 from mhmoe_np.operations.numba_cpu.norm import norm_rows, norm_rows_backward
-from mhmoe_np.operations.numba_cpu.packed import (
-    SERIAL_PACKED_MACS,
-    Packed,
-    PackedProducts,
-    as_packed,
-    as_stack,
-    project_packed,
-)
-from mhmoe_np.operations.numba_cpu.quantise import (
-    act_as_quantised,
-    quantise_block,
-    scale_block,
-    scale_columns,
-)
-from mhmoe_np.operations.numba_cpu.regions import take_number, workers
-from mhmoe_np.operations.table import (
-    Activation,
-    BitWeight,
-    Dispatch,
-    ExpertCache,
-    PackedWeight,
-    Weight,
-)
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.operations.numba_cpu.packed import Packed, PackedProducts, as_packed
+from mhmoe_np.operations.numba_cpu.packed_product import SERIAL_PACKED_MACS
+from mhmoe_np.operations.numba_cpu.quantise import act_as_quantised, scale_columns
+from mhmoe_np.operations.numba_cpu.regions import ROWS, SERIAL_MACS, run, tasks_of
+from mhmoe_np.operations.numba_cpu.routed_rows import combine, gather, spans_of
+from mhmoe_np.operations.numba_cpu.stacks import project, stack_of
+from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
+from mhmoe_np.types import FloatArray
 
 ROWS_OF_GRADIENT = 1024  # that a weight's gradient takes at once
 
 
-@task
-def _row_blocks(start_Z: Any, rows: int) -> Any:
-    """[expert, first row, last row + 1] of each task: an expert's in equal blocks of about `rows`."""
-    parts_E = np.empty(len(start_Z) - 1, np.int64)
-    for e in range(len(parts_E)):
-        count = start_Z[e + 1] - start_Z[e]
-        parts_E[e] = max((count + rows // 2) // rows, min(count, 1))
-    blocks = np.empty((parts_E.sum(), 3), np.int64)
-    i = 0
-    for e in range(len(parts_E)):
-        first, count = start_Z[e], start_Z[e + 1] - start_Z[e]
-        for part in range(parts_E[e]):
-            blocks[i, 0] = e
-            blocks[i, 1] = first + count * part // parts_E[e]
-            blocks[i, 2] = first + count * (part + 1) // parts_E[e]
-            i += 1
-    return blocks
+class ExpertsForward(NamedTuple):
+    """Every expert on its rows, a span a task."""
+
+    gate_up: Any  # a stack [E, 2F, U]
+    down: Any  # a stack [E, U, F]
+    sub_norm_EF: Any  # [E, 0]: there is none
+    eps: float
+    silu: bool
+    spans: Any
+    x_MU: Any
+    route_R: Any
+    choices: int  # of a sub-token: K
+    gate_up_R2F: Any  # written
+    rstd_R: Any  # written where there is a sub-norm
+    y_RU: Any  # written: each row's output, not yet gated
 
 
-@task
-def _gather(x_MU: Any, route_R: Any, K: int) -> Any:
-    out_RU = np.empty((len(route_R), x_MU.shape[1]), x_MU.dtype)
-    for r in range(len(route_R)):
-        x_U, out_U = x_MU[route_R[r] // K], out_RU[r]
-        for u in range(len(out_U)):
-            out_U[u] = x_U[u]
-    return out_RU
+@tasks_of(ExpertsForward)
+def _experts_forward(i: int, a: Any) -> None:
+    e, first, end = a.spans[i, 0], a.spans[i, 1], a.spans[i, 2]
+    gate_up_R2F = a.gate_up_R2F[first:end]
+    x_RU = gather(a.x_MU, a.route_R[first:end], a.choices)
+    project(x_RU, a.gate_up, e, gate_up_R2F)
+    h_RF = np.empty((end - first, gate_up_R2F.shape[1] // 2), x_RU.dtype)
+    activate_rows(gate_up_R2F, a.silu, h_RF)
+    if a.sub_norm_EF.shape[1] > 0:
+        norm_rows(h_RF, a.sub_norm_EF[e], a.eps, h_RF, a.rstd_R[first:end])
+    project(h_RF, a.down, e, a.y_RU[first:end])
 
 
-class Floats(NamedTuple):
-    """A stack of float matrices; with scales, of a `BitWeight`'s integers."""
+class ExpertsBackward(NamedTuple):
+    """The gradients of all but the matrices, a span a task."""
 
-    w: Any  # [E, O, I]
-    beta: Any  # [E, O], or [E, 0]: not quantised
-
-
-def _project(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
-    """y = x @ w[e]^T for a stack of any kind; a BitLinear may leave x quantised."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_project)
-def _compiled_project(x_RI: Any, weight: Any, e: Any, y_RO: Any) -> Any:
-    kind = _project_floats if weight.instance_class is Floats else project_packed
-
-    def project(x_RI: Any, weight: Any, e: Any, y_RO: Any) -> None:
-        kind(x_RI, weight, e, y_RO)
-
-    return project
+    gate_up: Any  # unpacked, [E, 2F, U]
+    down: Any  # unpacked, [E, U, F]
+    sub_norm_EF: Any  # [E, 0]: there is none
+    silu: bool
+    spans: Any
+    dy_MU: Any
+    route_R: Any
+    gate_MK: Any
+    gate_up_R2F: Any  # of the forward
+    rstd_R: Any  # of the forward
+    gated_RF: Any  # written: gate * n, for the gradient of `down`
+    dgate_up_R2F: Any  # written
+    dx_RU: Any  # written
+    dgate_MK: Any  # written where a row carries the choice
+    dsub_norms: Any  # [spans, F], added to: each span's share
 
 
-@task
-def _project_floats(x_RI: Any, weight: Any, e: int, y_RO: Any) -> None:
-    beta_O = weight.beta[e]
-    if len(beta_O) > 0:
-        scale_R = np.empty(len(x_RI), x_RI.dtype)
-        quantise_block(x_RI, x_RI, scale_R)
-        product_nt(x_RI, weight.w[e], y_RO)
-        scale_block(y_RO, scale_R, beta_O)
-    else:
-        product_nt(x_RI, weight.w[e], y_RO)
-
-
-@task
-def _expert_task(
-    i: int,
-    gate_up: Any,
-    down: Any,
-    blocks: Any,
-    x_MU: Any,
-    K: int,
-    route_R: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    eps: float,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    y_RU: Any,
-) -> None:
-    e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
-    x_RU = _gather(x_MU, route_R[r:z], K)
-    _project(x_RU, gate_up, e, gate_up_R2F[r:z])
-    h_RF = np.empty((z - r, gate_up_R2F.shape[1] // 2), x_MU.dtype)
-    activate_rows(gate_up_R2F[r:z], silu, h_RF)
-    if sub_norm_EF.shape[1] > 0:
-        norm_rows(h_RF, sub_norm_EF[e], eps, h_RF, rstd_R[r:z])
-    _project(h_RF, down, e, y_RU[r:z])
-
-
-@task
-def _expert_worker(counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
-    while True:
-        i = take_number(counter)
-        if i >= tasks:
-            return
-        _expert_task(i, gate_up, down, *arrays)
-
-
-@parallel
-def _experts(workers: int, counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
-    for _ in prange(workers):
-        _expert_worker(counter, tasks, gate_up, down, arrays)
-
-
-@task
-def _combine_rows(y_RU: Any, gate_MK: Any, slot_MK: Any, y_MU: Any) -> None:
-    """y[m] = sum_j gate[m, j] * row[slot[m, j]]."""
-    for m in range(y_MU.shape[0]):
-        y_U = y_MU[m]
-        y_U[:] = 0
-        for j in range(slot_MK.shape[1]):
-            if slot_MK[m, j] >= 0:
-                row_U, gate = y_RU[slot_MK[m, j]], gate_MK[m, j]
-                for u in range(len(y_U)):
-                    y_U[u] += gate * row_U[u]
-
-
-@parallel
-def _combine(y_RU: Any, gate_MK: Any, slot_MK: Any, y_MU: Any, rows: int) -> None:
-    for block in prange((y_MU.shape[0] + rows - 1) // rows):
-        m, z = block * rows, (block + 1) * rows
-        _combine_rows(y_RU, gate_MK[m:z], slot_MK[m:z], y_MU[m:z])
-
-
-@task
-def _expert_task_backward(
-    i: int,
-    gate_up: Any,
-    down: Any,
-    blocks: Any,
-    dy_MU: Any,
-    K: int,
-    route_R: Any,
-    gate_MK: Any,
-    sub_norm_EF: Any,
-    silu: bool,
-    gate_up_R2F: Any,
-    rstd_R: Any,
-    gated_RF: Any,
-    dgate_up_R2F: Any,
-    dx_RU: Any,
-    dgate_MK: Any,
-    dsub_norm_blocks: Any,
-) -> None:
+@tasks_of(ExpertsBackward)
+def _experts_backward(i: int, a: Any) -> None:
     """The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate * a.
 
-    Leaves gate * n in gated_RF and the projections' gradient in dgate_up_R2F for the weights.
     Quantised, n is what it acts as, and dy @ (beta w) = (dy beta) @ w.
     """
-    e, r, z = blocks[i, 0], blocks[i, 1], blocks[i, 2]
-    route_R, gate_up_R2F, rstd_R = route_R[r:z], gate_up_R2F[r:z], rstd_R[r:z]
-    gated_RF, dgate_up_R2F, dx_RU = gated_RF[r:z], dgate_up_R2F[r:z], dx_RU[r:z]
-    sub_norm_F, dsub_norm_F = sub_norm_EF[e], dsub_norm_blocks[i]
-    rows, F = gated_RF.shape
-    dy_RU = _gather(dy_MU, route_R, K)
-    scale_columns(dy_RU, down.beta[e], dy_RU)
-    dn_RF = np.empty((rows, F), dy_MU.dtype)
-    gemm_nn(1.0, dy_RU, down.w[e], 0.0, dn_RF)
-    h_RF = np.empty((rows, F), dy_MU.dtype) if len(sub_norm_F) > 0 else gated_RF
-    activate_rows(gate_up_R2F, silu, h_RF)
-    if len(sub_norm_F) > 0:
-        for r in range(rows):
-            h_F, n_F, rstd = h_RF[r], gated_RF[r], rstd_R[r]
-            for f in range(F):
-                n_F[f] = h_F[f] * rstd * sub_norm_F[f]
-    if down.beta.shape[1] > 0:
-        act_as_quantised(gated_RF, gated_RF)
-    for r in range(rows):
-        dn_F, n_F = dn_RF[r], gated_RF[r]
-        m, j = route_R[r] // K, route_R[r] % K
-        gate = gate_MK[m, j]
-        dgate_MK[m, j] = row_dot(dn_F, n_F)
-        for f in range(F):
+    e, first, end = a.spans[i, 0], a.spans[i, 1], a.spans[i, 2]
+    gate_up_R2F, dgate_up_R2F = a.gate_up_R2F[first:end], a.dgate_up_R2F[first:end]
+    sub_norm_F, rstd_R = a.sub_norm_EF[e], a.rstd_R[first:end]
+    n_RF = a.gated_RF[first:end]
+    dn_RF = _times_down(a, e, a.route_R[first:end])
+    normed = len(sub_norm_F) > 0
+    h_RF = np.empty_like(n_RF) if normed else n_RF
+    activate_rows(gate_up_R2F, a.silu, h_RF)
+    if normed:
+        _norm_again(h_RF, rstd_R, sub_norm_F, n_RF)
+    if a.down.quantised:
+        act_as_quantised(n_RF, n_RF)
+    _gates_backward(a, a.route_R[first:end], dn_RF, n_RF)
+    if normed:
+        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, a.dsub_norms[i], False)
+    activate_rows_backward(dn_RF, gate_up_R2F, a.silu, dgate_up_R2F)
+    if a.gate_up.quantised:
+        dacc_R2F = np.empty_like(dgate_up_R2F)
+        scale_columns(dgate_up_R2F, a.gate_up.betas[e], dacc_R2F)
+        gemm_nn(1.0, dacc_R2F, a.gate_up.w_EOI[e], 0.0, a.dx_RU[first:end])
+    else:
+        gemm_nn(1.0, dgate_up_R2F, a.gate_up.w_EOI[e], 0.0, a.dx_RU[first:end])
+
+
+@task
+def _times_down(a: Any, e: int, route_R: Any) -> Any:
+    """dy @ down for the rows of one span."""
+    dy_RU = gather(a.dy_MU, route_R, a.gate_MK.shape[1])
+    if a.down.quantised:
+        scale_columns(dy_RU, a.down.betas[e], dy_RU)
+    dn_RF = np.empty((len(route_R), a.gated_RF.shape[1]), dy_RU.dtype)
+    gemm_nn(1.0, dy_RU, a.down.w_EOI[e], 0.0, dn_RF)
+    return dn_RF
+
+
+@task
+def _norm_again(h_RF: Any, rstd_R: Any, sub_norm_F: Any, n_RF: Any) -> None:
+    """n = norm(h), as in the forward, which keeps rstd alone."""
+    for r in range(len(h_RF)):
+        h_F, n_F, rstd = h_RF[r], n_RF[r], rstd_R[r]
+        for f in range(len(sub_norm_F)):
+            n_F[f] = h_F[f] * rstd * sub_norm_F[f]
+
+
+@task
+def _gates_backward(a: Any, route_R: Any, dn_RF: Any, n_RF: Any) -> None:
+    """dgate = a . n, with a in dn_RF; then both take their gate: dn = gate * a, and gate * n."""
+    choices = a.gate_MK.shape[1]
+    for r in range(len(route_R)):
+        dn_F, n_F = dn_RF[r], n_RF[r]
+        m, j = route_R[r] // choices, route_R[r] % choices
+        gate = a.gate_MK[m, j]
+        a.dgate_MK[m, j] = row_dot(dn_F, n_F)
+        for f in range(len(n_F)):
             dn_F[f] *= gate
             n_F[f] *= gate
-    if len(sub_norm_F) > 0:
-        norm_rows_backward(dn_RF, h_RF, sub_norm_F, rstd_R, dn_RF, dsub_norm_F, 0.0)
-    activate_rows_backward(dn_RF, gate_up_R2F, silu, dgate_up_R2F)
-    if gate_up.beta.shape[1] > 0:
-        dacc_R2F = np.empty_like(dgate_up_R2F)
-        scale_columns(dgate_up_R2F, gate_up.beta[e], dacc_R2F)
-        gemm_nn(1.0, dacc_R2F, gate_up.w[e], 0.0, dx_RU)
-    else:
-        gemm_nn(1.0, dgate_up_R2F, gate_up.w[e], 0.0, dx_RU)
 
 
-@task
-def _backward_worker(counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any) -> None:
-    while True:
-        i = take_number(counter)
-        if i >= tasks:
-            return
-        _expert_task_backward(i, gate_up, down, *arrays)
+class ExpertsWeightGradients(NamedTuple):
+    """The gradients of the matrices, one a task: all of gate and up, the larger ones, come first."""
+
+    start_Z: Any
+    route_R: Any
+    choices: int  # of a sub-token: K
+    x_MU: Any
+    dy_MU: Any
+    gated_RF: Any  # gate * n
+    dgate_up_R2F: Any
+    quantised: bool  # gate_up is: x counts as what it acts as
+    dgate_up_E2FU: Any  # added to
+    ddown_EUF: Any  # added to
 
 
-@parallel
-def _experts_backward(
-    workers: int, counter: Any, tasks: int, gate_up: Any, down: Any, arrays: Any
-) -> None:
-    for _ in prange(workers):
-        _backward_worker(counter, tasks, gate_up, down, arrays)
-
-
-@task
-def _weight_gradient(
-    d_RO: Any, x_MI: Any, route_R: Any, K: int, quantised: bool, dw_OI: Any, rows: int
-) -> None:
-    """dw += d^T x over the rows of one expert, x being gathered from the sub-tokens."""
-    for r in range(0, len(route_R), rows):
-        x_RI = _gather(x_MI, route_R[r : r + rows], K)
-        if quantised:
-            act_as_quantised(x_RI, x_RI)
-        gemm_tn(1.0, d_RO[r : r + rows], x_RI, 1.0, dw_OI)
-
-
-@task
-def _weight_gradient_down(
-    dy_MU: Any, gated_RF: Any, route_R: Any, K: int, ddown_UF: Any, rows: int
-) -> None:
-    """ddown += dy^T (gate n) over the rows of one expert."""
-    for r in range(0, len(route_R), rows):
-        dy_RU = _gather(dy_MU, route_R[r : r + rows], K)
-        gemm_tn(1.0, dy_RU, gated_RF[r : r + rows], 1.0, ddown_UF)
-
-
-@task
-def _weight_gradient_task(
-    i: int,
-    start_Z: Any,
-    x_MU: Any,
-    dy_MU: Any,
-    K: int,
-    route_R: Any,
-    quantised: bool,
-    gated_RF: Any,
-    dgate_up_R2F: Any,
-    dgate_up_E2FU: Any,
-    ddown_EUF: Any,
-    rows: int,
-) -> None:
-    """The larger matrices, of gate and up, first."""
-    E = len(start_Z) - 1
-    e = i % E
-    r, z = start_Z[e], start_Z[e + 1]
-    if i < E:
-        _weight_gradient(dgate_up_R2F[r:z], x_MU, route_R[r:z], K, quantised, dgate_up_E2FU[e], rows)
-    else:
-        _weight_gradient_down(dy_MU, gated_RF[r:z], route_R[r:z], K, ddown_EUF[e], rows)
-
-
-@task
-def _weight_gradient_worker(counter: Any, tasks: int, arrays: Any) -> None:
-    while True:
-        i = take_number(counter)
-        if i >= tasks:
-            return
-        _weight_gradient_task(i, *arrays)
-
-
-@parallel
-def _weight_gradients(workers: int, counter: Any, tasks: int, arrays: Any) -> None:
-    for _ in prange(workers):
-        _weight_gradient_worker(counter, tasks, arrays)
+@tasks_of(ExpertsWeightGradients)
+def _weight_gradients(i: int, a: Any) -> None:
+    experts = len(a.start_Z) - 1
+    e = i % experts
+    for first in range(a.start_Z[e], a.start_Z[e + 1], ROWS_OF_GRADIENT):
+        end = min(first + ROWS_OF_GRADIENT, a.start_Z[e + 1])
+        if i < experts:
+            x_RU = gather(a.x_MU, a.route_R[first:end], a.choices)
+            if a.quantised:
+                act_as_quantised(x_RU, x_RU)
+            gemm_tn(1.0, a.dgate_up_R2F[first:end], x_RU, 1.0, a.dgate_up_E2FU[e])
+        else:
+            dy_RU = gather(a.dy_MU, a.route_R[first:end], a.choices)
+            gemm_tn(1.0, dy_RU, a.gated_RF[first:end], 1.0, a.ddown_EUF[e])
 
 
 class Experts(PackedProducts):
@@ -335,47 +191,31 @@ class Experts(PackedProducts):
         """See `Operations.expert_ffn`."""
         route_R, slot_MK, start_Z = dispatch
         R, dtype = len(route_R), x_MU.dtype
-        gate_up, down = self._stack(as_packed(gate_up_E2FU)), self._stack(as_packed(down_EUF))
-        blocks = _row_blocks(start_Z, ROWS)
+        down = stack_of(as_packed(down_EUF), self._instruction_set)
+        spans = spans_of(start_Z, ROWS)
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
-        gate_up_R2F = self.empty((R, _outputs(gate_up_E2FU)), dtype)
+        gate_up_R2F = self.empty((R, gate_up_E2FU.shape[-2]), dtype)
         rstd_R = None if sub_norm_EF is None else self.empty((R,), dtype)
         with self.scope():
-            y_RU = self.empty((R, x_MU.shape[1]), dtype)
-            arrays = (
-                blocks,
-                x_MU,
-                gate_MK.shape[1],
-                route_R,
-                _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
-                activation == "silu",
-                eps,
-                gate_up_R2F,
-                _or_nothing(rstd_R, (0,), dtype),
-                y_RU,
+            forward = ExpertsForward(
+                gate_up=stack_of(as_packed(gate_up_E2FU), self._instruction_set),
+                down=down,
+                sub_norm_EF=_or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
+                eps=eps,
+                silu=activation == "silu",
+                spans=spans,
+                x_MU=x_MU,
+                route_R=route_R,
+                choices=gate_MK.shape[1],
+                gate_up_R2F=gate_up_R2F,
+                rstd_R=_or_nothing(rstd_R, (0,), dtype),
+                y_RU=self.empty((R, x_MU.shape[1]), dtype),
             )
+            macs = gate_up_R2F.size * x_MU.shape[1] * 3 // 2
             serial = SERIAL_PACKED_MACS if isinstance(down, Packed) else SERIAL_MACS
-            if R * gate_up_R2F.shape[1] * x_MU.shape[1] * 3 // 2 <= serial:
-                for i in range(len(blocks)):
-                    _expert_task(i, gate_up, down, *arrays)
-            else:
-                _experts(*workers(), len(blocks), gate_up, down, arrays)
-            self._combine(y_RU, gate_MK, slot_MK, y_MU)
+            run(forward, len(spans), macs=macs, serial=serial)
+            combine(forward.y_RU, gate_MK, slot_MK, y_MU)
         return y_MU, ExpertCache(gate_up_R2F, rstd_R)
-
-    def _stack(self, weight: Weight) -> Floats | Packed:
-        if isinstance(weight, PackedWeight):
-            return as_stack(weight, self._instruction_set)
-        if isinstance(weight, BitWeight):
-            return Floats(weight.w, weight.beta)
-        return Floats(weight, np.empty((len(weight), 0), weight.dtype))
-
-    @staticmethod
-    def _combine(y_RU: FloatArray, gate_MK: FloatArray, slot_MK: IntArray, y_MU: FloatArray) -> None:
-        if len(y_MU) <= ROWS_ELEMENTWISE:
-            _combine_rows(y_RU, gate_MK, slot_MK, y_MU)
-        else:
-            _combine(y_RU, gate_MK, slot_MK, y_MU, ROWS_ELEMENTWISE)
 
     def expert_ffn_backward(
         self,
@@ -394,64 +234,54 @@ class Experts(PackedProducts):
         activation: Activation,
     ) -> tuple[FloatArray, FloatArray]:
         """See `Operations.expert_ffn_backward`."""
-        gate_up, down = self._stack(gate_up_E2FU), self._stack(down_EUF)
-        if isinstance(down, Packed):
+        if isinstance(gate_up_E2FU, PackedWeight) or isinstance(down_EUF, PackedWeight):
             raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch
-        R, K, dtype = len(route_R), gate_MK.shape[1], x_MU.dtype
-        blocks = _row_blocks(start_Z, ROWS)
+        R, E, dtype = len(route_R), len(start_Z) - 1, x_MU.dtype
+        spans = spans_of(start_Z, ROWS)
+        macs = cache.gate_up_R2F.size * x_MU.shape[1] * 3 // 2
         dx_MU: FloatArray = self.empty(x_MU.shape, dtype)
         dgate_MK: FloatArray = self.empty(gate_MK.shape, dtype)
         dgate_MK[...] = 0
         with self.scope():
-            gated_RF = self.empty((R, ddown_EUF.shape[2]), dtype)
-            dgate_up_R2F = self.empty(cache.gate_up_R2F.shape, dtype)
-            dx_RU = self.empty((R, x_MU.shape[1]), dtype)
-            sub_norm_width = 0 if sub_norm_EF is None else sub_norm_EF.shape[1]
-            dsub_norm_blocks = np.zeros((len(blocks), sub_norm_width), dtype)
-            arrays = (
-                blocks,
-                dy_MU,
-                K,
-                route_R,
-                gate_MK,
-                _or_nothing(sub_norm_EF, (len(start_Z) - 1, 0), dtype),
-                activation == "silu",
-                cache.gate_up_R2F,
-                _or_nothing(cache.rstd_R, (0,), dtype),
-                gated_RF,
-                dgate_up_R2F,
-                dx_RU,
-                dgate_MK,
-                dsub_norm_blocks,
+            sub_norm_EF = _or_nothing(sub_norm_EF, (E, 0), dtype)
+            backward = ExpertsBackward(
+                gate_up=stack_of(gate_up_E2FU, self._instruction_set),
+                down=stack_of(down_EUF, self._instruction_set),
+                sub_norm_EF=sub_norm_EF,
+                silu=activation == "silu",
+                spans=spans,
+                dy_MU=dy_MU,
+                route_R=route_R,
+                gate_MK=gate_MK,
+                gate_up_R2F=cache.gate_up_R2F,
+                rstd_R=_or_nothing(cache.rstd_R, (0,), dtype),
+                gated_RF=self.empty((R, ddown_EUF.shape[2]), dtype),
+                dgate_up_R2F=self.empty(cache.gate_up_R2F.shape, dtype),
+                dx_RU=self.empty((R, x_MU.shape[1]), dtype),
+                dgate_MK=dgate_MK,
+                dsub_norms=np.zeros((len(spans), sub_norm_EF.shape[1]), dtype),
             )
-            _experts_backward(*workers(), len(blocks), gate_up, down, arrays)
-            matrices = (
-                start_Z,
-                x_MU,
-                dy_MU,
-                K,
-                route_R,
-                isinstance(gate_up_E2FU, BitWeight),
-                gated_RF,
-                dgate_up_R2F,
-                dgate_up_E2FU,
-                ddown_EUF,
-                ROWS_OF_GRADIENT,
+            run(backward, len(spans), macs=macs)
+            gradients = ExpertsWeightGradients(
+                start_Z=start_Z,
+                route_R=route_R,
+                choices=gate_MK.shape[1],
+                x_MU=x_MU,
+                dy_MU=dy_MU,
+                gated_RF=backward.gated_RF,
+                dgate_up_R2F=backward.dgate_up_R2F,
+                quantised=isinstance(gate_up_E2FU, BitWeight),
+                dgate_up_E2FU=dgate_up_E2FU,
+                ddown_EUF=ddown_EUF,
             )
-            _weight_gradients(*workers(), 2 * (len(start_Z) - 1), matrices)
+            run(gradients, 2 * E, macs=macs)
             ones_MK = self.empty(gate_MK.shape, dtype)
             ones_MK[...] = 1
-            self._combine(dx_RU, ones_MK, slot_MK, dx_MU)
+            combine(backward.dx_RU, ones_MK, slot_MK, dx_MU)
         if dsub_norm_EF is not None:
-            np.add.at(dsub_norm_EF, blocks[:, 0], dsub_norm_blocks)
+            np.add.at(dsub_norm_EF, spans[:, 0], backward.dsub_norms)
         return dx_MU, dgate_MK
-
-
-def _outputs(weight: Weight) -> int:
-    """O of a stack [E, O, I]."""
-    outputs: int = weight.shape[-2]
-    return outputs
 
 
 def _or_nothing(x: FloatArray | None, empty_shape: tuple[int, ...], dtype: Any) -> FloatArray:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from numba import prange
+from typing import Any, NamedTuple
 
 from mhmoe_np.operations.numba_cpu.arithmetic import sigmoid
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import task
+from mhmoe_np.operations.numba_cpu.regions import (
+    ELEMENT_MACS,
+    ROWS_ELEMENTWISE,
+    block,
+    blocks,
+    run,
+    tasks_of,
+)
 from mhmoe_np.operations.table import Activation
 from mhmoe_np.types import FloatArray
 
@@ -27,6 +33,20 @@ def activate_rows(gate_up_N2F: Any, silu: bool, h_NF: Any) -> None:
             for f in range(F):
                 positive = max(gate_F[f], real(0))
                 h_F[f] = positive * positive * up_F[f]
+
+
+class Activate(NamedTuple):
+    """The gated activation, a block of rows a task."""
+
+    gate_up_N2F: Any
+    silu: bool
+    h_NF: Any
+
+
+@tasks_of(Activate)
+def _activate(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    activate_rows(a.gate_up_N2F[rows], a.silu, a.h_NF[rows])
 
 
 @task
@@ -50,18 +70,19 @@ def activate_rows_backward(dh_NF: Any, gate_up_N2F: Any, silu: bool, dgate_up_N2
                 dup_F[f] = dh_F[f] * positive * positive
 
 
-@parallel
-def _activate(gate_up_N2F: Any, silu: bool, h_NF: Any, rows: int) -> None:
-    for block in prange((h_NF.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        activate_rows(gate_up_N2F[n:z], silu, h_NF[n:z])
+class ActivateBackward(NamedTuple):
+    """The backward of `Activate`."""
+
+    dh_NF: Any
+    gate_up_N2F: Any
+    silu: bool
+    dgate_up_N2F: Any
 
 
-@parallel
-def _activate_backward(dh_NF: Any, gate_up_N2F: Any, silu: bool, dgate_up_N2F: Any, rows: int) -> None:
-    for block in prange((dh_NF.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        activate_rows_backward(dh_NF[n:z], gate_up_N2F[n:z], silu, dgate_up_N2F[n:z])
+@tasks_of(ActivateBackward)
+def _activate_backward(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    activate_rows_backward(a.dh_NF[rows], a.gate_up_N2F[rows], a.silu, a.dgate_up_N2F[rows])
 
 
 class FeedForward(Buffers):
@@ -71,10 +92,8 @@ class FeedForward(Buffers):
         """See `Operations.gated_activation`."""
         N, doubled = gate_up_N2F.shape
         h_NF: FloatArray = self.empty((N, doubled // 2), gate_up_N2F.dtype)
-        if N <= ROWS_ELEMENTWISE:
-            activate_rows(gate_up_N2F, activation == "silu", h_NF)
-        else:
-            _activate(gate_up_N2F, activation == "silu", h_NF, ROWS_ELEMENTWISE)
+        region = Activate(gate_up_N2F, activation == "silu", h_NF)
+        run(region, blocks(N, ROWS_ELEMENTWISE), macs=gate_up_N2F.size * ELEMENT_MACS)
         return h_NF
 
     def gated_activation_backward(
@@ -82,5 +101,6 @@ class FeedForward(Buffers):
     ) -> FloatArray:
         """See `Operations.gated_activation_backward`."""
         dgate_up_N2F: FloatArray = self.empty(gate_up_N2F.shape, gate_up_N2F.dtype)
-        _activate_backward(dh_NF, gate_up_N2F, activation == "silu", dgate_up_N2F, ROWS_ELEMENTWISE)
+        region = ActivateBackward(dh_NF, gate_up_N2F, activation == "silu", dgate_up_N2F)
+        run(region, blocks(len(dh_NF), ROWS_ELEMENTWISE), macs=gate_up_N2F.size * ELEMENT_MACS)
         return dgate_up_N2F

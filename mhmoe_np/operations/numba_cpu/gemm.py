@@ -26,6 +26,7 @@ def limit_blas() -> None:
 
 
 def _external(dtype: Any) -> Any:
+    """Numba's door to BLAS's product of two matrices."""
     pointer = types.CPointer(dtype)  # type: ignore[no-untyped-call]
     signature: Any = types.intc
     return types.ExternalFunction(
@@ -53,50 +54,28 @@ _GEMM = {types.float32: (ord("s"), _external(types.float32)),
          types.float64: (ord("d"), _external(types.float64))}  # fmt: skip
 
 
-def _xxgemm(
-    trans_a: Any,
-    trans_b: Any,
-    m: Any,
-    n: Any,
-    k: Any,
-    alpha: Any,
-    a: Any,
-    b: Any,
-    beta: Any,
-    c: Any,
-) -> Any:
+def _xxgemm(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> None:
+    """c = alpha op(a) op(b) + beta c, where op transposes or not."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(_xxgemm)
-def _compiled_xxgemm(
-    trans_a: Any,
-    trans_b: Any,
-    m: Any,
-    n: Any,
-    k: Any,
-    alpha: Any,
-    a: Any,
-    b: Any,
-    beta: Any,
-    c: Any,
-) -> Any:
+def _compiled_xxgemm(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> Any:
     kind, external = _GEMM[a.dtype]
 
-    def call(
-        trans_a: Any, trans_b: Any, m: Any, n: Any, k: Any,
-        alpha: Any, a: Any, b: Any, beta: Any, c: Any,
-    ) -> Any:  # fmt: skip
-        scale = np.full(1, alpha, a.dtype)
-        keep = np.full(1, beta, a.dtype)
+    def call(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> None:
+        m, n = c.shape
+        k = a.shape[0] if trans_a == _T else a.shape[1]
+        alpha_1 = np.full(1, alpha, a.dtype)
+        beta_1 = np.full(1, beta, a.dtype)
         # A row-major product is a column-major one of the transposes, in the other order. The stride
         # of a single row is arbitrary in NumPy; BLAS wants at least the row's length.
         external(
             kind, trans_b, trans_a, n, m, k,
-            scale.ctypes,
+            alpha_1.ctypes,
             b.ctypes, max(b.strides[0] // b.itemsize, b.shape[1]),
             a.ctypes, max(a.strides[0] // a.itemsize, a.shape[1]),
-            keep.ctypes,
+            beta_1.ctypes,
             c.ctypes, max(c.strides[0] // c.itemsize, c.shape[1]),
         )  # fmt: skip
 
@@ -107,21 +86,21 @@ _N, _T = ord("n"), ord("t")
 
 
 @task
-def gemm_nt(alpha: Any, a_MK: Any, b_NK: Any, beta: Any, c_MN: Any) -> None:
+def gemm_nt(alpha: Any, a_NI: Any, b_OI: Any, beta: Any, c_NO: Any) -> None:
     """c = alpha a b^T + beta c; with beta = 0, c may hold anything."""
-    _xxgemm(_N, _T, a_MK.shape[0], b_NK.shape[0], a_MK.shape[1], alpha, a_MK, b_NK, beta, c_MN)
+    _xxgemm(_N, _T, alpha, a_NI, b_OI, beta, c_NO)
 
 
 @task
-def gemm_nn(alpha: Any, a_MK: Any, b_KN: Any, beta: Any, c_MN: Any) -> None:
+def gemm_nn(alpha: Any, a_NO: Any, b_OI: Any, beta: Any, c_NI: Any) -> None:
     """c = alpha a b + beta c."""
-    _xxgemm(_N, _N, a_MK.shape[0], b_KN.shape[1], a_MK.shape[1], alpha, a_MK, b_KN, beta, c_MN)
+    _xxgemm(_N, _N, alpha, a_NO, b_OI, beta, c_NI)
 
 
 @task
-def gemm_tn(alpha: Any, a_KM: Any, b_KN: Any, beta: Any, c_MN: Any) -> None:
+def gemm_tn(alpha: Any, a_NO: Any, b_NI: Any, beta: Any, c_OI: Any) -> None:
     """c = alpha a^T b + beta c."""
-    _xxgemm(_T, _N, a_KM.shape[1], b_KN.shape[1], a_KM.shape[0], alpha, a_KM, b_KN, beta, c_MN)
+    _xxgemm(_T, _N, alpha, a_NO, b_NI, beta, c_OI)
 
 
 # Up to so many rows BLAS, which first copies the whole matrix into its own order, is slower than
@@ -130,16 +109,16 @@ FEW_ROWS = 8
 
 
 @reduction
-def four_dots(x_I: Any, four: Any, y: Any) -> None:
-    """Four outputs at a time share each load of x."""
-    first, second, third, fourth = four[0], four[1], four[2], four[3]
+def four_dots(x_I: Any, w_4I: Any, y_4: Any) -> None:
+    """y = w @ x for four rows of w: four outputs at a time share each load of x."""
+    first_I, second_I, third_I, fourth_I = w_4I[0], w_4I[1], w_4I[2], w_4I[3]
     a = b = c = d = x_I.dtype.type(0)
     for i in range(len(x_I)):
-        a += first[i] * x_I[i]
-        b += second[i] * x_I[i]
-        c += third[i] * x_I[i]
-        d += fourth[i] * x_I[i]
-    y[0], y[1], y[2], y[3] = a, b, c, d
+        a += first_I[i] * x_I[i]
+        b += second_I[i] * x_I[i]
+        c += third_I[i] * x_I[i]
+        d += fourth_I[i] * x_I[i]
+    y_4[0], y_4[1], y_4[2], y_4[3] = a, b, c, d
 
 
 @task

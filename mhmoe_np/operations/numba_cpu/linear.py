@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
-from mhmoe_np.operations.numba_cpu.compiling import (
-    ROWS,
-    ROWS_ELEMENTWISE,
-    SERIAL_MACS,
-    blocks,
-    parallel,
-    task,
-)
+from mhmoe_np.operations.numba_cpu.compiling import exact, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
-from mhmoe_np.operations.numba_cpu.packed import (
+from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack
+from mhmoe_np.operations.numba_cpu.packed_product import (
     SERIAL_PACKED_MACS,
-    PackedProducts,
-    as_packed,
-    as_stack,
-    packed_tiles,
+    PackedProduct,
+    packed_product,
     padded_inputs,
     project_packed,
-    quantise_for,
-    quantise_for_all,
+    quantise_to_bytes,
 )
 from mhmoe_np.operations.numba_cpu.quantise import (
-    Quantise,
+    QuantiseRows,
     act_as_quantised,
     scale_block,
     scale_rows,
+)
+from mhmoe_np.operations.numba_cpu.regions import (
+    ELEMENT_MACS,
+    ROWS,
+    ROWS_ELEMENTWISE,
+    block,
+    blocks,
+    run,
+    tasks_of,
 )
 from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
@@ -41,86 +40,165 @@ MANY_ROWS = 2 * ROWS  # of one tile, where there are enough to share out
 COLUMNS = 512  # of one tile, where there are too few rows to share out
 
 
-def tile(rows: int, columns: int) -> tuple[int, int]:
-    """How many rows and columns of the output one task computes."""
+def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
+    """Height and width of the tiles in which an output is computed, a task each, and their number.
+
+    The last ones of rows and columns may be smaller.
+    """
+    if rows <= ROWS and columns <= COLUMNS:
+        return rows, columns, 1
+    height, width = ROWS, columns
     if rows >= 4 * MANY_ROWS:
-        return MANY_ROWS, columns
-    return ROWS, columns if rows >= 4 * ROWS else min(columns, COLUMNS)
+        height = MANY_ROWS
+    elif rows < 4 * ROWS:
+        width = min(columns, COLUMNS)
+    return height, width, blocks(rows, height) * blocks(columns, width)
+
+
+@exact
+def _tile(i: int, height: int, width: int, columns: int) -> Any:
+    """Rows and columns of tile number i, as slices, in an output of so many columns."""
+    across = blocks(columns, width)
+    return block(i // across, height), block(i % across, width)
 
 
 @task
-def _bias(y_NO: Any, b_O: Any) -> None:
+def _add_bias(y_NO: Any, b_O: Any) -> None:
     for n in range(y_NO.shape[0]):
         for o in range(y_NO.shape[1]):
             y_NO[n, o] += b_O[o]
 
 
-@parallel
-def _linear(x_NI: Any, w_OI: Any, y_NO: Any, rows: int, columns: int) -> None:
-    across = (y_NO.shape[1] + columns - 1) // columns
-    down = (y_NO.shape[0] + rows - 1) // rows
-    for tile in prange(down * across):
-        n, o = tile // across * rows, tile % across * columns
-        product_nt(x_NI[n : n + rows], w_OI[o : o + columns], y_NO[n : n + rows, o : o + columns])
+class FloatTiles(NamedTuple):
+    """y = x @ w^T, a tile a task."""
+
+    x_NI: Any
+    w_OI: Any
+    y_NO: Any  # written
+    height: int
+    width: int
 
 
-@task
-def _bit_tile(q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any) -> None:
-    product_nt(q_NI, w_OI, y_NO)
-    scale_block(y_NO, scale_N, beta_O)
+@tasks_of(FloatTiles)
+def _float_tile(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.y_NO.shape[1])
+    product_nt(a.x_NI[rows], a.w_OI[columns], a.y_NO[rows, columns])
 
 
-@parallel
-def _bit_linear(
-    q_NI: Any, w_OI: Any, scale_N: Any, beta_O: Any, y_NO: Any, rows: int, columns: int
-) -> None:
-    across = (y_NO.shape[1] + columns - 1) // columns
-    down = (y_NO.shape[0] + rows - 1) // rows
-    for tile in prange(down * across):
-        n, o = tile // across * rows, tile % across * columns
-        _bit_tile(
-            q_NI[n : n + rows],
-            w_OI[o : o + columns],
-            scale_N[n : n + rows],
-            beta_O[o : o + columns],
-            y_NO[n : n + rows, o : o + columns],
-        )
+class BitTiles(NamedTuple):
+    """The same of integers kept as floats: y = (q @ w^T) * (beta * gamma/127)."""
+
+    q_NI: Any
+    w_OI: Any
+    scale_N: Any  # gamma/127
+    beta_O: Any
+    y_NO: Any  # written
+    height: int
+    width: int
 
 
-@parallel
-def _act_as_quantised(x_NI: Any, x_hat_NI: Any, rows: int) -> None:
-    for block in prange((x_NI.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        act_as_quantised(x_NI[n:z], x_hat_NI[n:z])
+@tasks_of(BitTiles)
+def _bit_tile(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.y_NO.shape[1])
+    y_NO = a.y_NO[rows, columns]
+    product_nt(a.q_NI[rows], a.w_OI[columns], y_NO)
+    scale_block(y_NO, a.scale_N[rows], a.beta_O[columns])
 
 
-@parallel
-def _scale_rows(w_OI: Any, beta_O: Any, w_hat_OI: Any, rows: int) -> None:
-    for block in prange((w_OI.shape[0] + rows - 1) // rows):
-        o, z = block * rows, (block + 1) * rows
-        scale_rows(w_OI[o:z], beta_O[o:z], w_hat_OI[o:z])
+class RowsToBytes(NamedTuple):
+    """Rows to quantise for `PackedTiles`, a block a task."""
+
+    x_NI: Any
+    q_NI: Any  # written, like what follows
+    scale_N: Any
+    sum_N: Any
 
 
-@parallel
-def _linear_dx(dy_NO: Any, w_OI: Any, keep: float, dx_NI: Any, rows: int, columns: int) -> None:
-    across = (dx_NI.shape[1] + columns - 1) // columns
-    down = (dx_NI.shape[0] + rows - 1) // rows
-    for tile in prange(down * across):
-        n, i = tile // across * rows, tile % across * columns
-        gemm_nn(
-            1.0,
-            dy_NO[n : n + rows],
-            w_OI[:, i : i + columns],
-            keep,
-            dx_NI[n : n + rows, i : i + columns],
-        )
+@tasks_of(RowsToBytes, exact)
+def _rows_to_bytes(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    quantise_to_bytes(a.x_NI[rows], a.q_NI[rows], a.scale_N[rows], a.sum_N[rows])
 
 
-@parallel
-def _linear_dw(dy_NO: Any, x_NI: Any, dw_OI: Any, outputs: int) -> None:
-    for tile in prange((dw_OI.shape[0] + outputs - 1) // outputs):
-        o = tile * outputs
-        gemm_tn(1.0, dy_NO[:, o : o + outputs], x_NI, 1.0, dw_OI[o : o + outputs])
+class PackedTiles(NamedTuple):
+    """The same as `BitTiles` of packed integers, a stack of one matrix."""
+
+    weight: Any
+    q_NI: Any  # int8, padded with zeros to whole groups
+    scale_N: Any  # gamma/127
+    sum_N: Any  # of each row of q
+    y_NO: Any  # written
+    height: int
+    width: int  # whole panels
+
+
+@tasks_of(PackedTiles, exact)
+def _packed_tile(i: int, a: Any) -> None:
+    panels = a.weight.code.shape[1]
+    rows, columns = _tile(i, a.height, a.width, panels * PANEL)
+    scale_N, sum_N, y_NO = a.scale_N[rows], a.sum_N[rows], a.y_NO[rows]
+    product = PackedProduct(a.weight, np.intp(0), a.q_NI[rows], scale_N, sum_N, y_NO)
+    packed_product(product, columns.start // PANEL, min(columns.stop // PANEL, panels))
+
+
+class InputGradient(NamedTuple):
+    """dx = dy @ w, or dx += dy @ w, a tile a task."""
+
+    dy_NO: Any
+    w_OI: Any
+    dx_NI: Any
+    onto: bool  # add to dx; otherwise it may hold anything
+    height: int
+    width: int
+
+
+@tasks_of(InputGradient)
+def _input_gradient(i: int, a: Any) -> None:
+    rows, columns = _tile(i, a.height, a.width, a.dx_NI.shape[1])
+    beta = 1.0 if a.onto else 0.0
+    gemm_nn(1.0, a.dy_NO[rows], a.w_OI[:, columns], beta, a.dx_NI[rows, columns])
+
+
+class WeightGradient(NamedTuple):
+    """dw += dy^T @ x, a strip of outputs a task."""
+
+    dy_NO: Any
+    x_NI: Any
+    dw_OI: Any  # added to
+    outputs: int  # of one strip
+
+
+@tasks_of(WeightGradient)
+def _weight_gradient(i: int, a: Any) -> None:
+    strip = block(i, a.outputs)
+    gemm_tn(1.0, a.dy_NO[:, strip], a.x_NI, 1.0, a.dw_OI[strip])
+
+
+class ActingRows(NamedTuple):
+    """What a BitLinear's input acts as, a block of rows a task."""
+
+    x_NI: Any
+    x_hat_NI: Any  # written
+
+
+@tasks_of(ActingRows, exact)
+def _acting_rows(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    act_as_quantised(a.x_NI[rows], a.x_hat_NI[rows])
+
+
+class ActingWeights(NamedTuple):
+    """What a BitLinear's weight acts as, a block of outputs a task."""
+
+    w_OI: Any
+    beta_O: Any
+    w_hat_OI: Any  # written
+
+
+@tasks_of(ActingWeights, exact)
+def _acting_weights(i: int, a: Any) -> None:
+    outputs = block(i, ROWS_ELEMENTWISE)
+    scale_rows(a.w_OI[outputs], a.beta_O[outputs], a.w_hat_OI[outputs])
 
 
 @task
@@ -130,52 +208,49 @@ def _add_rows(dx_ND: Any, id_N: Any, dw_VD: Any) -> None:
             dw_VD[id_N[n], d] += dx_ND[n, d]
 
 
-class Linear(Quantise, PackedProducts):
+class Linear(QuantiseRows, PackedProducts):
     """See `Operations`: linear maps and the embedding."""
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
-        """See `Operations.linear`. In tiles."""
-        rows = len(x_NI)
-        outputs = w_OI.shape[-2]
-        y_NO: FloatArray = self.empty((rows, outputs), x_NI.dtype)
-        w_OI = as_packed(w_OI)
-        if isinstance(w_OI, PackedWeight):
-            self._packed_linear(x_NI, w_OI, y_NO)
-        elif isinstance(w_OI, BitWeight):
-            self._bit_linear(x_NI, w_OI, y_NO)
-        elif x_NI.size * outputs <= SERIAL_MACS:
-            product_nt(x_NI, w_OI, y_NO)
+        """See `Operations.linear`."""
+        weight = as_packed(w_OI)
+        y_NO: FloatArray = self.empty((len(x_NI), w_OI.shape[-2]), x_NI.dtype)
+        if isinstance(weight, PackedWeight):
+            self._packed_linear(x_NI, weight, y_NO)
+        elif isinstance(weight, BitWeight):
+            self._bit_linear(x_NI, weight, y_NO)
         else:
-            _linear(x_NI, w_OI, y_NO, *tile(rows, outputs))
+            height, width, tiles = tiles_of(*y_NO.shape)
+            product = FloatTiles(x_NI, weight, y_NO, height, width)
+            run(product, tiles, macs=y_NO.size * x_NI.shape[1])
         if b_O is not None:
-            _bias(y_NO, b_O)
+            _add_bias(y_NO, b_O)
         return y_NO
 
-    def _bit_linear(self, x_NI: FloatArray, w_OI: BitWeight, y_NO: FloatArray) -> None:
+    def _bit_linear(self, x_NI: FloatArray, weight: BitWeight, y_NO: FloatArray) -> None:
+        """In floats, which hold every sum of its integers exactly."""
         with self.scope():
             q_NI, scale_N = self.quantise_rows(x_NI)
-            if y_NO.size * x_NI.shape[1] <= SERIAL_MACS:
-                _bit_tile(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO)
-            else:
-                _bit_linear(q_NI, w_OI.w, scale_N, w_OI.beta, y_NO, *tile(*y_NO.shape))
+            height, width, tiles = tiles_of(*y_NO.shape)
+            product = BitTiles(q_NI, weight.w, scale_N, weight.beta, y_NO, height, width)
+            run(product, tiles, macs=y_NO.size * x_NI.shape[1])
 
-    def _packed_linear(self, x_NI: FloatArray, w_OI: PackedWeight, y_NO: FloatArray) -> None:
-        weight = as_stack(w_OI, self._instruction_set)
-        if y_NO.size * x_NI.shape[1] <= SERIAL_PACKED_MACS:
-            project_packed(x_NI, weight, 0, y_NO)
+    def _packed_linear(self, x_NI: FloatArray, weight: PackedWeight, y_NO: FloatArray) -> None:
+        """In two regions, but small products in one call: each token that is decoded has dozens."""
+        stack = as_stack(weight, self._instruction_set)
+        macs = y_NO.size * x_NI.shape[1]
+        if macs <= SERIAL_PACKED_MACS:
+            project_packed(x_NI, stack, 0, y_NO)
             return
         rows = len(x_NI)
         with self.scope():
-            q_NI = self.empty((rows, padded_inputs(weight)), np.int8)
-            scale_N = self.empty((rows,), x_NI.dtype)
-            sum_N = self.empty((rows,), np.int32)
-            if rows <= ROWS_ELEMENTWISE:
-                quantise_for(weight, x_NI, q_NI, scale_N, sum_N)
-            else:
-                quantise_for_all(weight, x_NI, q_NI, scale_N, sum_N, ROWS_ELEMENTWISE)
-            tile_rows, tile_columns = tile(*y_NO.shape)
-            panels = max(1, tile_columns // PANEL)
-            packed_tiles(weight, q_NI, scale_N, sum_N, y_NO, tile_rows, panels)
+            q_NI = self.empty((rows, padded_inputs(stack)), np.int8)
+            scale_N, sum_N = self.empty((rows,), x_NI.dtype), self.empty((rows,), np.int32)
+            to_bytes = RowsToBytes(x_NI, q_NI, scale_N, sum_N)
+            run(to_bytes, blocks(rows, ROWS_ELEMENTWISE), macs=x_NI.size * ELEMENT_MACS)
+            height, width, tiles = tiles_of(rows, blocks(y_NO.shape[1], PANEL) * PANEL)
+            product = PackedTiles(stack, q_NI, scale_N, sum_N, y_NO, height, width)
+            run(product, tiles, macs=macs, serial=SERIAL_PACKED_MACS)
 
     def linear_backward(
         self,
@@ -187,20 +262,19 @@ class Linear(Quantise, PackedProducts):
         *,
         onto_NI: FloatArray | None = None,
     ) -> FloatArray:
-        """See `Operations.linear_backward`. dw in strips of outputs."""
+        """See `Operations.linear_backward`."""
         if isinstance(w_OI, PackedWeight):
             raise TypeError("packed weights have no gradient")
-        keep = 0.0 if onto_NI is None else 1.0
         dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
             if isinstance(w_OI, BitWeight):
                 x_NI, w_OI = self._straight_through(x_NI, w_OI)
-            if x_NI.size * len(w_OI) <= SERIAL_MACS:
-                gemm_nn(1.0, dy_NO, w_OI, keep, dx_NI)
-                gemm_tn(1.0, dy_NO, x_NI, 1.0, dw_OI)
-            else:
-                _linear_dx(dy_NO, w_OI, keep, dx_NI, *tile(*x_NI.shape))
-                _linear_dw(dy_NO, x_NI, dw_OI, max(128, blocks(len(w_OI), 8)))
+            macs = dy_NO.size * x_NI.shape[1]
+            height, width, tiles = tiles_of(*dx_NI.shape)
+            to_input = InputGradient(dy_NO, w_OI, dx_NI, onto_NI is not None, height, width)
+            run(to_input, tiles, macs=macs)
+            strip = max(128, blocks(len(w_OI), 8))
+            run(WeightGradient(dy_NO, x_NI, dw_OI, strip), blocks(len(w_OI), strip), macs=macs)
         if db_O is not None:
             db_O += dy_NO.sum(axis=0)
         return dx_NI
@@ -208,18 +282,18 @@ class Linear(Quantise, PackedProducts):
     def _straight_through(self, x_NI: FloatArray, w_OI: BitWeight) -> tuple[FloatArray, FloatArray]:
         """What x and w act as."""
         x_hat_NI, w_hat_OI = self.empty(x_NI.shape, x_NI.dtype), self.empty(w_OI.w.shape, x_NI.dtype)
-        if len(x_NI) <= ROWS_ELEMENTWISE:
-            act_as_quantised(x_NI, x_hat_NI)
-            scale_rows(w_OI.w, w_OI.beta, w_hat_OI)
-        else:
-            _act_as_quantised(x_NI, x_hat_NI, ROWS_ELEMENTWISE)
-            _scale_rows(w_OI.w, w_OI.beta, w_hat_OI, ROWS_ELEMENTWISE)
+        rows = blocks(len(x_NI), ROWS_ELEMENTWISE)
+        run(ActingRows(x_NI, x_hat_NI), rows, macs=x_NI.size * ELEMENT_MACS)
+        outputs = blocks(len(w_hat_OI), ROWS_ELEMENTWISE)
+        acting = ActingWeights(w_OI.w, w_OI.beta, w_hat_OI)
+        run(acting, outputs, macs=w_hat_OI.size * ELEMENT_MACS)
         return x_hat_NI, w_hat_OI
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
         """See `Operations.embedding`."""
         x_ND: FloatArray = self.empty((len(id_N), w_VD.shape[1]), w_VD.dtype)
-        # With mode="raise", take() would go through a temporary copy; the model has checked the ids.
+        # With mode="raise", take() would go through a temporary copy. No id can be outside here: the
+        # model refuses such ids on the host, before any operation sees them.
         return np.take(w_VD, id_N, axis=0, out=x_ND, mode="clip")
 
     def embedding_backward(self, dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:

@@ -3,20 +3,21 @@
 A chunk is computed strip by strip of the vocabulary. While a strip is in cache each row's largest logit
 and its sum of exponentials are taken (Milakov and Gimelshein, arXiv 1805.02867); the row's own then
 follow from those of its strips. The gradient's two products use the chunk up.
+
+The V of an array of one strip is the strip's width, which all strips have but the last.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import blocks, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
-from mhmoe_np.operations.numba_cpu.regions import take_number, workers
+from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, block, blocks, run, tasks_of
 from mhmoe_np.types import FloatArray, IntArray
 
 ROWS_OF_TASK = 64  # of the softmax
@@ -26,143 +27,112 @@ CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 256, 1024  # at least and at most
 
 
+class Exponentials(NamedTuple):
+    """Logits as e^(logit - top), with each row's top and sum in each strip: a strip a task."""
+
+    x_ND: Any
+    w_VD: Any
+    target_N: Any
+    at_target_N: Any  # the targets' logits
+    e_strips: Any  # [strips, N, V]
+    tops: Any  # [strips, N]
+    sums: Any  # [strips, N]
+
+
+@tasks_of(Exponentials)
+def _exponentials(i: int, a: Any) -> None:
+    N, width = len(a.target_N), a.e_strips.shape[2]
+    w_VD = a.w_VD[block(i, width)]
+    V = len(w_VD)
+    e_NV = a.e_strips[i, :N, :V]
+    gemm_nt(1.0, a.x_ND, w_VD, 0.0, e_NV)
+    for n in range(N):
+        e_V = side_by_side(e_NV[n])
+        target = a.target_N[n] - i * width
+        if 0 <= target < V:
+            a.at_target_N[n] = e_V[target]
+        top = row_max(e_V, V)
+        for v in range(V):
+            e_V[v] = exp(e_V[v] - top)
+        a.tops[i, n], a.sums[i, n] = top, row_sum(e_V, V)
+
+
+class RowLosses(NamedTuple):
+    """Each row's NLL from its strips, 0 where uncounted: a block of rows a task.
+
+    gradient: make softmax - onehot(target) of e_strips.
+    """
+
+    target_N: Any
+    at_target_N: Any
+    tops: Any
+    sums: Any
+    nll_N: Any
+    e_strips: Any
+    gradient: bool
+
+
 @task
-def _strip_of_logits(
-    x_ND: Any,
-    w_SD: Any,
-    first: int,
-    target_N: Any,
-    at_target_N: Any,
-    logits_NS: Any,
-    top_N: Any,
-    sum_N: Any,
-) -> None:
-    """Logits of one strip as e^(logit - top), with each row's top and sum there."""
-    gemm_nt(1.0, x_ND, w_SD, 0.0, logits_NS)
-    S = logits_NS.shape[1]
-    for n in range(len(target_N)):
-        row_S = side_by_side(logits_NS[n])
-        s = target_N[n] - first
-        if 0 <= s < S:
-            at_target_N[n] = row_S[s]
-        top = row_max(row_S, S)
-        for v in range(S):
-            row_S[v] = exp(row_S[v] - top)
-        top_N[n], sum_N[n] = top, row_sum(row_S, S)
-
-
-@parallel
-def _logits(
-    x_ND: Any,
-    w_VD: Any,
-    target_N: Any,
-    at_target_N: Any,
-    logits_ZNS: Any,
-    top_ZN: Any,
-    sum_ZN: Any,
-) -> None:
-    S = logits_ZNS.shape[2]
-    for z in prange(len(top_ZN)):
-        w_SD = w_VD[z * S : (z + 1) * S]
-        logits_NS = logits_ZNS[z, : len(target_N), : len(w_SD)]
-        _strip_of_logits(x_ND, w_SD, z * S, target_N, at_target_N, logits_NS, top_ZN[z], sum_ZN[z])
-
-
-@task
-def _nll_of_row(at_target: Any, top_Z: Any, sum_Z: Any, factor_Z: Any) -> Any:
+def _nll_of_row(at_target: Any, tops: Any, sums: Any, factors: Any) -> Any:
     """The row's NLL; leaves the factors that make each strip's exponentials probabilities."""
-    Z = len(top_Z)
-    highest = row_max(top_Z, Z)
-    total = top_Z.dtype.type(0)
-    for z in range(Z):
-        factor_Z[z] = exp(top_Z[z] - highest)
-        total += sum_Z[z] * factor_Z[z]
-    for z in range(Z):
-        factor_Z[z] /= total
+    strips = len(tops)
+    highest = row_max(tops, strips)
+    total = tops.dtype.type(0)
+    for strip in range(strips):
+        factors[strip] = exp(tops[strip] - highest)
+        total += sums[strip] * factors[strip]
+    for strip in range(strips):
+        factors[strip] /= total
     return (highest - at_target) + np.log(total)
 
 
-@task
-def _nll_rows(
-    first: int,
-    last: int,
-    target_N: Any,
-    at_target_N: Any,
-    top_ZN: Any,
-    sum_ZN: Any,
-    nll_N: Any,
-    logits_ZNS: Any,
-    keep: bool,
-) -> None:
-    """NLL of some rows, 0 where uncounted; if `keep`, softmax - onehot(target) in the logits' place."""
-    real = nll_N.dtype.type
-    Z, _, S = logits_ZNS.shape
-    factor_Z = np.empty(Z, nll_N.dtype)
-    for n in range(first, last):
-        target = target_N[n]
+@tasks_of(RowLosses)
+def _nll(i: int, a: Any) -> None:
+    strips, _, width = a.e_strips.shape
+    factors = np.empty(strips, a.nll_N.dtype)
+    first = i * ROWS_OF_TASK
+    for n in range(first, min(first + ROWS_OF_TASK, len(a.target_N))):
+        target = a.target_N[n]
         if target < 0:
-            nll_N[n], factor_Z[:] = 0, 0
+            a.nll_N[n], factors[:] = 0, 0
         else:
-            nll_N[n] = _nll_of_row(at_target_N[n], top_ZN[:, n], sum_ZN[:, n], factor_Z)
-        if keep:
-            for z in range(Z):
-                row_S, factor = logits_ZNS[z, n], factor_Z[z]
-                for s in range(S):
-                    row_S[s] *= factor
+            a.nll_N[n] = _nll_of_row(a.at_target_N[n], a.tops[:, n], a.sums[:, n], factors)
+        if a.gradient:
+            for strip in range(strips):
+                e_V, factor = a.e_strips[strip, n], factors[strip]
+                for v in range(width):
+                    e_V[v] *= factor
             if target >= 0:
-                logits_ZNS[target // S, n, target % S] -= real(1)
+                a.e_strips[target // width, n, target % width] -= 1
 
 
-@parallel
-def _nll(
-    target_N: Any,
-    at_target_N: Any,
-    top_ZN: Any,
-    sum_ZN: Any,
-    nll_N: Any,
-    logits_ZNS: Any,
-    keep: bool,
-    rows: int,
-) -> None:
-    N = len(target_N)
-    for block in prange((N + rows - 1) // rows):
-        first = block * rows
-        last = min(N, first + rows)
-        _nll_rows(first, last, target_N, at_target_N, top_ZN, sum_ZN, nll_N, logits_ZNS, keep)
+class LossGradients(NamedTuple):
+    """dx = dl w, some rows a task, and dw += dl^T x, a strip a task; dl = dnll * dlogits."""
+
+    dlogits_strips: Any
+    x_ND: Any
+    w_VD: Any
+    dnll: float
+    dx_ND: Any
+    dw_VD: Any
 
 
-@task
-def _gradient_task(
-    i: int, dlogits_ZNS: Any, x_ND: Any, w_VD: Any, dnll: float, dx_ND: Any, dw_VD: Any, rows: int
-) -> None:
-    """The long tasks first: some rows of dx = dl w; then a strip of dw += dl^T x."""
-    N, (Z, _, S) = len(x_ND), dlogits_ZNS.shape
-    down = (N + rows - 1) // rows
+@tasks_of(LossGradients)
+def _gradients(i: int, a: Any) -> None:
+    """The long tasks first."""
+    N, (strips, _, width) = len(a.x_ND), a.dlogits_strips.shape
+    down = blocks(N, ROWS_OF_PRODUCT)
     if i < down:
-        n, m = i * rows, min(N, (i + 1) * rows)
-        for z in range(Z):
-            w_SD = w_VD[z * S : (z + 1) * S]
-            keep = 0.0 if z == 0 else 1.0
-            gemm_nn(dnll, dlogits_ZNS[z, n:m, : len(w_SD)], w_SD, keep, dx_ND[n:m])
+        first, last = i * ROWS_OF_PRODUCT, min(N, (i + 1) * ROWS_OF_PRODUCT)
+        for strip in range(strips):
+            w_VD = a.w_VD[block(strip, width)]
+            beta = 0.0 if strip == 0 else 1.0
+            dlogits_NV = a.dlogits_strips[strip, first:last, : len(w_VD)]
+            gemm_nn(a.dnll, dlogits_NV, w_VD, beta, a.dx_ND[first:last])
     else:
-        z = i - down
-        dw_SD = dw_VD[z * S : (z + 1) * S]
-        gemm_tn(dnll, dlogits_ZNS[z, :N, : len(dw_SD)], x_ND, 1.0, dw_SD)
-
-
-@task
-def _gradient_worker(counter: Any, tasks: int, arrays: Any) -> None:
-    while True:
-        i = take_number(counter)
-        if i >= tasks:
-            return
-        _gradient_task(i, *arrays)
-
-
-@parallel
-def _gradients(workers: int, counter: Any, tasks: int, arrays: Any) -> None:
-    for _ in prange(workers):
-        _gradient_worker(counter, tasks, arrays)
+        strip = i - down
+        dw_VD = a.dw_VD[block(strip, width)]
+        gemm_tn(a.dnll, a.dlogits_strips[strip, :N, : len(dw_VD)], a.x_ND, 1.0, dw_VD)
 
 
 class Loss(Buffers):
@@ -172,11 +142,11 @@ class Loss(Buffers):
         """See `Operations.token_nll`."""
         nll_N: FloatArray = self.empty(target_N.shape, x_ND.dtype)
         with self.scope():
-            logits_ZCS = self._chunk(x_ND, w_VD)
-            chunk = logits_ZCS.shape[1]
+            e_strips = self._chunk(x_ND, w_VD)
+            chunk = e_strips.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], logits_ZCS, keep=False)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_strips, gradient=False)
         return nll_N
 
     def token_nll_and_gradient(
@@ -192,22 +162,14 @@ class Loss(Buffers):
         nll_N = self.empty(target_N.shape, x_ND.dtype)
         dx_ND = self.empty(x_ND.shape, x_ND.dtype)
         with self.scope():
-            logits_ZCS = self._chunk(x_ND, w_VD)
-            chunk = logits_ZCS.shape[1]
+            e_strips = self._chunk(x_ND, w_VD)
+            chunk = e_strips.shape[1]
             for n in range(0, len(x_ND), chunk):
                 rows = slice(n, n + chunk)
-                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], logits_ZCS, keep=True)
-                arrays = (
-                    logits_ZCS,
-                    x_ND[rows],
-                    w_VD,
-                    dnll,
-                    dx_ND[rows],
-                    dw_VD,
-                    ROWS_OF_PRODUCT,
-                )
-                tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(logits_ZCS)
-                _gradients(*workers(), tasks, arrays)
+                self._nll(x_ND[rows], w_VD, target_N[rows], nll_N[rows], e_strips, gradient=True)
+                region = LossGradients(e_strips, x_ND[rows], w_VD, dnll, dx_ND[rows], dw_VD)
+                tasks = blocks(len(x_ND[rows]), ROWS_OF_PRODUCT) + len(e_strips)
+                run(region, tasks, macs=2 * x_ND[rows].size * len(w_VD))
         return nll_N, dx_ND
 
     def _nll(
@@ -216,17 +178,20 @@ class Loss(Buffers):
         w_VD: FloatArray,
         target_N: IntArray,
         nll_N: FloatArray,
-        logits_ZCS: FloatArray,
+        e_strips: FloatArray,
         *,
-        keep: bool,
+        gradient: bool,
     ) -> None:
-        """One chunk: its NLL; if `keep`, softmax - onehot(target) in logits_ZCS."""
-        N, strips = len(x_ND), len(logits_ZCS)
+        """One chunk: its NLL; softmax - onehot(target) in e_strips if that is wanted."""
+        N, strips = len(x_ND), len(e_strips)
         with self.scope():
             at_target_N = self.empty((N,), x_ND.dtype)
-            top_ZN, sum_ZN = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
-            _logits(x_ND, w_VD, target_N, at_target_N, logits_ZCS, top_ZN, sum_ZN)
-            _nll(target_N, at_target_N, top_ZN, sum_ZN, nll_N, logits_ZCS, keep, ROWS_OF_TASK)
+            tops, sums = (self.empty((strips, N), x_ND.dtype) for _ in range(2))
+            exponentials = Exponentials(x_ND, w_VD, target_N, at_target_N, e_strips, tops, sums)
+            run(exponentials, strips, macs=x_ND.size * len(w_VD))
+            losses = RowLosses(target_N, at_target_N, tops, sums, nll_N, e_strips, gradient)
+            touched = N * len(w_VD) if gradient else N * strips
+            run(losses, blocks(N, ROWS_OF_TASK), macs=touched * ELEMENT_MACS)
 
     def _chunk(self, x_ND: FloatArray, w_VD: FloatArray) -> FloatArray:
         """Room for the logits of as many rows as go at once, each strip of the vocabulary by itself."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import ROWS_ELEMENTWISE, blocks, parallel, task
+from mhmoe_np.operations.numba_cpu.compiling import task
+from mhmoe_np.operations.numba_cpu.regions import (
+    ELEMENT_MACS,
+    ROWS_ELEMENTWISE,
+    block,
+    blocks,
+    run,
+    tasks_of,
+)
 from mhmoe_np.types import FloatArray
 
 
@@ -28,11 +35,11 @@ def norm_rows(x_ND: Any, w_D: Any, eps: float, y_ND: Any, rstd_N: Any) -> None:
 
 @task
 def norm_rows_backward(
-    dy_ND: Any, x_ND: Any, w_D: Any, rstd_N: Any, dx_ND: Any, dw_D: Any, keep: float
+    dy_ND: Any, x_ND: Any, w_D: Any, rstd_N: Any, dx_ND: Any, dw_D: Any, onto: bool
 ) -> None:
-    """dx = keep dx + rstd (dn - n mean(dn n)) with n = x rstd, dn = dy w; adds dy n to dw_D.
+    """dx = rstd (dn - n mean(dn n)) with n = x rstd, dn = dy w; adds dy n to dw_D.
 
-    keep is 1, or 0: then dx_ND may hold anything.
+    onto: add to dx_ND; otherwise it may hold anything, and may be dy_ND.
     """
     real = x_ND.dtype.type
     D = x_ND.shape[1]
@@ -44,53 +51,70 @@ def norm_rows_backward(
             dw_D[d] += dy_D[d] * x_D[d] * rstd
             dn_D[d] = dy_D[d] * w_D[d]
         pull = row_dot(dn_D, x_D) * rstd * rstd / real(D)
-        if keep == 0.0:
-            for d in range(D):
-                dx_D[d] = rstd * (dn_D[d] - x_D[d] * pull)
-        else:
+        if onto:
             for d in range(D):
                 dx_D[d] += rstd * (dn_D[d] - x_D[d] * pull)
+        else:
+            for d in range(D):
+                dx_D[d] = rstd * (dn_D[d] - x_D[d] * pull)
 
 
-@task
-def _add_and_norm_rows(x_ND: Any, sum_ND: Any, w_D: Any, eps: float, y_ND: Any, rstd_N: Any) -> None:
-    for n in range(x_ND.shape[0]):
-        x_D, sum_D = x_ND[n], sum_ND[n]
+class NormRows(NamedTuple):
+    """RMSNorm, a block of rows a task."""
+
+    x_ND: Any
+    w_D: Any
+    eps: float
+    y_ND: Any
+    rstd_N: Any
+
+
+@tasks_of(NormRows)
+def _norm(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    norm_rows(a.x_ND[rows], a.w_D, a.eps, a.y_ND[rows], a.rstd_N[rows])
+
+
+class NormSums(NamedTuple):
+    """sum += x, and RMSNorm of that, a block of rows a task."""
+
+    x_ND: Any
+    sum_ND: Any
+    w_D: Any
+    eps: float
+    y_ND: Any
+    rstd_N: Any
+
+
+@tasks_of(NormSums)
+def _add_and_norm(i: int, a: Any) -> None:
+    first = i * ROWS_ELEMENTWISE
+    for n in range(first, min(first + ROWS_ELEMENTWISE, len(a.x_ND))):
+        x_D, sum_D = a.x_ND[n], a.sum_ND[n]
         for d in range(len(x_D)):
             sum_D[d] += x_D[d]
-        norm_rows(sum_ND[n : n + 1], w_D, eps, y_ND[n : n + 1], rstd_N[n : n + 1])
+        row = slice(n, n + 1)
+        norm_rows(a.sum_ND[row], a.w_D, a.eps, a.y_ND[row], a.rstd_N[row])
 
 
-@parallel
-def _add_and_norm(
-    x_ND: Any, sum_ND: Any, w_D: Any, eps: float, y_ND: Any, rstd_N: Any, rows: int
-) -> None:
-    for block in prange((x_ND.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        _add_and_norm_rows(x_ND[n:z], sum_ND[n:z], w_D, eps, y_ND[n:z], rstd_N[n:z])
+class NormRowsBackward(NamedTuple):
+    """The backward of `NormRows`: each task sums up a dw of its own."""
+
+    dy_ND: Any
+    x_ND: Any
+    w_D: Any
+    rstd_N: Any
+    dx_ND: Any
+    dw_of_tasks: Any  # [tasks, D]
+    onto: bool
 
 
-@parallel
-def _norm(x_ND: Any, w_D: Any, eps: float, y_ND: Any, rstd_N: Any, rows: int) -> None:
-    for block in prange((x_ND.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        norm_rows(x_ND[n:z], w_D, eps, y_ND[n:z], rstd_N[n:z])
-
-
-@parallel
-def _norm_backward(
-    dy_ND: Any,
-    x_ND: Any,
-    w_D: Any,
-    rstd_N: Any,
-    dx_ND: Any,
-    dw_blocks: Any,
-    keep: float,
-    rows: int,
-) -> None:
-    for block in prange((x_ND.shape[0] + rows - 1) // rows):
-        n, z = block * rows, (block + 1) * rows
-        norm_rows_backward(dy_ND[n:z], x_ND[n:z], w_D, rstd_N[n:z], dx_ND[n:z], dw_blocks[block], keep)
+@tasks_of(NormRowsBackward)
+def _norm_backward(i: int, a: Any) -> None:
+    rows = block(i, ROWS_ELEMENTWISE)
+    norm_rows_backward(
+        a.dy_ND[rows], a.x_ND[rows], a.w_D, a.rstd_N[rows], a.dx_ND[rows], a.dw_of_tasks[i], a.onto
+    )
 
 
 class Norm(Buffers):
@@ -101,10 +125,8 @@ class Norm(Buffers):
     ) -> tuple[FloatArray, FloatArray]:
         """See `Operations.rms_norm`."""
         y_ND, rstd_N = self.empty(x_ND.shape, x_ND.dtype), self.empty(x_ND.shape[:1], x_ND.dtype)
-        if len(x_ND) <= ROWS_ELEMENTWISE:
-            norm_rows(x_ND, w_D, eps, y_ND, rstd_N)
-        else:
-            _norm(x_ND, w_D, eps, y_ND, rstd_N, ROWS_ELEMENTWISE)
+        tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
+        run(NormRows(x_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
         return y_ND, rstd_N
 
     def add_in_place_and_norm(
@@ -112,10 +134,8 @@ class Norm(Buffers):
     ) -> tuple[FloatArray, FloatArray]:
         """See `Operations.add_in_place_and_norm`."""
         y_ND, rstd_N = self.empty(x_ND.shape, x_ND.dtype), self.empty(x_ND.shape[:1], x_ND.dtype)
-        if len(x_ND) <= ROWS_ELEMENTWISE:
-            _add_and_norm_rows(x_ND, branch_ND, w_D, eps, y_ND, rstd_N)
-        else:
-            _add_and_norm(x_ND, branch_ND, w_D, eps, y_ND, rstd_N, ROWS_ELEMENTWISE)
+        tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
+        run(NormSums(x_ND, branch_ND, w_D, eps, y_ND, rstd_N), tasks, macs=x_ND.size * ELEMENT_MACS)
         return y_ND, rstd_N
 
     def rms_norm_backward(
@@ -128,10 +148,11 @@ class Norm(Buffers):
         *,
         onto_ND: FloatArray | None = None,
     ) -> FloatArray:
-        """See `Operations.rms_norm_backward`. Each block sums its own dw; blocks add up in order."""
-        keep = 0.0 if onto_ND is None else 1.0
+        """See `Operations.rms_norm_backward`. The tasks' dw add up in order."""
         dx_ND: FloatArray = self.empty(x_ND.shape, x_ND.dtype) if onto_ND is None else onto_ND
-        dw_blocks = np.zeros((blocks(len(x_ND), ROWS_ELEMENTWISE), len(w_D)), x_ND.dtype)
-        _norm_backward(dy_ND, x_ND, w_D, rstd_N, dx_ND, dw_blocks, keep, ROWS_ELEMENTWISE)
-        dw_D += dw_blocks.sum(axis=0)
+        tasks = blocks(len(x_ND), ROWS_ELEMENTWISE)
+        dw_of_tasks = np.zeros((tasks, len(w_D)), x_ND.dtype)
+        arrays = dy_ND, x_ND, w_D, rstd_N, dx_ND, dw_of_tasks
+        run(NormRowsBackward(*arrays, onto_ND is not None), tasks, macs=x_ND.size * ELEMENT_MACS)
+        dw_D += dw_of_tasks.sum(axis=0)
         return dx_ND

@@ -3,54 +3,64 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import blocks, parallel, reduction, task
+from mhmoe_np.operations.numba_cpu.compiling import reduction
+from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, block, blocks, run, tasks_of
 from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.types import FloatArray
 
-CHUNK = 1 << 15
+CHUNK = 1 << 15  # numbers of one task
 
 
 @reduction
-def _squares(x_P: Any) -> float:
+def _sum_of_squares(x_P: Any) -> float:
     total = 0.0
     for p in range(len(x_P)):
         total += np.float64(x_P[p]) * np.float64(x_P[p])
     return total
 
 
-@parallel
-def _squares_of_chunks(x_P: Any, chunk: int, sums: Any) -> None:
-    for i in prange(len(sums)):
-        sums[i] = _squares(x_P[i * chunk : (i + 1) * chunk])
+class Squares(NamedTuple):
+    """The sums of x^2 of all chunks."""
+
+    x_P: Any
+    sums: Any  # [chunks]
 
 
-@task
-def _adamw_chunk(
-    parameter_P: Any,
-    gradient_P: Any,
-    first_P: Any,
-    second_P: Any,
-    scale: float,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    decay: float,
-    correction1: float,
-    correction2: float,
-) -> None:
-    real = parameter_P.dtype.type
-    g_scale, keep1, keep2 = real(scale), real(beta1), real(beta2)
+@tasks_of(Squares)
+def _squares(i: int, a: Any) -> None:
+    a.sums[i] = _sum_of_squares(a.x_P[block(i, CHUNK)])
+
+
+class AdamW(NamedTuple):
+    """One update, a chunk of the parameters a task."""
+
+    parameter_P: Any
+    gradient_P: Any
+    first_moment_P: Any
+    second_moment_P: Any
+    gradient_scale: float
+    unbias1: float  # 1 / (1 - beta1^step)
+    unbias2: float
+    settings: AdamWSettings
+
+
+@tasks_of(AdamW)
+def _adamw(i: int, a: Any) -> None:
+    real = a.parameter_P.dtype.type
+    rate, beta1, beta2, epsilon, decay, _ = a.settings
+    g_scale, keep1, keep2 = real(a.gradient_scale), real(beta1), real(beta2)
     # Rounded once: 1 - (rounded beta) would be off by far more when beta is near 1.
     rest1, rest2 = real(1 - beta1), real(1 - beta2)
-    unbias1, unbias2 = real(1 / correction1), real(1 / correction2)
+    unbias1, unbias2 = real(a.unbias1), real(a.unbias2)
     step, shrink, small = real(rate), real(1 - rate * decay), real(epsilon)
+    chunk = block(i, CHUNK)
+    parameter_P, gradient_P = a.parameter_P[chunk], a.gradient_P[chunk]
+    first_P, second_P = a.first_moment_P[chunk], a.second_moment_P[chunk]
     for p in range(len(parameter_P)):
         g = gradient_P[p] * g_scale
         first = keep1 * first_P[p] + rest1 * g
@@ -60,47 +70,13 @@ def _adamw_chunk(
         parameter_P[p] = parameter_P[p] * shrink - step * move
 
 
-@parallel
-def _adamw(
-    parameter_P: Any,
-    gradient_P: Any,
-    first_P: Any,
-    second_P: Any,
-    scale: float,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    decay: float,
-    correction1: float,
-    correction2: float,
-    chunk: int,
-) -> None:
-    for i in prange((len(parameter_P) + chunk - 1) // chunk):
-        p, z = i * chunk, (i + 1) * chunk
-        _adamw_chunk(
-            parameter_P[p:z],
-            gradient_P[p:z],
-            first_P[p:z],
-            second_P[p:z],
-            scale,
-            rate,
-            beta1,
-            beta2,
-            epsilon,
-            decay,
-            correction1,
-            correction2,
-        )
-
-
 class Optimiser(Buffers):
     """See `Operations`: the optimiser."""
 
     def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
-        """See `Operations.add_sum_of_squares`. Chunks in parallel, their sums in order."""
+        """See `Operations.add_sum_of_squares`. The chunks' sums add up in order."""
         sums = np.empty(blocks(len(x_P), CHUNK))
-        _squares_of_chunks(x_P, CHUNK, sums)
+        run(Squares(x_P, sums), len(sums), macs=len(x_P) * ELEMENT_MACS)
         total_1 += sums.sum()
 
     def adamw_in_place(
@@ -118,20 +94,8 @@ class Optimiser(Buffers):
         """See `Operations.adamw_in_place`."""
         if not np.isfinite(guard).all():
             return
-        norm = math.sqrt(squares_1[0])
-        gradient_scale = min(1.0, settings.clip_norm / max(norm, 1e-30))
-        _adamw(
-            parameter_P,
-            gradient_P,
-            first_moment_P,
-            second_moment_P,
-            gradient_scale,
-            settings.learning_rate,
-            settings.beta1,
-            settings.beta2,
-            settings.epsilon,
-            settings.weight_decay,
-            1 - settings.beta1**step,
-            1 - settings.beta2**step,
-            CHUNK,
-        )
+        arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
+        gradient_scale = min(1.0, settings.clip_norm / max(math.sqrt(squares_1[0]), 1e-30))
+        unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
+        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
+        run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)

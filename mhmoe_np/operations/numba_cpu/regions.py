@@ -12,44 +12,23 @@ does not depend on who runs it: the same input gives the same bits at any number
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, prange, types
-from numba.extending import overload
 
-from mhmoe_np.operations.numba_cpu.compiling import exact, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
 SERIAL_MACS = 1 << 19
 
 
-def run_task(i: int, region: Any) -> None:
-    """Task number i of a region, whichever its kind is."""
-    raise NotImplementedError("compiled code only")
-
-
-def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
-    """Declare the decorated `function(i, region)` to be what the tasks of regions of `kind` do.
-
-    compiled_as: `task`, or `exact` where every operation must round as written.
-    """
-
-    def declare(function: Any) -> Any:
-        compiled = compiled_as(function)
-
-        def call(i: int, region: Any) -> None:
-            compiled(i, region)
-
-        @overload(run_task, strict=False)
-        def choose(i: Any, region: Any) -> Any:
-            return call if getattr(region, "instance_class", None) is kind else None
-
-        return compiled
-
-    return declare
+# What reading, changing and writing a number takes, in multiply-adds of a matrix product.
+ELEMENT_MACS = 16
+ROWS = 256  # rows of one task where a matrix product dominates
+ROWS_ELEMENTWISE = 64  # rows of one task where memory does
 
 
 @typed_intrinsic
@@ -63,42 +42,87 @@ def take_number(typing_context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
-@exact
-def _in_turn(tasks: int, region: Any) -> None:
-    """All tasks on the calling thread."""
-    for i in range(tasks):
-        run_task(i, region)
+class Loops(NamedTuple):
+    """The compiled loops of one kind of region, over tasks that are numbered by a counter."""
+
+    work: Any  # the tasks that one thread gets hold of; all of them in turn without a counter
+    shared_out: Any  # all tasks on all threads
 
 
-@exact
-def _worker(counter: Any, tasks: int, region: Any) -> None:
-    """The tasks that one thread gets hold of."""
+LOOPS: dict[type, Loops] = {}
+ALONE = np.empty(0, np.int64)  # in a counter's place: nobody else draws numbers
+
+
+def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
+    """Declare the decorated `function(i, region)` to be what the tasks of regions of `kind` do.
+
+    compiled_as: `task`, or `exact` where every operation must round as written.
+    Returns the compiled function, for kernels that do such a task within one of their own.
+    """
+
+    def declare(function: Any) -> Any:
+        compiled = compiled_as(function)
+        work = exact(_loop("work", function, kind, TASK=compiled))
+        LOOPS[kind] = Loops(work, parallel(_loop("shared_out", function, kind, WORK=work)))
+        return compiled
+
+    return declare
+
+
+# Written out for each kind, because Numba takes plain arguments in a third of the time that it takes
+# for a named tuple, whose names it compares, and takes no tuple inside a tuple into a parallel loop.
+# No field's name begins with an underscore.
+SOURCE = {
+    "work": """
+def work(_counter, _tasks, {fields}):
+    _region = KIND({fields})
+    _i = 0
     while True:
-        i = take_number(counter)
-        if i >= tasks:
+        if len(_counter) > 0:
+            _i = take_number(_counter)
+        if _i >= _tasks:
             return
-        run_task(i, region)
+        TASK(_i, _region)
+        _i += 1
+""",
+    "shared_out": """
+def shared_out(_workers, _counter, _tasks, {fields}):
+    for _ in prange(_workers):
+        WORK(_counter, _tasks, {fields})
+""",
+}
 
 
-@parallel
-def _shared_out(workers: int, counter: Any, tasks: int, region: Any) -> None:
-    """All tasks on all threads."""
-    for _ in prange(workers):
-        _worker(counter, tasks, region)
+def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
+    """One loop of a kind. It claims its task's file, beside which Numba then keeps it."""
+    source = SOURCE[name].format(fields=", ".join(kind._fields))
+    scope = {"KIND": kind, "prange": prange, "take_number": take_number, **names}
+    exec(compile(source, function.__code__.co_filename, "exec"), scope)
+    loop: Any = scope[name]
+    loop.__module__, loop.__qualname__ = function.__module__, f"{function.__qualname__}_{name}"
+    return loop
 
 
-def run(region: Any, tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
+@either
+def blocks(length: int, size: int) -> int:
+    """How many blocks of `size` cover `length`."""
+    return -(-length // size)
+
+
+@either
+def block(i: int, size: int) -> Any:
+    """Block number i as a slice."""
+    return slice(i * size, (i + 1) * size)
+
+
+def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_MACS) -> None:
     """Do tasks 0 .. tasks-1 of a region.
 
     macs: about how many multiply-adds they are together; up to `serial` of them one thread does all.
     Numba cannot cancel a region: what a task cannot do must be refused before.
     """
+    loops = LOOPS[type(region)]
     if tasks == 1 or macs <= serial:
-        _in_turn(tasks, region)
+        loops.work(ALONE, tasks, *region)
     else:
-        _shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, region)
-
-
-def workers() -> Any:
-    """How many there are, and their counter."""
-    return get_num_threads(), np.zeros(1, np.int64)
+        loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, *region)

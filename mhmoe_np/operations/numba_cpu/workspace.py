@@ -14,25 +14,25 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 ALIGNMENT_BYTES = 64
-BLOCK_BYTES = 32 << 20
+SLAB_BYTES = 32 << 20
 
 
 class Workspace:
-    """A stack of memory blocks: `empty` takes from the top, leaving a `scope` gives back.
+    """A stack of slabs of memory: `empty` takes from the top, leaving a `scope` gives back.
 
     The same sequence of calls receives the same addresses in every step. An array handed out inside
     a scope must not be used after it.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-        self._used: list[int] = []  # bytes of each block that were ever handed out
-        self._block = 0
+        self._slabs: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self._used: list[int] = []  # bytes of each slab that were ever handed out
+        self._slab = 0
         self._offset = 0
 
     @property
     def used_bytes(self) -> int:
-        """How much was ever handed out at once; the rest of the blocks takes no memory."""
+        """How much was ever handed out at once; the rest of the slabs takes no memory."""
         return sum(self._used)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -40,22 +40,22 @@ class Workspace:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         while True:
-            if self._block == len(self._blocks):
-                self._blocks.append(np.empty(max(BLOCK_BYTES, size + ALIGNMENT_BYTES), np.uint8))
+            if self._slab == len(self._slabs):
+                self._slabs.append(np.empty(max(SLAB_BYTES, size + ALIGNMENT_BYTES), np.uint8))
                 self._used.append(0)
-            block = self._blocks[self._block]
-            start = self._offset + -(block.ctypes.data + self._offset) % ALIGNMENT_BYTES
-            if start + size <= block.nbytes:
+            slab = self._slabs[self._slab]
+            start = self._offset + -(slab.ctypes.data + self._offset) % ALIGNMENT_BYTES
+            if start + size <= slab.nbytes:
                 self._offset = start + size
-                self._used[self._block] = max(self._used[self._block], self._offset)
-                return np.ndarray(shape, dtype, block.data, start)
-            self._block, self._offset = self._block + 1, 0
+                self._used[self._slab] = max(self._used[self._slab], self._offset)
+                return np.ndarray(shape, dtype, slab.data, start)
+            self._slab, self._offset = self._slab + 1, 0
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Give back at the end whatever was handed out inside."""
-        mark = self._block, self._offset
+        mark = self._slab, self._offset
         try:
             yield
         finally:
-            self._block, self._offset = mark
+            self._slab, self._offset = mark

@@ -33,7 +33,8 @@ def _one_expert(
     n_RF, rstd_R = h_RF, None
     if sub_norm_F is not None:
         n_RF, rstd_R = rms_norm(h_RF, sub_norm_F, eps=eps)
-    # P1 eq. 5: Expert(x) = max(x W1^T, 0) W2, here in the form of GLU eq. 6: (act(x W) * x V) W2
+    # P1 eq. 5: Expert(x) = max(x W1^T, 0) W2; here gated
+    # GLU eq. 6: Expert(x) = (act(x W) * x V) W2
     y_RU = linear(n_RF, down_UF, None)
     return y_RU, gate_up_R2F, rstd_R
 
@@ -109,7 +110,7 @@ def expert_ffn(
         )
         if rstd_R is not None:
             rstd_R[rows] = rstd
-        # P1 eq. 3: y~ = sum_p G(x~)_p Expert_p(x~); with one head P1 eq. 1. A row is one summand.
+        # P1 eq. 3 (P1 eq. 1 with one head): y~ = sum_p G(x~)_p Expert_p(x~); a row is one summand
         y_MU[sub_token_R[rows]] += gate_R1[rows] * expert_RU[rows]
     return y_MU, ExpertCache(gate_up_R2F, rstd_R)
 

@@ -40,8 +40,9 @@ def route_backward(
     p_ME, log_sum_exp_M, expert_MK, gate_MK = routing
     count_E, choices, sub_tokens, daux, dz = losses
     real = p_ME.dtype.type
-    # Switch eq. 4: aux = E sum_e f_e mean_s p[s, e].  ST-MoE eq. 5: z = mean_s lse_s^2.
+    # Switch eq. 4: aux = E sum_e f_e mean_s p[s, e], f_e = count_e / choices
     dp_E = (daux * len(count_E) * (count_E / choices) / sub_tokens).astype(real)
+    # ST-MoE eq. 5: z = mean_s log_sum_exp_s^2
     dlog_sum_exp_M = log_sum_exp_M * counted_M * real(2 * dz / sub_tokens)
 
     dchosen_MK = dgate_MK

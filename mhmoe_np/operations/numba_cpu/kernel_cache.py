@@ -1,0 +1,80 @@
+"""Where compiled kernels are kept: in a folder that is named by the sources they were compiled from.
+
+Numba keeps a function by the file it stands in, and does not notice that one it calls in another file
+has changed. So the folder's name holds a digest of every source that can be part of a kernel. What is
+compiled from other sources lies in other folders; those that nobody has used for a month go when a new
+one is made.
+
+The folder is made in NUMBA_CACHE_DIR if that is set, else beside the sources if one may write there,
+else in the user's own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.misc import appdirs
+
+HERE = Path(__file__).parent
+BESIDE = ("packing.py", "table.py")  # what kernels know of the folder above
+PREFIX = "mhmoe-np-kernels-"
+KEPT_SECONDS = 30 * 24 * 3600
+
+
+config: Any = numba.config
+
+
+def digest() -> str:
+    """Of all sources that can be part of a kernel."""
+    total = hashlib.sha256()
+    for path in [*sorted(HERE.glob("*.py")), *(HERE.parent / name for name in BESIDE)]:
+        source = path.read_bytes()
+        total.update(f"{path.name} {len(source)}\n".encode() + source)
+    return total.hexdigest()[:16]
+
+
+def _root() -> Path:
+    if config.CACHE_DIR:
+        return Path(config.CACHE_DIR)
+    beside = HERE / "__pycache__"
+    with contextlib.suppress(OSError):
+        beside.mkdir(exist_ok=True)
+    if os.access(beside, os.W_OK):
+        return beside
+    return Path(appdirs.user_cache_dir("mhmoe-np", appauthor=False))  # type: ignore[no-untyped-call]
+
+
+def _folder() -> Path:
+    """This version's folder, marked as used today; without those that nobody uses any more."""
+    root = _root()
+    folder = root / f"{PREFIX}{digest()}"
+    with contextlib.suppress(OSError):  # Numba says what is wrong
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for other in root.glob(f"{PREFIX}*"):
+                if other.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
+        os.utime(folder)
+    return folder
+
+
+FOLDER = _folder()
+
+
+@contextmanager
+def kept_by_sources() -> Iterator[None]:
+    """Functions that are given to Numba inside this context are kept in `FOLDER`."""
+    before, config.CACHE_DIR = config.CACHE_DIR, str(FOLDER)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before

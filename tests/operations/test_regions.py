@@ -1,0 +1,84 @@
+"""Regions: every task is done once, and it does not matter by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import pytest
+
+from mhmoe_np.operations.numba_cpu.compiling import exact
+from mhmoe_np.operations.numba_cpu.regions import LOOPS, Loops, run, tasks_of
+from tests.operations.cases import DTYPES, NUMBA, TABLE, run_table, same_bits
+
+of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+KINDS = [kind for kind in LOOPS if kind.__module__.startswith("mhmoe_np.")]
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Counts(NamedTuple):
+    done: Any
+    pair: Any  # a named tuple in a region
+
+
+@tasks_of(Counts, exact)
+def _count(i: int, a: Any) -> None:
+    """Task i is i times as long as task 1."""
+    for _ in range(i):
+        a.pair.x[i] += a.pair.y
+    a.done[i] += 1
+
+
+@pytest.mark.parametrize("macs", [0, 1 << 30], ids=["one thread", "all threads"])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 100])
+def test_every_task_is_done_once(tasks: int, macs: int) -> None:
+    region = Counts(np.zeros(tasks, np.int64), Pair(np.zeros(tasks), 0.5))
+    run(region, tasks, macs=macs)
+    np.testing.assert_array_equal(region.done, 1)
+    np.testing.assert_array_equal(region.pair.x, np.arange(tasks) * 0.5)
+
+
+def shared_out_instead(kind: type, entered: set[type]) -> Loops:
+    """A kind's loops, of which both share out; entering is noted down."""
+
+    def shared_out(workers: int, counter: Any, tasks: int, *fields: Any) -> None:
+        entered.add(kind)
+        loops.shared_out(workers, counter, tasks, *fields)
+
+    def work(_counter: Any, tasks: int, *fields: Any) -> None:
+        shared_out(numba.get_num_threads(), np.zeros(1, np.int64), tasks, *fields)
+
+    loops = LOOPS[kind]
+    return Loops(work, shared_out)
+
+
+@pytest.fixture
+def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
+    """However small, every region is shared out; the kinds that were, so far."""
+    entered: set[type] = set()
+    for kind in KINDS:
+        monkeypatch.setitem(LOOPS, kind, shared_out_instead(kind, entered))
+    threads = numba.get_num_threads()
+    yield entered
+    numba.set_num_threads(threads)
+
+
+@of_each_dtype
+def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
+    dtype: Any, request: pytest.FixtureRequest
+) -> None:
+    expected = run_table(NUMBA, dtype, seed=49)  # the small ones in turn
+    entered = request.getfixturevalue("shared_out")
+    for count in range(1, min(3, numba.config.NUMBA_NUM_THREADS + 1)):
+        numba.set_num_threads(count)
+        actual = run_table(NUMBA, dtype, seed=49)
+        assert set(actual) == TABLE
+        for name in expected:
+            same_bits(actual[name], expected[name])
+    assert entered == set(KINDS)
