@@ -1,68 +1,9 @@
-"""Small models of every kind, for tests that must hold for all of them."""
+"""What tests need to know of the models of every kind beside their settings."""
 
 from __future__ import annotations
 
-from typing import Any
+from mhmoe_np.audit.models import KINDS
 
-BASE = {
-    "vocab_size": 37,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 20,
-    "max_position_embeddings": 32,
-}
-SMOE = {"num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 14}
-FINE = SMOE | {"num_experts_per_tok": 2, "decoder_sparse_step": 1}
-MH2 = FINE | {"moe_heads": 2}
-MH3 = FINE | {"moe_heads": 3, "num_experts_per_tok": 3}
-TERNARY = {"quantization": "bitnet_b158"}
-SIGN = {"quantization": "bitnet"}
-KINDS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "dense-grouped-heads": {"num_key_value_heads": 2, "head_dim": 10, "rope_theta": 500.0},
-    "dense-relu2-sub-norm-untied": {
-        "hidden_act": "relu2",
-        "use_sub_norm": True,
-        "tie_word_embeddings": False,
-    },
-    "smoe": SMOE,
-    "smoe-every-layer": SMOE | {"decoder_sparse_step": 1},
-    "smoe-head-and-merge": SMOE | {"moe_head_layer": True, "moe_merge_layer": True},
-    "fine-grained": FINE,
-    "all-experts": FINE | {"num_experts_per_tok": 5},
-    "one-expert": SMOE | {"num_experts": 1},
-    "mh2": MH2,
-    "mh3": MH3,
-    "mh2-bias": MH2 | {"moe_projection_bias": True},
-    "mh2-raw-gates": MH2 | {"norm_topk_prob": False},
-    "mh2-no-head": MH2 | {"moe_head_layer": False},
-    "mh2-no-merge": MH2 | {"moe_merge_layer": False},
-    "mh2-neither": MH2 | {"moe_head_layer": False, "moe_merge_layer": False},
-    "mh2-shared": MH2 | {"shared_expert_intermediate_size": 18},
-    "mh3-shared-sub-norm": MH3 | {"shared_expert_intermediate_size": 18, "use_sub_norm": True},
-    "mh2-capacity": MH2 | {"moe_capacity_factor": 0.6},
-    "mh3-capacity-raw": MH3 | {"moe_capacity_factor": 0.9, "norm_topk_prob": False},
-    "mh2-topk-balance": MH2 | {"router_aux_loss_type": "topk", "router_aux_loss_coef": 0.3},
-    "mh2-z-loss": MH2 | {"router_z_loss_coef": 0.2},
-    "dense-ternary": TERNARY,
-    "dense-sign-grouped-relu2": SIGN | {"num_key_value_heads": 2, "hidden_act": "relu2"},
-    "smoe-ternary": SMOE | TERNARY,
-    "smoe-sign": SMOE | SIGN,
-    "fine-ternary": FINE | TERNARY,
-    "fine-sign-untied": FINE | SIGN | {"tie_word_embeddings": False},
-    "mh2-ternary": MH2 | TERNARY,
-    "mh2-ternary-no-sub-norm": MH2 | TERNARY | {"use_sub_norm": False},
-    "mh2-ternary-shared-capacity": MH2
-    | TERNARY
-    | {"shared_expert_intermediate_size": 18, "moe_capacity_factor": 0.6},
-    "mh3-sign": MH3 | SIGN,
-    "mh3-sign-projections-bias": MH3
-    | SIGN
-    | {"quantize_moe_projections": True, "moe_projection_bias": True},
-    "mh2-ternary-projections": MH2 | TERNARY | {"quantize_moe_projections": True},
-    "mh2-sign-shared": MH2 | SIGN | {"shared_expert_intermediate_size": 18},
-}
 QUANTISED = [name for name, settings in KINDS.items() if "quantization" in settings]
 
 # Two implementations differ in last bits, and where x * 127/gamma lies half-way between two integers
@@ -70,8 +11,3 @@ QUANTISED = [name for name, settings in KINDS.items() if "quantization" in setti
 # With these seeds no activation of the float64 tests is that near.
 SEEDS = {"mh2-ternary": 3, "mh2-ternary-no-sub-norm": 3, "mh2-ternary-projections": 16}
 DEFAULT_SEED = 2
-
-
-def settings(kind: str) -> dict[str, Any]:
-    """The config.json of a kind, as a user would write it: defaults left out."""
-    return {**BASE, **KINDS[kind]}

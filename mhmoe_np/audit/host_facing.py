@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import Operations
+
+
+def on_host(ops: Operations) -> Operations:
+    """The same operations on NumPy's arrays: `ops` themselves where their device is the host."""
+    probe = np.zeros(1)
+    return ops if ops.to_device(probe) is probe else cast(Operations, HostFacing(ops))
 
 
 class HostFacing:

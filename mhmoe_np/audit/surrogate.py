@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.host_facing import HostFacing
+from mhmoe_np.audit.host_facing import on_host
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import (
@@ -43,18 +43,22 @@ class ChoiceSwitchedError(Exception):
     """The router sends rows elsewhere than in the first pass: the constants are of other rows."""
 
 
-class Surrogate(HostFacing):
-    """Operations on the host in which a BitLinear's activations are only moved by constants.
+class Surrogate:
+    """Operations on NumPy's arrays in which a BitLinear's activations are only moved by constants.
 
     The first pass after construction sets the constants, one array for each product in the order of
     calls; `rewind` starts another pass over the same products. What has no quantiser is done by `ops`.
     """
 
     def __init__(self, ops: Operations) -> None:
-        super().__init__(ops)
+        self._ops = on_host(ops)
         self._offsets: list[FloatArray] = []
-        self._routes: list[IntArray] = []
+        self._routes: list[IntArray] = []  # rows, and where each expert's begin
         self.rewind()
+
+    def __getattr__(self, name: str) -> Any:
+        """The operation of this name: that of `ops`."""
+        return getattr(self._ops, name)
 
     def rewind(self) -> None:
         """Start another pass."""
@@ -63,7 +67,7 @@ class Surrogate(HostFacing):
     def _acting(self, x_NI: FloatArray) -> FloatArray:
         """x moved by the constant of the next product."""
         if self._next == len(self._offsets):
-            q_NI, scale_N = self.quantise_rows(x_NI)
+            q_NI, scale_N = self._ops.quantise_rows(x_NI)
             self._offsets.append(q_NI * scale_N[:, None] - x_NI)
         self._next += 1
         return x_NI + self._offsets[self._next - 1]
@@ -73,9 +77,8 @@ class Surrogate(HostFacing):
     ) -> FloatArray:
         """See `Operations.linear`."""
         if isinstance(w_OI, ActingWeight):
-            w_OI, x_NI = w_OI.w, self._acting(x_NI)
-        y_NO: FloatArray = super().__getattr__("linear")(x_NI, w_OI, b_O)
-        return y_NO
+            return self._ops.linear(self._acting(x_NI), w_OI.w, b_O)
+        return self._ops.linear(x_NI, w_OI, b_O)
 
     def expert_ffn(
         self,
@@ -96,7 +99,7 @@ class Surrogate(HostFacing):
         if not isinstance(gate_up_E2FU, ActingWeight) or not isinstance(down_EUF, ActingWeight):
             assert not isinstance(gate_up_E2FU, ActingWeight)
             assert not isinstance(down_EUF, ActingWeight)
-            result: tuple[FloatArray, ExpertCache] = super().__getattr__("expert_ffn")(
+            return self._ops.expert_ffn(
                 x_MU,
                 gate_MK,
                 dispatch,
@@ -106,23 +109,23 @@ class Surrogate(HostFacing):
                 activation=activation,
                 eps=eps,
             )
-            return result
         route_R, _, start_Z = dispatch
+        route = np.concatenate([route_R, start_Z])
         if self._next_route == len(self._routes):
-            self._routes.append(route_R)
-        if not np.array_equal(route_R, self._routes[self._next_route]):
+            self._routes.append(route)
+        if not np.array_equal(route, self._routes[self._next_route]):
             raise ChoiceSwitchedError
         self._next_route += 1
         y_MU = np.zeros_like(x_MU)
         for e in np.flatnonzero(np.diff(start_Z)):
-            route = route_R[start_Z[e] : start_Z[e + 1]]
-            sub_token = route // gate_MK.shape[1]
+            choice = route_R[start_Z[e] : start_Z[e + 1]]
+            sub_token = choice // gate_MK.shape[1]
             gate_up = self.linear(x_MU[sub_token], ActingWeight(gate_up_E2FU.w[e]), None)
-            h = self.gated_activation(gate_up, activation=activation)
+            h = self._ops.gated_activation(gate_up, activation=activation)
             if sub_norm_EF is not None:
-                h, _ = self.rms_norm(h, sub_norm_EF[e], eps=eps)
+                h, _ = self._ops.rms_norm(h, sub_norm_EF[e], eps=eps)
             y = self.linear(h, ActingWeight(down_EUF.w[e]), None)
-            y_MU[sub_token] += gate_MK.ravel()[route, None] * y
+            y_MU[sub_token] += gate_MK.ravel()[choice, None] * y
         return y_MU, None
 
 

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from mhmoe_np.audit.gradcheck import check_all, check_model, check_operations
-from mhmoe_np.audit.surrogate import Surrogate, acting_weights
-from mhmoe_np.model.language_model import Model, forward
-from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_cli import gradcheck_command
+from mhmoe_np.audit import gradcheck, operation_checks
+from mhmoe_np.audit.derivative import GradientCheck
+from mhmoe_np.audit.gradcheck import check_all
+from mhmoe_np.audit.model_checks import check_model
+from mhmoe_np.audit.operation_checks import check_operations
 from mhmoe_np.operations import numpy_ref
+from mhmoe_np.operations.checked import BrokenPromise
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName, BitWeight, Operations
-from mhmoe_np.settings.model import ModelConfig
 from tests.conftest import Run
-from tests.kinds import DEFAULT_SEED
-from tests.kinds import settings as tiny
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_every_operation_and_model_is_within_its_bound(backend: BackendName) -> None:
     checks = list(check_all(load_operations(backend)))
-    assert len(checks) > 25
+    assert len(checks) > 60
     assert [check for check in checks if not check.passed] == []
+
+
+def test_every_backward_of_the_table_is_checked() -> None:
+    called: set[str] = set()
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            called.add(name)
+            return getattr(numpy_ref, name)
+
+    noting: Operations = Noting()  # type: ignore[assignment]
+    for case in operation_checks.cases(noting, np.random.default_rng(0)):
+        operation_checks.check(case, np.random.default_rng(0))
+    backwards = {name for name in vars(Operations) if name.endswith(("_backward", "_and_gradient"))}
+    assert len(backwards) == 8
+    assert backwards <= called
 
 
 class _Wrong:
@@ -57,8 +75,7 @@ def _with_wrong(name: str) -> Operations:
 def test_a_gradient_off_by_a_thousandth_is_found(name: str) -> None:
     ops = _with_wrong(name)
     assert not all(check.passed for check in check_operations(ops))
-    settings = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
-    assert not check_model("wrong", settings, ops).passed
+    assert not check_model("smoe", ops).passed
 
 
 class _WrongWhereQuantised(_Wrong):
@@ -81,39 +98,95 @@ def test_a_straight_through_gradient_off_by_a_thousandth_is_found(name: str) -> 
     failed = {check.name for check in check_operations(ops) if not check.passed}
     assert failed
     assert all("bitnet" in check for check in failed)
-    settings = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
-    assert check_model("right", settings, ops).passed
-    assert not check_model("wrong", {**settings, "quantization": "bitnet_b158"}, ops).passed
+    assert check_model("smoe", ops).passed
+    assert not check_model("smoe-ternary", ops).passed
 
 
-def test_the_quantised_forward_itself_is_flat_between_jumps() -> None:
-    # Hence the surrogate: differences of the real thing say nothing about the gradient.
-    rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((3, 8)), rng.standard_normal((5, 8))
-    w = BitWeight(np.sign(w), np.ones(5))
-    dx = numpy_ref.linear_backward(np.ones((3, 5)), x, w, np.zeros((5, 8)), None)
-    inner = np.abs(x) < np.abs(x).max(axis=1, keepdims=True)  # gamma is that of another entry
-    step = np.where(inner, 1e-9, 0)
-    before, after = numpy_ref.linear(x, w, None), numpy_ref.linear(x + step, w, None)
-    np.testing.assert_array_equal(before, after)
-    assert abs((dx * inner).sum()) > 1
+class _WrongEntry:
+    """The definition, with one entry of a weight's gradient off."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(numpy_ref, name)
+
+    def linear_backward(self, dy: Any, x: Any, w: Any, dw: Any, db: Any, **options: Any) -> Any:
+        dw[2, 3] += 0.5
+        return numpy_ref.linear_backward(dy, x, w, dw, db, **options)
+
+    def expert_ffn_backward(self, *arguments: Any, **options: Any) -> Any:
+        dgate_up_E2FU = arguments[-3]
+        dgate_up_E2FU[3, 2, 5] += 1e-4
+        return numpy_ref.expert_ffn_backward(*arguments, **options)
 
 
-def test_the_surrogate_is_the_quantised_model_at_its_point() -> None:
-    config = ModelConfig.model_validate(tiny("mh2-ternary-shared-capacity"))
-    parameters = Parameters(config, np.float64)
-    initialise(parameters, seed=DEFAULT_SEED)
-    ops = load_operations("numpy")
-    model = Model.of(parameters, ops=ops)
-    acting = model._replace(weights=acting_weights(model.weights, parameters, parameters))
-    inputs = np.random.default_rng(1).integers(0, 37, (2, 9))
-    expected, _ = forward(model, inputs, None, drop=True, ops=ops)
-    surrogate: Operations = Surrogate(ops)  # type: ignore[assignment]
-    found, _ = forward(acting, inputs, None, drop=True, ops=surrogate)
-    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+def test_a_failed_check_names_argument_and_entry_and_both_numbers() -> None:
+    ops: Operations = _WrongEntry()  # type: ignore[assignment]
+    case = operation_checks.linear(ops, np.random.default_rng(0))
+    found = operation_checks.check(case, np.random.default_rng(0))
+    assert not found.passed
+    assert found.entry is not None
+    assert (found.name, found.argument, found.entry.place) == ("linear", "w_OI", (2, 3))
+    assert found.entry.analytic - found.entry.numeric == pytest.approx(0.5, abs=1e-9)
+
+
+def test_of_a_model_it_names_the_tensor() -> None:
+    class Wrong(_WrongEntry):
+        linear_backward = staticmethod(numpy_ref.linear_backward)
+
+    found = check_model("smoe", Wrong())  # type: ignore[arg-type]
+    assert not found.passed
+    assert found.entry is not None
+    # The second layer has the experts; row 2 of the joint matrix is the gate's.
+    assert found.argument == "model.layers.1.mlp.experts.3.gate_proj.weight"
+    assert found.entry.place == (2, 5)
+    assert found.entry.analytic - found.entry.numeric == pytest.approx(1e-4, abs=1e-9)
+
+
+def test_an_operation_that_breaks_the_tables_promises_is_stopped() -> None:
+    class Wrong:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(numpy_ref, name)
+
+        def rms_norm(self, x_ND: Any, w_D: Any, *, eps: float) -> Any:
+            y_ND, rstd_N = numpy_ref.rms_norm(x_ND, w_D, eps=eps)
+            return y_ND, rstd_N[:, None]
+
+    ops: Operations = Wrong()  # type: ignore[assignment]
+    with pytest.raises(BrokenPromise, match="rms_norm: rstd_N"):
+        list(check_all(ops))
+    with pytest.raises(BrokenPromise, match="rms_norm: rstd_N"):
+        check_model("dense", ops)
 
 
 def test_the_command_prints_a_list_of_errors_and_bounds(mhmoe: Run) -> None:
     checks = json.loads(mhmoe("gradcheck", "--json", "--backend", "numpy").stdout)
-    assert all(set(check) == {"name", "max_rel_error", "bound"} for check in checks)
+    keys = {"name", "max_rel_error", "bound", "argument", "entry"}
+    assert all(set(check) == keys for check in checks)
     assert all(check["max_rel_error"] <= check["bound"] <= 1e-6 for check in checks)
+    assert all(check["entry"] is None for check in checks)
+
+
+def test_the_command_says_where_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_and_right(_: Operations) -> Iterator[GradientCheck]:
+        for ops in (_WrongEntry(), numpy_ref):
+            case = operation_checks.linear(ops, np.random.default_rng(0))  # type: ignore[arg-type]
+            yield operation_checks.check(case, np.random.default_rng(0))
+
+    monkeypatch.setattr(gradcheck, "check_all", wrong_and_right)
+    run = CliRunner()
+    result = run.invoke(gradcheck_command.command, ["--backend", "numpy"])
+    assert result.exit_code == 1
+    failed, entry, passed = result.stdout.splitlines()
+    assert failed.startswith("numpy: linear ")
+    assert failed.endswith("<= 1e-07  FAILED")
+    assert passed.endswith("ok")
+    place, numbers = entry.strip().split(": ")
+    assert place == "w_OI[2, 3]"
+    numeric, analytic = (float(part.split()[0]) for part in numbers.split(", "))
+    assert analytic - numeric == pytest.approx(0.5, abs=1e-8)
+
+    result = run.invoke(gradcheck_command.command, ["--backend", "numpy", "--json"])
+    assert result.exit_code == 1
+    wrong, right = json.loads(result.stdout)
+    assert (wrong["argument"], wrong["entry"]["place"]) == ("w_OI", [2, 3])
+    assert wrong["entry"]["analytic"] - wrong["entry"]["numeric"] == pytest.approx(0.5, abs=1e-8)
+    assert right["entry"] is None
