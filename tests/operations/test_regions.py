@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mhmoe_np.operations.numba_cpu.compiling import exact
+from mhmoe_np.operations.numba_cpu.packed import Packed
 from mhmoe_np.operations.numba_cpu.regions import LOOPS, Loops, run, tasks_of
 from tests.operations.cases import NUMBA, of_each_dtype, same_bits
 from tests.operations.runs import TABLE, run_table
@@ -44,11 +45,20 @@ def test_every_task_is_done_once(tasks: int, macs: int) -> None:
     np.testing.assert_array_equal(region.pair.x, np.arange(tasks) * 0.5)
 
 
-def shared_out_instead(kind: type, entered: set[type]) -> Loops:
+class Entered(NamedTuple):
+    """The kinds of regions that were shared out."""
+
+    kinds: set[type]
+    with_packed_weights: set[str]
+
+
+def shared_out_instead(kind: type, entered: Entered) -> Loops:
     """A kind's loops, of which both share out; entering is noted down."""
 
     def shared_out(workers: int, counter: Any, tasks: int, *fields: Any) -> None:
-        entered.add(kind)
+        entered.kinds.add(kind)
+        if any(isinstance(field, Packed) for field in fields):
+            entered.with_packed_weights.add(kind.__name__)
         loops.shared_out(workers, counter, tasks, *fields)
 
     def work(_counter: Any, tasks: int, *fields: Any) -> None:
@@ -59,9 +69,9 @@ def shared_out_instead(kind: type, entered: set[type]) -> Loops:
 
 
 @pytest.fixture
-def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[type]]:
+def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entered]:
     """However small, every region is shared out; the kinds that were, so far."""
-    entered: set[type] = set()
+    entered = Entered(set(), set())
     for kind in KINDS:
         monkeypatch.setitem(LOOPS, kind, shared_out_instead(kind, entered))
     threads = numba.get_num_threads()
@@ -81,4 +91,4 @@ def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
         assert set(actual) == TABLE
         for name in expected:
             same_bits(actual[name], expected[name])
-    assert entered == set(KINDS)
+    assert entered == (set(KINDS), {"ExpertsForward", "PackedTiles"})

@@ -127,8 +127,7 @@ def _quantise_matrix(i: int, a: Any) -> None:
         w_I, q_I = a.w_OI[o], a.q_OI[o]
         for j in range(len(w_I)):
             if ternary:
-                q = np.rint(w_I[j] * inverse)  # NaN stays
-                q = real(-1) if q < real(-1) else real(1) if q > real(1) else q
+                q = min(max(np.rint(w_I[j] * inverse), real(-1)), real(1))  # NaN stays
             else:
                 q = real(1) if w_I[j] - middle > real(0) else real(-1)
             flipped += q != q_I[j]
