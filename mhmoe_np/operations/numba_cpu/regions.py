@@ -16,14 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, njit, prange, types
+from numba import get_num_threads, prange, types
 
-from mhmoe_np.operations.numba_cpu.compiling import either, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
 SERIAL_MACS = 1 << 19
 
+# How often a worker draws where tasks are many: it then takes several neighbours at once. Two threads that
+# take turns in small neighbouring places each break the other's stream from memory: packing a weight, a
+# panel of 24 kB a task, took twice as long.
+DRAWS = 32
 
 # What reading, changing and writing a number takes, in multiply-adds of a matrix product.
 ELEMENT_MACS = 16
@@ -40,6 +44,37 @@ def take_number(typing_context: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(counter), code
+
+
+def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value of any type that a region's fields have, its arrays without the counter of holders."""
+    if isinstance(kind, types.BaseTuple):
+        members: Any = kind
+        parts = [
+            _without_owner(context, builder, member, builder.extract_value(value, i))
+            for i, member in enumerate(members)
+        ]
+        return context.make_tuple(builder, kind, parts)
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = array.meminfo.type(None)
+        array.parent = array.parent.type(None)
+        return array._getvalue()
+    return value
+
+
+@typed_intrinsic
+def without_owners(typing_context: Any, region: Any) -> Any:
+    """The same region, whose arrays nobody counts the holders of: who called `run` holds them.
+
+    Otherwise every row that a task slices out would be counted, by all threads in one place: packing a
+    weight on two threads took as long as on one.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_owner(context, builder, region, arguments[0])
+
+    return region(region), code
 
 
 class Loops(NamedTuple):
@@ -62,8 +97,7 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 
     def declare(function: Any) -> Any:
         compiled = compiled_as(function)
-        inlined = njit(inline="always")(function)  # a function fewer to compile
-        work = compiled_as(_loop("work", function, kind, TASK=inlined))
+        work = exact(_loop("work", function, kind, TASK=compiled))
         LOOPS[kind] = Loops(work, parallel(_loop("shared_out", function, kind, WORK=work)))
         return compiled
 
@@ -75,21 +109,22 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 # No field's name begins with an underscore.
 SOURCE = {
     "work": """
-def work(_counter, _tasks, {fields}):
-    _region = KIND({fields})
-    _i = 0
+def work(_counter, _tasks, _at_once, {fields}):
+    _region = without_owners(KIND({fields}))
+    _first = 0
     while True:
         if len(_counter) > 0:
-            _i = take_number(_counter)
-        if _i >= _tasks:
+            _first = take_number(_counter) * _at_once
+        if _first >= _tasks:
             return
-        TASK(_i, _region)
-        _i += 1
+        for _i in range(_first, min(_first + _at_once, _tasks)):
+            TASK(_i, _region)
+        _first += _at_once
 """,
     "shared_out": """
-def shared_out(_workers, _counter, _tasks, {fields}):
+def shared_out(_workers, _counter, _tasks, _at_once, {fields}):
     for _ in prange(_workers):
-        WORK(_counter, _tasks, {fields})
+        WORK(_counter, _tasks, _at_once, {fields})
 """,
 }
 
@@ -97,7 +132,8 @@ def shared_out(_workers, _counter, _tasks, {fields}):
 def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
     """One loop of a kind. It claims its task's file, beside which Numba then keeps it."""
     source = SOURCE[name].format(fields=", ".join(kind._fields))
-    scope = {"KIND": kind, "prange": prange, "take_number": take_number, **names}
+    scope = {"KIND": kind, "prange": prange, **names}
+    scope |= {"take_number": take_number, "without_owners": without_owners}
     exec(compile(source, function.__code__.co_filename, "exec"), scope)
     loop: Any = scope[name]
     loop.__module__, loop.__qualname__ = function.__module__, f"{function.__qualname__}_{name}"
@@ -124,6 +160,8 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
     """
     loops = LOOPS[type(region)]
     if tasks == 1 or macs <= serial:
-        loops.work(ALONE, tasks, *region)
-    else:
-        loops.shared_out(get_num_threads(), np.zeros(1, np.int64), tasks, *region)
+        loops.work(ALONE, tasks, tasks, *region)
+        return
+    workers = get_num_threads()
+    at_once = max(1, tasks // (DRAWS * workers))
+    loops.shared_out(workers, np.zeros(1, np.int64), tasks, at_once, *region)
