@@ -119,6 +119,14 @@ def test_tokens_are_drawn_as_often_as_is_probable() -> None:
         assert abs(counts[token] - draws * p) <= 5 * (draws * p * (1 - p)) ** 0.5
 
 
+def test_a_seed_gives_its_tokens_again() -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        rng = np.random.default_rng(seed)
+        runs.append([next_token(np.array(LOGITS), Sampling(), rng) for _ in range(50)])
+    assert runs[0] == runs[1] != runs[2]
+
+
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_logits_of_any_size_have_probabilities(size: float) -> None:
     found = drawn_from(np.array([-size, size, 0.0]), Sampling())

@@ -130,6 +130,7 @@ def test_what_goes_back_is_the_derivative_of_the_losses(kind: str, seed: int) ->
     _, counted_M = totals(r, M, None, sums)
     sub_tokens = int(counted_M.sum())
     losses = router_losses(sums, sub_tokens, own)
+    assert losses.count_E is (sums.first_choice_E if kind == "top1" else sums.choice_E)
     assert (losses.daux, losses.dz, losses.sub_tokens) == (0.3, 0.2, sub_tokens)
     assert losses.choices == losses.count_E.sum() == sub_tokens * (1 if kind == "top1" else K)
 

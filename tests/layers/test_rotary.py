@@ -76,12 +76,13 @@ def test_a_score_depends_on_how_far_apart_two_positions_are(name: str, shift: in
 
 
 @of_each_backend
-def test_the_way_back_undoes_the_way_there(name: str) -> None:
+def test_turning_keeps_lengths_and_the_way_back_undoes_it(name: str) -> None:
     ops, r = BACKENDS[name], Inputs(3, float)
     rotary = rotary_tables(9, 6, 100.0, np.float64, ops=ops).window(2, 9)
     x = r(2, 7, 3, 6)
     turned = x.copy()
     ops.rotate_in_place(turned, rotary.cos_TJ, rotary.sin_TJ)
     assert not np.allclose(turned, x)
+    near((turned**2).sum(axis=3), (x**2).sum(axis=3))
     ops.rotate_in_place(turned, rotary.cos_TJ, rotary.minus_sin_TJ)
     near(turned, x)

@@ -116,7 +116,7 @@ def packed_product(a: Any, first_panel: Any, last_panel: Any) -> None:
     while v < last:
         start = _code_offset(a.weight, a.e, v)
         vectors = across if v + across <= last else 1
-        n = 0
+        n = np.intp(0)  # a literal 0 would be a type of its own and compile what follows once more
         while n < rows:
             end = n + _sum_tile(a, vectors, n, start, sums)
             _finish(a, sums, n, end, v * lanes, vectors * lanes)
@@ -213,6 +213,5 @@ def project_packed(x_NI: Any, weight: Any, e: int, y_NO: Any) -> None:
     q_NI = np.empty((rows, padded_inputs(weight)), np.int8)
     scale_N, sum_N = np.empty(rows, x_NI.dtype), np.empty(rows, np.int32)
     quantise_to_bytes(x_NI, q_NI, scale_N, sum_N)
-    # A literal 0 would be a type of its own and compile everything once more.
-    first = np.intp(0)
+    first = np.intp(0)  # not a literal, as above
     packed_product(PackedProduct(weight, e, q_NI, scale_N, sum_N, y_NO), first, weight.code.shape[1])

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, prange, types
+from numba import get_num_threads, njit, prange, types
 
-from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
@@ -62,7 +62,8 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 
     def declare(function: Any) -> Any:
         compiled = compiled_as(function)
-        work = exact(_loop("work", function, kind, TASK=compiled))
+        inlined = njit(inline="always")(function)  # a function fewer to compile
+        work = compiled_as(_loop("work", function, kind, TASK=inlined))
         LOOPS[kind] = Loops(work, parallel(_loop("shared_out", function, kind, WORK=work)))
         return compiled
 
