@@ -2,53 +2,87 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mhmoe_np.layers.rotary import rotary_tables
-from mhmoe_np.operations.load import load_operations
-
-NUMPY = load_operations("numpy")
+from tests.operations.cases import BACKENDS, DTYPES, NUMPY, Inputs, near, of_each_backend, quick
 
 
-# [spec 2 RoPE]
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_position_y_turns_pair_j_by_y_theta_to_the_minus_2j_over_c(dtype: Any) -> None:
-    cos_YJ, sin_YJ, minus_sin_YJ = rotary_tables(50, 8, 10000.0, dtype, ops=NUMPY)
-    assert cos_YJ.shape == sin_YJ.shape == (50, 4)
-    assert cos_YJ.dtype == dtype
-    for y, j in ((0, 0), (1, 0), (7, 1), (49, 3)):
-        angle = y * 10000.0 ** (-2 * j / 8)
-        assert cos_YJ[y, j] == dtype(np.cos(angle))
-        assert sin_YJ[y, j] == dtype(np.sin(angle))
-        assert minus_sin_YJ[y, j] == -sin_YJ[y, j]
+@of_each_backend
+@given(
+    positions=st.integers(1, 20),
+    C=st.sampled_from([2, 4, 6, 10]),
+    theta=st.sampled_from([10.0, 10_000.0, 500_000.0]),
+)
+@quick(30)
+def test_position_y_turns_pair_j_by_y_over_theta_to_the_2j_over_c(
+    name: str, positions: int, C: int, theta: float
+) -> None:
+    # [spec 2 RoPE]
+    tables = rotary_tables(positions, C, theta, np.float64, ops=BACKENDS[name])
+    cos, sin, minus_sin = (BACKENDS[name].to_host(table) for table in tables)
+    assert cos.shape == sin.shape == minus_sin.shape == (positions, C // 2)
+    for y in range(positions):
+        for j in range(C // 2):
+            angle = y * theta ** (-2 * j / C)
+            assert cos[y, j] == pytest.approx(math.cos(angle), rel=0, abs=1e-14)
+            assert sin[y, j] == pytest.approx(math.sin(angle), rel=0, abs=1e-14)
+    np.testing.assert_array_equal(minus_sin, -sin)
 
 
-def test_a_window_has_the_angles_of_its_positions() -> None:
-    tables = rotary_tables(9, 4, 100.0, np.float64, ops=NUMPY)
-    window = tables.window(3, 5)
-    for whole, part in zip(tables, window, strict=True):
-        np.testing.assert_array_equal(part, whole[3:5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_are_computed_in_float64_and_rounded_once(dtype: Any) -> None:
+    exact = rotary_tables(5000, 8, 10_000.0, np.float64, ops=NUMPY)
+    for table, in_float64 in zip(
+        rotary_tables(5000, 8, 10_000.0, dtype, ops=NUMPY), exact, strict=True
+    ):
+        assert table.dtype == dtype
+        np.testing.assert_array_equal(table, in_float64.astype(dtype))
 
 
-def test_turning_there_and_back_changes_nothing_and_keeps_lengths() -> None:
-    angles = rotary_tables(6, 8, 10000.0, np.float64, ops=NUMPY).window(0, 6)
-    x = np.random.default_rng(0).standard_normal((2, 6, 3, 8))
+def test_a_window_is_those_positions_of_all() -> None:
+    tables = rotary_tables(12, 6, 100.0, np.float64, ops=NUMPY)
+    window = tables.window(3, 8)
+    for part, whole in zip(window, tables, strict=True):
+        np.testing.assert_array_equal(part, whole[3:8])
+        assert np.shares_memory(part, whole)
+
+
+@of_each_backend
+@given(shift=st.integers(0, 30), seed=st.integers(0, 99))
+@quick(20)
+def test_a_score_depends_on_how_far_apart_two_positions_are(name: str, shift: int, seed: int) -> None:
+    ops, r = BACKENDS[name], Inputs(seed, float)
+    tables = rotary_tables(40, 8, 50.0, np.float64, ops=ops)
+    q, k = r(1, 9, 1, 8), r(1, 9, 1, 8)
+    q[:, 1:], k[:, 1:] = q[:, :1], k[:, :1]  # the same vector everywhere
+    scores = []
+    for first in (0, shift):
+        turned = q.copy(), k.copy()
+        for x in turned:
+            ops.rotate_in_place(x, *tables.window(first, first + 9)[:2])
+        scores.append(turned[0][0, :, 0] @ turned[1][0, :, 0].T)
+    near(scores[1], scores[0])
+    for distance in range(-8, 9):  # constant along every diagonal
+        diagonal = np.diagonal(scores[0], distance)
+        near(diagonal, np.full_like(diagonal, diagonal[0]))
+    near(scores[0][0, 0], q[0, 0, 0] @ k[0, 0, 0])
+
+
+@of_each_backend
+def test_turning_keeps_lengths_and_the_way_back_undoes_it(name: str) -> None:
+    ops, r = BACKENDS[name], Inputs(3, float)
+    rotary = rotary_tables(9, 6, 100.0, np.float64, ops=ops).window(2, 9)
+    x = r(2, 7, 3, 6)
     turned = x.copy()
-    NUMPY.rotate_in_place(turned, angles.cos_TJ, angles.sin_TJ)
-    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
-    np.testing.assert_allclose((turned**2).sum(axis=3), (x**2).sum(axis=3), rtol=1e-13)
-    NUMPY.rotate_in_place(turned, angles.cos_TJ, angles.minus_sin_TJ)
-    np.testing.assert_allclose(turned, x, rtol=0, atol=1e-14)
-
-
-def test_products_of_turned_rows_depend_on_their_distance_alone() -> None:
-    angles = rotary_tables(20, 8, 10000.0, np.float64, ops=NUMPY).window(0, 20)
-    q, k = np.random.default_rng(1).standard_normal((2, 8))
-    rows = np.stack([np.tile(q, (20, 1)), np.tile(k, (20, 1))])[:, :, None]
-    NUMPY.rotate_in_place(rows, angles.cos_TJ, angles.sin_TJ)
-    products = rows[0, :, 0] @ rows[1, :, 0].T
-    for distance in (0, 3, 11):
-        np.testing.assert_allclose(np.diag(products, distance), products[0, distance], rtol=1e-12)
+    ops.rotate_in_place(turned, rotary.cos_TJ, rotary.sin_TJ)
+    assert not np.allclose(turned, x)
+    near((turned**2).sum(axis=3), (x**2).sum(axis=3))
+    ops.rotate_in_place(turned, rotary.cos_TJ, rotary.minus_sin_TJ)
+    near(turned, x)
