@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
 
-from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
