@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mhmoe_np.audit.gradcheck import check_all
+from mhmoe_np.audit.models import KINDS, QUANTISED, settings
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_model
 from mhmoe_np.data.tokenizer import load_tokenizer
@@ -36,7 +37,6 @@ from mhmoe_np.settings.run import parse_run_config
 from mhmoe_np.training.preparation import create_run_folder
 from mhmoe_np.training.step import Learner
 from mhmoe_np.training.trainer import Trainer
-from tests.kinds import KINDS, QUANTISED, settings
 from tests.strict_backend import NotOnTheDevice, StrictArray, StrictOperations, strict_operations
 
 SETTINGS = AdamWSettings(1e-3, 0.9, 0.95, 1e-6, 0.1, 1.0)

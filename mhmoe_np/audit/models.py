@@ -86,6 +86,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mh2-sign-shared": MH2 | SIGN | {"shared_expert_intermediate_size": 18},
 }
 """Kind -> what it sets besides `BASE`."""
+QUANTISED = [kind for kind, own in KINDS.items() if "quantization" in own]
 
 
 # Two implementations differ in last bits, and where x * 127/gamma lies half-way between two integers

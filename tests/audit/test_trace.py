@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mhmoe_np.audit.models import KINDS, parameters, settings
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
-from mhmoe_np.settings.model import ModelConfig
 from tests.conftest import Run
-from tests.kinds import DEFAULT_SEED, KINDS, SEEDS, settings
 from tests.oracle.torch_model import trace as oracle_trace
 
 TOKENS = np.random.default_rng(3).integers(0, 37, (3, 12))
@@ -40,12 +38,10 @@ def test_every_tensor_of_a_trace_equals_the_independent_model(
     # Losses: [spec 4 NLL], [spec 4 aux], [spec 4 z-loss], [spec 4 loss], [spec 4 not counted],
     # [spec 4 capacity], [Switch eq. 4-6], [P2 eq. 10-11], [ST-MoE eq. 5].
     # BitNet: [spec 5 BitLinear], [spec 5 never quantised], [spec 5 straight-through].
-    config = ModelConfig.model_validate(settings(kind))
-    parameters = Parameters(config, np.float64)
-    initialise(parameters, seed=SEEDS.get(kind, DEFAULT_SEED))
+    initial = parameters(kind, np.float64)
     ops = load_operations(backend)
-    ours = trace(Model.of(parameters, ops=ops), tokens, gradients=True, ops=ops)
-    weights = {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
+    ours = trace(Model.of(initial, ops=ops), tokens, gradients=True, ops=ops)
+    weights = {name: np.ascontiguousarray(tensor) for name, tensor in initial.tensors.items()}
     theirs = oracle_trace(settings(kind), weights, tokens)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

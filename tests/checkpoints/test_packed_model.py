@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mhmoe_np.audit.models import DEFAULT_SEED, QUANTISED, settings
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_model
 from mhmoe_np.model.decode import KeyValueCache, decode
@@ -28,7 +29,6 @@ from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import Operations, PackedWeight
 from mhmoe_np.settings.model import ModelConfig
 from tests.conftest import Run
-from tests.kinds import DEFAULT_SEED, QUANTISED, settings
 
 TOKENS = np.random.default_rng(9).integers(0, 37, (5, 33))
 # Shared between tests, so that each set of kernels is made once.

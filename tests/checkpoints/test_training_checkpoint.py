@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from mhmoe_np.audit.models import settings
 from mhmoe_np.checkpoints.checkpoint import (
     TrainerState,
     load_training_checkpoint,
@@ -19,7 +20,6 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.settings.model import ModelConfig
-from tests.kinds import settings
 
 CONFIG = ModelConfig.model_validate(settings("mh2-shared"))
 STATE = TrainerState(step=7, config_sha256="0" * 64)

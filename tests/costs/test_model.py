@@ -8,13 +8,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from mhmoe_np.audit.models import KINDS, settings
 from mhmoe_np.costs.model import macs_per_token, parameter_count
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
-from tests.kinds import KINDS, settings
 
 
 @pytest.mark.parametrize("kind", KINDS)

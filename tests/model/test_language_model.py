@@ -5,21 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mhmoe_np.audit.models import KINDS, QUANTISED, parameters
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch, loss_and_gradient
-from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName, Operations
-from mhmoe_np.settings.model import ModelConfig
-from tests.kinds import DEFAULT_SEED, KINDS, QUANTISED, SEEDS, settings
 
 
 def _model(kind: str, ops: Operations, dtype: type = np.float64) -> Model:
-    parameters = Parameters(ModelConfig.model_validate(settings(kind)), dtype)
-    initialise(parameters, seed=SEEDS.get(kind, DEFAULT_SEED))
-    return Model.of(parameters, ops=ops)
+    return Model.of(parameters(kind, dtype), ops=ops)
 
 
 def _batch(rows: int) -> Batch:

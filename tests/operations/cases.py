@@ -1,20 +1,23 @@
-"""What the tests of this folder share: the two backends, seeded inputs, bounds, one run of all."""
+"""What the tests of this folder share: the backends, seeded inputs, and when two results agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import example, settings
 from hypothesis import strategies as st
 
+from mhmoe_np.audit import operation_checks
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import FormatName, pack
 from mhmoe_np.operations.table import (
     AdamWSettings,
     BitWeight,
+    Dispatch,
     Operations,
     PackedWeight,
     RouterLosses,
@@ -24,25 +27,38 @@ from mhmoe_np.operations.table import (
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")
 BACKENDS = {"numpy": NUMPY, "numba": NUMBA}
-MEMORY = {
-    "empty",
-    "zeros",
-    "empty_packed",
-    "scope",
-    "buffer_bytes",
-    "to_device",
-    "to_host",
-    "packed_to_device",
-    "packed_to_host",
-}
-TABLE = {name for name in vars(Operations) if not name.startswith("_")} - MEMORY - {"prefers_packed"}
 DTYPES = [np.float64, np.float32]
 ACTIVATIONS = ["silu", "relu2"]
+VALUES = {"ternary-2bit": [-1, 0, 1], "ternary-base3": [-1, 0, 1], "sign-1bit": [-1, 1]}
+EPS = 1e-5
+ADAMW = AdamWSettings(
+    learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1, clip_norm=1.0
+)
 
-# float64: reordered sums and fused multiply-adds only, some thousand roundings of 2.2e-16.
-# float32: the same at 1.2e-7, where a reordered sum of n terms is off by up to about sqrt(n)/2
-# roundings of its typical size, n being at most some thousand here; and `exp` adds up to two.
-BOUND = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 64 * 2.0**-23}
+of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+of_each_backend = pytest.mark.parametrize("name", BACKENDS)
+of_each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+# ---- drawn examples --------------------------------------------------------------------------
+
+SEEDS = st.integers(0, 2**32 - 1)
+TINY = st.integers(1, 6)  # sizes for loops over single numbers
+WIDTHS = st.integers(1, 19)
+# Around the blocks of 64, 128 and 256 rows, besides what is drawn below them.
+EDGES = [1, 63, 64, 65, 127, 128, 129, 255, 256, 257]
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from(EDGES))
+LOADS = st.sampled_from(["even", "one", "half"])  # see `Inputs.experts`
+
+
+@st.composite
+def choices(draw: Any) -> tuple[int, int]:
+    """E experts, K of which are chosen: K = E and E = 1 among them."""
+    E = draw(st.integers(1, 9))
+    return E, draw(st.one_of(st.just(E), st.integers(1, E)))
+
+
+ALL_CHOICES = [(1, 1), (2, 1), (2, 2), (5, 2), (7, 7), (130, 3)]
 
 
 def quick(max_examples: int) -> settings:
@@ -61,7 +77,7 @@ def always(cases: list[dict[str, Any]]) -> Callable[[Any], Any]:
     return decorate
 
 
-SEEDS = st.integers(0, 2**32 - 1)
+# ---- inputs ----------------------------------------------------------------------------------
 
 
 class Inputs:
@@ -91,70 +107,28 @@ class Inputs:
             score_ME[:, E - max(K, E // 2) :] += 1
         return np.argsort(-score_ME, axis=1)[:, :K].copy()
 
+    def bits(self, format: FormatName, *shape: int) -> BitWeight:
+        """Random integers of a format, and scales."""
+        w = self.rng.choice(VALUES[format], shape).astype(self.dtype)
+        return BitWeight(w, np.abs(self(*shape[:-1])))
+
+    def routed(
+        self, M: int, U: int, E: int, K: int, load: str, capacity: int | None
+    ) -> tuple[Any, Any, Dispatch]:
+        """x_MU, gate_MK and where each choice goes: what the experts are given beside weights."""
+        x_MU, gate_MK = self(M, U), self(M, K)
+        expert_MK = self.experts(M, E, K, load)
+        return x_MU, gate_MK, NUMPY.dispatch(expert_MK, experts=E, capacity=capacity)
+
 
 def heads(qkv_BTQC: Any, A: int, G: int) -> tuple[Any, Any, Any]:
     return qkv_BTQC[:, :, :A], qkv_BTQC[:, :, A : A + G], qkv_BTQC[:, :, A + G :]
-
-
-def flat(result: Any) -> list[Any]:
-    """The arrays of a result, however nested; None where an optional one is absent."""
-    if isinstance(result, tuple | list):
-        return [array for part in result for array in flat(part)]
-    return [result]
-
-
-def agree(actual: Any, expected: Any, *, unit: float = 1.0) -> None:
-    """Equal integers; floats within BOUND of the largest entry.
-
-    unit: the size of what is summed up, which sets the rounding where the sum itself cancels.
-    """
-    actual, expected = flat(actual), flat(expected)
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if e is None:
-            assert a is None
-            continue
-        assert (a.shape, a.dtype) == (e.shape, e.dtype)
-        if e.dtype.kind != "f":
-            np.testing.assert_array_equal(a, e)
-            continue
-        assert np.isfinite(e).all()
-        error = np.abs(a - e).max(initial=0.0)
-        allowed = BOUND[e.dtype] * max(unit, np.abs(e).max(initial=0.0))
-        assert error <= allowed, f"part {i}: off by {error:.3e}, allowed {allowed:.3e}"
-
-
-def same_bits(actual: Any, expected: Any) -> None:
-    for a, e in zip(flat(actual), flat(expected), strict=True):
-        if e is None:
-            assert a is None
-            continue
-        a, e = np.asarray(a), np.asarray(e)
-        assert (a.shape, a.dtype) == (e.shape, e.dtype)
-        assert a.tobytes() == e.tobytes()
 
 
 def packed_weight(bits: BitWeight, format: FormatName) -> PackedWeight:
     """The same integers packed; one matrix is a stack of one."""
     w = bits.w.reshape(-1, *bits.w.shape[-2:])
     return PackedWeight(pack(w, format), bits.beta.reshape(w.shape[:2]))
-
-
-def copies(arrays: Any) -> list[Any]:
-    return [None if array is None else array.copy() for array in arrays]
-
-
-@contextmanager
-def unchanged(*arrays: Any) -> Iterator[None]:
-    """The operations inside leave these arrays as they are."""
-    before = copies(flat(arrays))
-    yield
-    same_bits(flat(arrays), before)
-
-
-ADAMW = AdamWSettings(
-    learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1, clip_norm=1.0
-)
 
 
 def router_sums(E: int) -> RouterSums:
@@ -169,131 +143,114 @@ def router_losses(r: Inputs, E: int, counted_M: Any) -> RouterLosses:
     return RouterLosses(count_E, int(count_E.sum()), max(1, int(counted_M.sum())), 0.7, 0.3)
 
 
-def run_table(ops: Operations, dtype: Any, seed: int) -> dict[str, list[Any]]:
-    """Every operation once, by its parallel kernels: all arrays returned or written."""
-    r = Inputs(seed, dtype)
-    done: dict[str, list[Any]] = {}
-    N, D, V = 300, 37, 530
-    x, w, b, dy, dx = r(N, D), r(V, D), r(V), r(N, V), r(N, D)
+class Quantised(NamedTuple):
+    """What `quantise_weight` overwrites."""
 
-    done["linear"] = flat(ops.linear(x, w, b))
-    dw, db = r(V, D), r(V)
-    done["linear_backward"] = [ops.linear_backward(dy, x, w, dw, db), dw, db]
+    q: Any
+    beta: Any
+    report: Any
 
-    bits = BitWeight(r.rng.integers(-1, 2, (V, D)).astype(dtype), abs(r(V)))
-    packed = packed_weight(bits, "ternary-2bit")
-    dw, db = r(V, D), r(V)
-    both = bits._replace(packed=packed.w)
-    done["linear"] += [ops.linear(x, w, b) for w in (bits, packed, both)]
-    done["linear_backward"] += [ops.linear_backward(dy, x, bits, dw, db), dw, db]
-    done["quantise_rows"] = flat(ops.quantise_rows(x))
-    q, beta = np.zeros((V, 70), dtype), np.zeros(V, dtype)
-    report = np.zeros((3, 5))
-    ops.quantise_weight(
-        r(V, 70),
-        (0, 1, 200, V),
-        quantization="bitnet_b158",
-        q_OI=q,
-        beta_O=beta,
-        report_X5=report,
+
+def quantise(
+    ops: Operations, w: Any, starts: tuple[int, ...], quantization: Any, before: Any = None
+) -> Quantised:
+    """`quantise_weight` into new arrays; before: what q holds."""
+    found = Quantised(
+        np.zeros_like(w) if before is None else before.copy(),
+        np.full(len(w), np.nan, w.dtype),
+        np.full((len(starts) - 1, 5), np.nan),
     )
-    done["quantise_weight"] = [report, q, beta]
-    room = packed.w._replace(code=np.empty_like(packed.w.code))
-    ops.pack_in_place(bits.w[None], room)
-    done["pack_in_place"] = [room.code]
+    with unchanged(w):
+        ops.quantise_weight(
+            w,
+            starts,
+            quantization=quantization,
+            q_OI=found.q,
+            beta_O=found.beta,
+            report_X5=found.report,
+        )
+    return found
 
-    onto, total = r(N, D), np.ones(1)
-    ops.add_in_place(x, onto)
-    ops.add_sum(x[:, 0].copy(), total)
-    done["add_in_place"], done["add_sum"] = [onto], [total]
 
-    ids, dw = r.rng.integers(0, V, N), r(V, D)
-    done["embedding"] = [ops.embedding(ids, w)]
-    ops.embedding_backward(x, ids, dw)
-    done["embedding_backward"] = [dw]
+# ---- when two results agree ------------------------------------------------------------------
 
-    norm_w, dnorm_w = r(D), r(D)
-    y, rstd = ops.rms_norm(x, norm_w, eps=1e-5)
-    done["rms_norm"] = [y, rstd]
-    onto = r(N, D)
-    done["rms_norm_backward"] = [
-        ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w),
-        ops.rms_norm_backward(dx, x, norm_w, rstd, dnorm_w, onto_ND=onto),
-        dnorm_w,
-    ]
-    branch = r(N, D)
-    done["add_in_place_and_norm"] = [branch, *ops.add_in_place_and_norm(x, branch, norm_w, eps=1e-5)]
+# Of the size of what is added up, in roundings. A sum of n terms in two orders differs by about half
+# a rounding of the sum of their sizes, whatever n is: n roundings of random sign, each of a partial sum
+# of size sqrt(n). A largest of many entries is some times that; an operation has one or two such sums
+# and a float32 `exp`, which is off by up to two and a half roundings itself.
+ROUNDINGS = 16
 
-    B, T, A, G, C = 2, 90, 4, 2, 6
-    turned, cos, sin = r(B, T, A, C), r(T, C // 2), r(T, C // 2)
-    ops.rotate_in_place(turned, cos, sin)
-    done["rotate_in_place"] = [turned]
-    q, k, v = r.joint(B, T, A, G, C)
-    out, lse = ops.attention(q, k, v)
-    done["attention"] = [out, lse]
-    q_step, k_past, v_past = r.joint(3, 701, 24, 12, 8)
-    done["attention"] += ops.attention(q_step[:, -1:], k_past, v_past)
-    dqkv = r(B, T, A + 2 * G, C)
-    ops.attention_backward(r(B, T, A, C), q, k, v, out, lse, *heads(dqkv, A, G))
-    done["attention_backward"] = [dqkv]
 
-    gate_up = r(N, 2 * D)
-    done["gated_activation"] = [ops.gated_activation(gate_up, activation="silu")]
-    done["gated_activation_backward"] = [ops.gated_activation_backward(dx, gate_up, activation="silu")]
+def bound(dtype: Any) -> float:
+    """How far two results may be apart, relative to the size of what is added up."""
+    return ROUNDINGS * float(np.finfo(dtype).eps)
 
-    M, U, F, E, K = 500, 19, 23, 3, 2
-    routing = ops.route(r(M, E), top_k=K, normalise=True)
-    done["route"] = list(routing)
-    counted = r.rng.random(M) < 0.7
-    losses = router_losses(r, E, counted)
-    done["route_backward"] = [ops.route_backward(r(M, K), routing, counted, losses, normalise=True)]
-    sent = ops.dispatch(routing.expert_MK, experts=E, capacity=300)
-    done["dispatch"] = list(sent)
-    sums = router_sums(E)
-    ops.add_router_statistics(routing, sent, counted, sums)
-    done["add_router_statistics"] = list(sums)
-    given = (r(M, U), routing.gate_MK, sent, r(E, 2 * F, U), r(E, U, F), r(E, F))
-    y, cache = ops.expert_ffn(*given, activation="silu", eps=1e-5)
-    done["expert_ffn"] = flat((y, cache))
-    dweights = [r(E, 2 * F, U), r(E, U, F), r(E, F)]
-    gradients = ops.expert_ffn_backward(r(M, U), *given, cache, *dweights, activation="silu")
-    done["expert_ffn_backward"] = [*gradients, *dweights]
 
-    # Between the two maps nothing rounds differently on the two backends: squared ReLU multiplies
-    # alone, and there is no sub-norm. So no quantiser can see other bits and round to a neighbour.
-    U, F = 43, 61  # packed products are parallel from larger sizes on
-    stacks = [
-        BitWeight(r.rng.integers(-1, 2, (E, *shape)).astype(dtype), abs(r(E, shape[0])))
-        for shape in ((2 * F, U), (U, F))
-    ]
-    given = (r(M, U), routing.gate_MK, sent)
-    y, cache = ops.expert_ffn(*given, *stacks, None, activation="relu2", eps=1e-5)
-    done["expert_ffn"] += [y, cache.gate_up_R2F]
-    packs = [packed_weight(stack, "ternary-base3") for stack in stacks]
-    both = [bits._replace(packed=pack.w) for bits, pack in zip(stacks, packs, strict=True)]
-    for weights in (packs, both):
-        y, _ = ops.expert_ffn(*given, *weights, None, activation="relu2", eps=1e-5)
-        done["expert_ffn"] += [y]
-    dweights = [r(E, 2 * F, U), r(E, U, F)]
-    gradients = ops.expert_ffn_backward(
-        r(M, U), *given, *stacks, None, cache, *dweights, None, activation="relu2"
-    )
-    done["expert_ffn_backward"] += [*gradients, *dweights]
+def flat(result: Any) -> list[Any]:
+    """The arrays of a result, however nested; None where an optional one is absent."""
+    if isinstance(result, tuple | list):
+        return [array for part in result for array in flat(part)]
+    return [result]
 
-    target = r.rng.integers(0, V, N)
-    target[::5] = -100
-    dw = r(V, D)
-    done["token_nll"] = [ops.token_nll(x, w, target)]
-    done["token_nll_and_gradient"] = [
-        *ops.token_nll_and_gradient(x, w, target, dw, dnll=0.3),
-        dw,
-    ]
 
-    P = 70_000
-    state = [r(P), r(P), r(P), r(P) ** 2]
-    squares = np.ones(1)
-    ops.add_sum_of_squares(state[0], squares)
-    done["add_sum_of_squares"] = [squares]
-    ops.adamw_in_place(*state, squares, np.zeros(3), step=3, settings=ADAMW)
-    done["adamw_in_place"] = state
-    return done
+def agree(actual: Any, expected: Any, *sizes: Any) -> None:
+    """Equal integers; floats within `bound` of their size, entry by entry.
+
+    sizes: for each array what its entries' errors are relative to, where that is not the entries
+    themselves: where a sum cancels, the sum of the sizes of its terms.
+    """
+    actual, expected = flat(actual), flat(expected)
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if e is None:
+            assert a is None
+            continue
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        if e.dtype.kind != "f":
+            np.testing.assert_array_equal(a, e)
+            continue
+        assert np.isfinite(e).all()
+        size = np.maximum(np.abs(e), sizes[i] if i < len(sizes) else 0)
+        # Below the smallest normal number there are fewer digits, and `exp` may be 0.
+        allowed = bound(e.dtype) * size + 4 * np.finfo(e.dtype).tiny
+        error = np.abs(a - e)
+        worst = np.unravel_index(np.argmax(error / allowed), e.shape) if e.size else ()
+        assert (error <= allowed).all(), (
+            f"part {i} at {worst}: {a[worst]} and {e[worst]}, allowed {allowed[worst]:.3e}"
+        )
+
+
+def same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(flat(actual), flat(expected), strict=True):
+        if e is None:
+            assert a is None
+            continue
+        a, e = np.asarray(a), np.asarray(e)
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert a.tobytes() == e.tobytes()
+
+
+def near(actual: Any, expected: Any) -> None:
+    """float64 against a loop over single numbers: the same few operations in another order.
+
+    Entries are of size one to a hundred.
+    """
+    np.testing.assert_allclose(actual, np.asarray(expected), rtol=1e-12, atol=1e-12)
+
+
+def is_the_derivative(case: operation_checks.Case) -> None:
+    """Every argument's gradient, by the product's own method."""
+    found = operation_checks.check(case, np.random.default_rng(1))
+    assert found.passed, found
+
+
+def copies(arrays: Any) -> list[Any]:
+    return [None if array is None else array.copy() for array in arrays]
+
+
+@contextmanager
+def unchanged(*arrays: Any) -> Iterator[None]:
+    """The operations inside leave these arrays as they are."""
+    before = copies(flat(arrays))
+    yield
+    same_bits(flat(arrays), before)

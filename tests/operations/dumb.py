@@ -55,6 +55,25 @@ def route(logits_ME: Any, top_k: int, normalise: bool) -> tuple[Any, Any, Any, A
     return p_ME, lse_M, expert_MK, gate_MK
 
 
+def router_statistics(
+    p_ME: Any, lse_M: Any, expert_MK: Any, slot_MK: Any, counted_M: Any
+) -> tuple[list[int], list[int], list[float], list[int], float]:
+    """First choices, choices, probabilities and drops of each expert; squares of the log-sum-exp."""
+    E = len(p_ME[0])
+    first, choice, dropped = [0] * E, [0] * E, [0] * E
+    p, squares = [0.0] * E, 0.0
+    for m, counts in enumerate(counted_M):
+        if not counts:
+            continue
+        first[expert_MK[m][0]] += 1
+        for j, e in enumerate(expert_MK[m]):
+            choice[e] += 1
+            dropped[e] += slot_MK[m][j] < 0
+        p = [p[e] + p_ME[m][e] for e in range(E)]
+        squares += lse_M[m] ** 2
+    return first, choice, p, dropped, squares
+
+
 def quantise_row(x_I: Any) -> tuple[list[int], float]:
     """Integers and gamma/127; Python rounds halves to even."""
     gamma = max(1e-5, *(abs(x) for x in x_I))
@@ -76,6 +95,10 @@ def quantise_matrix(w_OI: Any, quantization: str) -> tuple[list[list[int]], floa
     return [[one(w) for w in row] for row in w_OI], beta
 
 
+def linear(x_NI: Any, w_OI: Any, b_O: Any) -> list[list[float]]:
+    return [[dot(x, w) + (0 if b_O is None else b_O[o]) for o, w in enumerate(w_OI)] for x in x_NI]
+
+
 def bit_linear(x_NI: Any, w_OI: Any, beta_O: Any) -> list[list[float]]:
     """Integer products, then one scale."""
     y_NO = []
@@ -94,6 +117,18 @@ def activate(z: float, activation: str) -> float:
     return z / (1 + math.exp(-z)) if activation == "silu" else max(z, 0.0) * max(z, 0.0)
 
 
+def gated(row: Any, activation: str) -> list[float]:
+    """The first half gates the second."""
+    F = len(row) // 2
+    return [activate(row[f], activation) * row[F + f] for f in range(F)]
+
+
+def rms_norm(x_ND: Any, w_D: Any, eps: float) -> tuple[list[list[float]], list[float]]:
+    rstd = [1 / math.sqrt(dot(x, x) / len(x) + eps) for x in x_ND]
+    y = [[x[d] * rstd[n] * w_D[d] for d in range(len(x))] for n, x in enumerate(x_ND)]
+    return y, rstd
+
+
 def project(x: Any, weight: Any) -> list[float]:
     """One row through a matrix of floats, or through a pair of integers and scales."""
     if isinstance(weight, tuple):
@@ -103,12 +138,9 @@ def project(x: Any, weight: Any) -> list[float]:
 
 def expert(x: Any, gate_up: Any, down: Any, sub_norm: Any, activation: str, eps: float) -> list[float]:
     """One expert on one sub-token."""
-    both = project(x, gate_up)
-    F = len(both) // 2
-    h = [activate(gate, activation) * up for gate, up in zip(both[:F], both[F:], strict=True)]
+    h = gated(project(x, gate_up), activation)
     if sub_norm is not None:
-        root = math.sqrt(dot(h, h) / F + eps)
-        h = [h[f] / root * sub_norm[f] for f in range(F)]
+        [h], _ = rms_norm([h], sub_norm, eps)
     return project(h, down)
 
 

@@ -19,20 +19,19 @@ from tests.operations.cases import (
     NUMBA,
     NUMPY,
     SEEDS,
-    TABLE,
     Inputs,
     flat,
     heads,
+    of_each_dtype,
     packed_weight,
     quick,
     router_losses,
     router_sums,
 )
+from tests.operations.runs import TABLE
 
 BAD = [math.nan, math.inf, -math.inf]
 EPS = 1e-5
-
-of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 
 
 class Case(NamedTuple):

@@ -20,14 +20,9 @@ from mhmoe_np.operations.packing import (
     pack,
     unpack,
 )
-from tests.operations.cases import BACKENDS, DTYPES, SEEDS, always, quick
+from tests.operations.cases import BACKENDS, DTYPES, SEEDS, VALUES, always, quick
 
 of_each_format = pytest.mark.parametrize("format", FORMATS)
-
-
-def values(format: FormatName) -> list[int]:
-    """What a format holds."""
-    return [-1, 0, 1] if format.startswith("ternary") else [-1, 1]
 
 
 @of_each_format
@@ -37,7 +32,7 @@ def values(format: FormatName) -> list[int]:
 def test_unpacking_gives_back_what_was_packed(
     format: FormatName, E: int, O: int, I: int, seed: int
 ) -> None:
-    q = np.random.default_rng(seed).choice(values(format), (E, O, I))
+    q = np.random.default_rng(seed).choice(VALUES[format], (E, O, I))
     for dtype in (np.int8, np.float32):
         packed = pack(q.astype(dtype), format)
         assert packed.code.shape == (E, *code_shape(O, I, format))
@@ -52,7 +47,7 @@ def test_unpacking_gives_back_what_was_packed(
 @quick(40)
 def test_a_backend_packs_as_defined(format: FormatName, E: int, O: int, I: int, seed: int) -> None:
     for dtype in DTYPES:
-        q = np.random.default_rng(seed).choice(values(format), (E, O, I)).astype(dtype)
+        q = np.random.default_rng(seed).choice(VALUES[format], (E, O, I)).astype(dtype)
         expected = pack(q, format)
         for ops in BACKENDS.values():
             packed = PackedMatrices(empty_code(E, O, I, format), O, I, format)
@@ -79,7 +74,7 @@ def test_sign_has_no_zero() -> None:
 def test_every_combination_of_values_has_a_byte_of_its_own(format: FormatName) -> None:
     # Output 0; block b of a byte is input 4 b of its group, so each combination is a group.
     depth, base = FORMATS[format].depth, FORMATS[format].base
-    combinations = np.array(list(itertools.product(values(format), repeat=depth)))
+    combinations = np.array(list(itertools.product(VALUES[format], repeat=depth)))
     q = np.full((1, 1, len(combinations), depth, 4), -1)
     q[..., 0] = combinations
     packed = pack(q.reshape(1, 1, -1), format)

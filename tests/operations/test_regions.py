@@ -12,9 +12,9 @@ import pytest
 from mhmoe_np.operations.numba_cpu.compiling import exact
 from mhmoe_np.operations.numba_cpu.packed import Packed
 from mhmoe_np.operations.numba_cpu.regions import LOOPS, Loops, run, tasks_of
-from tests.operations.cases import DTYPES, NUMBA, TABLE, run_table, same_bits
+from tests.operations.cases import NUMBA, of_each_dtype, same_bits
+from tests.operations.runs import TABLE, run_table
 
-of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 KINDS = [kind for kind in LOOPS if kind.__module__.startswith("mhmoe_np.")]
 
 

@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 
+from mhmoe_np.audit.models import BASE, KINDS
 from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.training.step import Learner
-from tests.kinds import BASE, KINDS
 from tests.operations.cases import ADAMW, BACKENDS
 
 # Together these have every tensor that a model can have, as floats and quantised.

@@ -1,0 +1,273 @@
+"""The experts: gathered rows, two maps and a gated activation between, the gated sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhmoe_np.audit import operation_checks
+from mhmoe_np.operations.table import BitWeight
+from tests.operations import dumb
+from tests.operations.cases import (
+    BACKENDS,
+    EPS,
+    LENGTHS,
+    LOADS,
+    NUMBA,
+    NUMPY,
+    SEEDS,
+    TINY,
+    WIDTHS,
+    Inputs,
+    agree,
+    always,
+    choices,
+    copies,
+    is_the_derivative,
+    near,
+    of_each_activation,
+    of_each_backend,
+    of_each_dtype,
+    quick,
+    unchanged,
+)
+from tests.operations.expert_sizes import ExpertSizes
+
+of_each_norm = pytest.mark.parametrize("normed", [False, True], ids=["plain", "sub-norm"])
+
+# ---- the definition --------------------------------------------------------------------------
+
+
+@of_each_activation
+@given(
+    M=TINY,
+    U=TINY,
+    F=TINY,
+    E=TINY,
+    K=TINY,
+    capacity=st.one_of(st.none(), st.integers(1, 4)),
+    sub_norm=st.booleans(),
+    seed=SEEDS,
+)
+@quick(40)
+def test_expert_ffn_is_the_gated_sum_of_the_choices_not_dropped(
+    activation: Any,
+    M: int,
+    U: int,
+    F: int,
+    E: int,
+    K: int,
+    capacity: int | None,
+    sub_norm: bool,
+    seed: int,
+) -> None:
+    # [P1 eq. 1, 3, 5], [GLU eq. 6], [spec 3 Expert]
+    r, K = Inputs(seed, float), min(K, E)
+    expert = r.experts(M, E, K, "even")
+    sent = NUMPY.dispatch(expert, experts=E, capacity=capacity)
+    x, gate, norm = r(M, U), r(M, K), r(E, F) if sub_norm else None
+    up, down = r(E, 2 * F, U), r(E, U, F)
+    y, _ = NUMPY.expert_ffn(x, gate, sent, up, down, norm, activation=activation, eps=EPS)
+    near(y, dumb.expert_ffn(x, gate, expert, sent.slot_MK, up, down, norm, activation, EPS))
+    # Quantised: float64's last bits, where the two differ, move no activation across a half.
+    stacks = [BitWeight(np.rint(np.clip(w, -1, 1)), np.abs(r(*w.shape[:2]))) for w in (up, down)]
+    pairs = [list(zip(stack.w, stack.beta, strict=True)) for stack in stacks]
+    y, _ = NUMPY.expert_ffn(x, gate, sent, *stacks, norm, activation=activation, eps=EPS)
+    near(y, dumb.expert_ffn(x, gate, expert, sent.slot_MK, *pairs, norm, activation, EPS))
+
+
+# ---- one backend and the other ---------------------------------------------------------------
+
+# Segments of one expert around its blocks of 256 rows; sums of rows around blocks of 64.
+SEGMENTS = [
+    {"M": M, "choice": (3, 2), "load": "one", "limit": limit}
+    for M in (255, 256, 257, 520)
+    for limit in (None, 256, 257)
+]
+SEGMENTS += [{"M": M, "choice": (4, 2), "load": "half", "limit": 20} for M in (63, 64, 65)]
+SEGMENTS += [{"M": 1, "choice": (1, 1), "load": "even", "limit": 1}]
+# More than 2^19 multiply-adds, which run in parallel; those above are below that.
+WIDE = [
+    {"M": 260, "choice": (3, 2), "load": "one", "limit": limit, "sub_norm": norm, "U": 19, "F": 37}
+    for limit in (None, 257)
+    for norm in (True, False)
+]
+
+
+def both_backends_agree(
+    r: Inputs, routed: Any, gate_up: Any, down: Any, norm: Any, activation: Any
+) -> None:
+    """Forward and backward, entry by entry."""
+    given_arrays = (*routed, gate_up, down, norm)
+    with unchanged(*given_arrays):
+        y, cache = NUMPY.expert_ffn(*given_arrays, activation=activation, eps=EPS)
+        actual = NUMBA.expert_ffn(*given_arrays, activation=activation, eps=EPS)
+    sizes = ExpertSizes(*given_arrays, cache, activation)
+    agree(actual, (y, cache), *sizes.forward())
+
+    dy = r(*routed[0].shape)
+    expected_sums = [r(*gate_up.shape), r(*down.shape), None if norm is None else r(*norm.shape)]
+    actual_sums, before = copies(expected_sums), copies(expected_sums)
+    with unchanged(dy, *given_arrays, *cache):
+        expected = NUMPY.expert_ffn_backward(
+            dy, *given_arrays, cache, *expected_sums, activation=activation
+        )
+        found = NUMBA.expert_ffn_backward(dy, *given_arrays, cache, *actual_sums, activation=activation)
+    agree([*found, *actual_sums], [*expected, *expected_sums], *sizes.backward(dy, before))
+    dropped = routed[2].slot_MK < 0
+    assert (found[1][dropped] == 0).all()
+
+
+@of_each_dtype
+@of_each_activation
+@always([case | {"seed": 21} for case in WIDE])
+@always([case | {"sub_norm": True, "U": 5, "F": 3, "seed": 14} for case in SEGMENTS])
+@always([case | {"sub_norm": False, "U": 1, "F": 7, "seed": 15} for case in SEGMENTS])
+@given(
+    M=LENGTHS,
+    choice=choices(),
+    load=LOADS,
+    limit=st.one_of(st.none(), st.integers(1, 60)),
+    sub_norm=st.booleans(),
+    U=WIDTHS,
+    F=WIDTHS,
+    seed=SEEDS,
+)
+@quick(20)
+def test_expert_ffn_agrees(
+    dtype: Any,
+    activation: Any,
+    M: int,
+    choice: tuple[int, int],
+    load: str,
+    limit: int | None,
+    sub_norm: bool,
+    U: int,
+    F: int,
+    seed: int,
+) -> None:
+    r, (E, K) = Inputs(seed, dtype), choice
+    routed, norm = r.routed(M, U, E, K, load, limit), r(E, F) if sub_norm else None
+    both_backends_agree(r, routed, r(E, 2 * F, U, spread=U**-0.5), r(E, U, F), norm, activation)
+
+
+@of_each_activation
+@of_each_norm
+@always([{"M": 300, "U": 29, "F": 41, "E": 3, "K": 2, "load": "one", "capacity": 257, "seed": 20}])
+@given(
+    M=st.integers(1, 40),
+    U=st.integers(1, 19),
+    F=st.integers(1, 19),
+    E=st.integers(1, 5),
+    K=st.integers(1, 3),
+    load=LOADS,
+    capacity=st.sampled_from([None, 3]),
+    seed=SEEDS,
+)
+@quick(15)
+def test_quantised_experts_agree(
+    activation: Any,
+    normed: bool,
+    M: int,
+    U: int,
+    F: int,
+    E: int,
+    K: int,
+    load: str,
+    capacity: int | None,
+    seed: int,
+) -> None:
+    # float64: last bits that differ do not reach the next rounding of a quantiser.
+    r, K = Inputs(seed, np.float64), min(K, E)
+    routed = r.routed(M, U, E, K, load, capacity)
+    stacks = r.bits("ternary-2bit", E, 2 * F, U), r.bits("sign-1bit", E, U, F)
+    both_backends_agree(r, routed, *stacks, r(E, F) if normed else None, activation)
+
+
+# ---- gradients -------------------------------------------------------------------------------
+
+
+@of_each_backend
+@of_each_activation
+@of_each_norm
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_expert_ffn_backward_is_the_derivative(
+    name: str, activation: Any, normed: bool, capacity: int | None
+) -> None:
+    # [P1 eq. 3], [spec 3 Expert]
+    rng = np.random.default_rng(43)
+    case = operation_checks.expert_ffn(
+        BACKENDS[name], rng, activation=activation, normed=normed, capacity=capacity
+    )
+    is_the_derivative(case)
+    if activation == "silu":  # squared ReLU may be 0 by itself
+        dgate_MK = case.back([rng.standard_normal(case.arguments["x_MU"].shape)])["gate_MK"]
+        assert (dgate_MK == 0).any() == (capacity is not None)
+
+
+# ---- special promises ------------------------------------------------------------------------
+
+
+def linear_experts(r: Inputs, M: int, E: int, K: int, U: int) -> tuple[Any, ...]:
+    """Experts that are linear in all but the last coordinate of x, which is always one.
+
+    Their gates read that coordinate alone, with weight one: relu2(1) = 1, so h = up(x).
+    """
+    x, gate_up, down = r(M, U + 1), np.zeros((E, 2 * U, U + 1), r.dtype), r(E, U + 1, U)
+    x[:, U], gate_up[:, :U, U] = 1, 1
+    gate_up[:, U:, :U] = r(E, U, U)
+    return x, r(M, K), gate_up, down
+
+
+EXPERT_SIZES = {
+    "M": st.sampled_from([1, 5, 64, 65, 300]),
+    "E": st.integers(1, 5),
+    "K": st.integers(1, 5),
+    "U": st.integers(1, 9),
+    "load": LOADS,
+    "capacity": st.one_of(st.none(), st.integers(1, 90)),
+    "seed": SEEDS,
+}
+
+
+@of_each_backend
+@given(**EXPERT_SIZES)
+@quick(30)
+def test_identity_experts_return_x_times_its_gates_not_dropped(
+    name: str, M: int, E: int, K: int, U: int, load: str, capacity: int | None, seed: int
+) -> None:
+    r, K, ops = Inputs(seed, float), min(K, E), BACKENDS[name]
+    x, gate, gate_up, down = linear_experts(r, M, E, K, U)
+    gate_up[:, U:, :U] = np.eye(U)
+    down[...] = np.eye(U + 1, U)
+    sent = ops.dispatch(r.experts(M, E, K, load), experts=E, capacity=capacity)
+    y, _ = ops.expert_ffn(x, gate, sent, gate_up, down, None, activation="relu2", eps=EPS)
+    kept = np.where(sent.slot_MK >= 0, gate, 0)
+    size = np.abs(kept).sum(axis=1)[:, None] * np.abs(x[:, :U])
+    agree(y[:, :U], kept.sum(axis=1)[:, None] * x[:, :U], size)
+    assert not y[:, U].any()
+
+
+@of_each_backend
+@given(**EXPERT_SIZES)
+@quick(30)
+def test_gathering_and_combining_are_each_others_transpose(
+    name: str, M: int, E: int, K: int, U: int, load: str, capacity: int | None, seed: int
+) -> None:
+    r, K, ops = Inputs(seed, float), min(K, E), BACKENDS[name]
+    x, gate, gate_up, down = linear_experts(r, M, E, K, U)
+    sent = ops.dispatch(r.experts(M, E, K, load), experts=E, capacity=capacity)
+    weights = (gate_up, down, None)
+    y, cache = ops.expert_ffn(x, gate, sent, *weights, activation="relu2", eps=EPS)
+    dy = r(M, U + 1)
+    sums = (np.zeros_like(gate_up), np.zeros_like(down), None)
+    dx, dgate = ops.expert_ffn_backward(dy, x, gate, sent, *weights, cache, *sums, activation="relu2")
+    # y is linear in x (but for its constant one), in the gates and in down: <dy, y> from every side.
+    products = [(dx * x)[:, :U], dgate * gate, sums[1] * down]
+    terms = sum(np.abs(product).sum() for product in [*products, dy * y])
+    for product in products:
+        agree(product.sum(), (dy * y).sum(), terms)

@@ -1,0 +1,223 @@
+"""The router: probabilities, the experts chosen and their gates, and what is counted of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhmoe_np.audit import operation_checks
+from tests.operations import dumb
+from tests.operations.cases import (
+    ALL_CHOICES,
+    BACKENDS,
+    EDGES,
+    LENGTHS,
+    NUMBA,
+    NUMPY,
+    SEEDS,
+    TINY,
+    Inputs,
+    agree,
+    always,
+    choices,
+    is_the_derivative,
+    near,
+    of_each_backend,
+    of_each_dtype,
+    quick,
+    router_losses,
+    router_sums,
+    same_bits,
+    unchanged,
+)
+
+# ---- the definition --------------------------------------------------------------------------
+
+
+@given(M=TINY, E=TINY, K=TINY, levels=st.integers(0, 3), normalise=st.booleans(), seed=SEEDS)
+@quick(100)
+def test_route_sorts_the_probabilities_and_keeps_ties_in_order(
+    M: int, E: int, K: int, levels: int, normalise: bool, seed: int
+) -> None:
+    # [P2 eq. 5], [spec 3 softmax], [spec 3 K largest], [D1]
+    r, K = Inputs(seed, float), min(K, E)
+    logits = r.rng.integers(0, levels, (M, E)).astype(float) if levels else r(M, E)
+    actual = NUMPY.route(logits, top_k=K, normalise=normalise)
+    p, lse, expert, gate = dumb.route(logits.tolist(), K, normalise)
+    assert actual.expert_MK.tolist() == expert
+    near(actual.p_ME, p)
+    near(actual.log_sum_exp_M, lse)
+    near(actual.gate_MK, gate)
+
+
+@given(
+    M=TINY,
+    E=TINY,
+    K=TINY,
+    capacity=st.one_of(st.none(), st.integers(1, 4)),
+    counted=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=SEEDS,
+)
+@quick(60)
+def test_statistics_count_the_choices_of_the_counted_sub_tokens(
+    M: int, E: int, K: int, capacity: int | None, counted: float, seed: int
+) -> None:
+    # [spec 4 aux], [spec 4 z-loss]
+    r, K = Inputs(seed, float), min(K, E)
+    routing = NUMPY.route(r(M, E), top_k=K, normalise=True)
+    sent = NUMPY.dispatch(routing.expert_MK, experts=E, capacity=capacity)
+    counted_M = r.rng.random(M) < counted
+    totals = router_sums(E)
+    for array in totals:
+        array[...] = 5
+    NUMPY.add_router_statistics(routing, sent, counted_M, totals)
+    first, choice, p, dropped, squares = dumb.router_statistics(
+        *(routing.p_ME, routing.log_sum_exp_M, routing.expert_MK, sent.slot_MK, counted_M)
+    )
+    assert (totals.first_choice_E - 5).tolist() == first
+    assert (totals.choice_E - 5).tolist() == choice
+    assert (totals.dropped_E - 5).tolist() == dropped
+    near(totals.p_E - 5, p)
+    near(totals.squared_log_sum_exp_1 - 5, [squares])
+
+
+# ---- one backend and the other ---------------------------------------------------------------
+
+
+@of_each_dtype
+@always([{"M": M, "choice": (6, 2), "levels": 2, "seed": 10} for M in EDGES])
+@always([{"M": 70, "choice": c, "levels": n, "seed": 11} for c in ALL_CHOICES for n in (0, 1, 3)])
+@given(M=LENGTHS, choice=choices(), levels=st.integers(0, 3), seed=SEEDS)
+@quick(20)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_route_agrees(
+    dtype: Any, normalise: bool, M: int, choice: tuple[int, int], levels: int, seed: int
+) -> None:
+    r, (E, K) = Inputs(seed, dtype), choice
+    # With few levels, probabilities tie exactly (levels = 1: all of them); 0 means no levels.
+    logits = r.rng.integers(0, levels, (M, E)).astype(dtype) if levels else r(M, E, spread=3.0)
+    with unchanged(logits):
+        expected = NUMPY.route(logits, top_k=K, normalise=normalise)
+        actual = NUMBA.route(logits, top_k=K, normalise=normalise)
+    # The log-sum-exp is the largest logit and a logarithm, which may cancel.
+    agree(actual, expected, 0, np.abs(logits).max(axis=1) + 1)
+    # The tie rule: of equal logits the lower index comes first.
+    lower_first = np.argsort(-logits, axis=1, kind="stable")[:, :K]
+    np.testing.assert_array_equal(actual.expert_MK, lower_first)
+
+    dgate, counted = r(M, K), r.rng.random(M) < 0.7
+    losses = router_losses(r, E, counted)
+    with unchanged(dgate, *expected, counted, losses.count_E):
+        agree(
+            NUMBA.route_backward(dgate, expected, counted, losses, normalise=normalise),
+            NUMPY.route_backward(dgate, expected, counted, losses, normalise=normalise),
+            backward_size(dgate, expected, counted, losses, normalise),
+        )
+
+
+def backward_size(dgate: Any, routing: Any, counted: Any, losses: Any, normalise: bool) -> Any:
+    """What is added up in dlogits = p (dp - sum(dp p) + dlse)."""
+    p, lse, expert, gate = routing
+    dgate, rows = np.abs(dgate), np.arange(len(p))[:, None]
+    dchosen = dgate
+    if normalise:
+        pull = (dgate * gate).sum(axis=1, keepdims=True)
+        dchosen = (dgate + pull) / p[rows, expert].sum(axis=1, keepdims=True)
+    share = losses.count_E / losses.choices
+    dp = counted[:, None] * (losses.daux * len(share) * share / losses.sub_tokens)
+    dp[rows, expert] += dchosen
+    dlse = counted * np.abs(lse) * 2 * losses.dz / losses.sub_tokens
+    return p * (dp + (dp * p).sum(axis=1, keepdims=True) + dlse[:, None])
+
+
+@of_each_dtype
+@always([{"M": M, "choice": (6, 2), "capacity": 20, "seed": 12} for M in EDGES])
+@given(
+    M=LENGTHS,
+    choice=choices(),
+    capacity=st.one_of(st.none(), st.integers(1, 60)),
+    seed=SEEDS,
+)
+@quick(20)
+def test_statistics_agree(
+    dtype: Any, M: int, choice: tuple[int, int], capacity: int | None, seed: int
+) -> None:
+    r, (E, K) = Inputs(seed, dtype), choice
+    routing = NUMPY.route(r(M, E), top_k=K, normalise=True)
+    sent = NUMPY.dispatch(routing.expert_MK, experts=E, capacity=capacity)
+    counted = r.rng.random(M) < 0.7
+    totals = {name: router_sums(E) for name in BACKENDS}
+    with unchanged(*routing, *sent, counted):
+        for name, ops in BACKENDS.items():
+            for _ in range(2):  # going on, as in a step of several micro-batches
+                ops.add_router_statistics(routing, sent, counted, totals[name])
+    expected, actual = totals["numpy"], totals["numba"]
+    for field in ("first_choice_E", "choice_E", "dropped_E"):
+        same_bits(getattr(actual, field), getattr(expected, field))
+    # p is added up in its own dtype; all terms are positive.
+    agree(actual.p_E.astype(dtype), expected.p_E.astype(dtype))
+    np.testing.assert_array_equal(actual.p_E.astype(dtype), actual.p_E)
+    agree(actual.squared_log_sum_exp_1.astype(dtype), expected.squared_log_sum_exp_1.astype(dtype))
+
+
+# ---- gradients -------------------------------------------------------------------------------
+
+
+@of_each_backend
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("E", "K"), [(5, 2), (4, 4), (6, 1)])
+def test_route_backward_is_the_derivative_where_the_choice_holds(
+    name: str, E: int, K: int, normalise: bool
+) -> None:
+    # [spec 3 softmax], [Switch eq. 4], [spec 4 aux], [ST-MoE eq. 5], [spec 4 z-loss]
+    rng = np.random.default_rng(26)
+    is_the_derivative(
+        operation_checks.route(BACKENDS[name], rng, normalise=normalise, experts=E, top_k=K)
+    )
+
+
+# ---- special promises ------------------------------------------------------------------------
+
+
+@of_each_dtype
+@given(M=st.integers(1, 80), E=st.integers(1, 70), seed=SEEDS)
+@quick(25)
+def test_the_routers_probabilities_and_normalised_gates_sum_to_one(
+    dtype: Any, M: int, E: int, seed: int
+) -> None:
+    r = Inputs(seed, dtype)
+    for backend in BACKENDS.values():
+        routing = backend.route(r(M, E, spread=20.0), top_k=min(E, 3), normalise=True)
+        # Each addend and the sum itself are rounded: E roundings at the very most.
+        atol = (E + 4) * np.finfo(dtype).eps
+        for weights in (routing.p_ME, routing.gate_MK):
+            assert (weights >= 0).all()
+            np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=0, atol=atol)
+        assert (np.diff(routing.gate_MK, axis=1) <= 0).all()  # most probable first
+
+
+@of_each_dtype
+@given(
+    M=st.integers(1, 80),
+    E=st.integers(1, 9),
+    K=st.integers(1, 9),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    share=st.sampled_from([0.2, 1.0]),
+    seed=SEEDS,
+)
+@quick(50)
+def test_logits_that_are_not_numbers_still_choose_valid_experts(
+    dtype: Any, M: int, E: int, K: int, bad: float, share: float, seed: int
+) -> None:
+    # An index out of range would make the compiled dispatch write outside its arrays.
+    r, K = Inputs(seed, dtype), min(K, E)
+    logits = r(M, E)
+    logits[r.rng.random((M, E)) < share] = bad
+    expert = NUMBA.route(logits, top_k=K, normalise=True).expert_MK
+    assert ((expert >= 0) & (expert < E)).all()
+    assert all(len(set(row)) == K for row in expert.tolist())
