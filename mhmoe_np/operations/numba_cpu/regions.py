@@ -24,9 +24,9 @@ from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, tas
 # waking it can take milliseconds.
 SERIAL_MACS = 1 << 19
 
-# How often a worker draws where tasks are many: it then takes several neighbours at once. Two threads that
-# take turns in small neighbouring places each break the other's stream from memory: packing a weight, a
-# panel of 24 kB a task, took twice as long.
+# How often a worker draws where tasks are many: it then takes several neighbours at once. Two threads
+# that take turns in small neighbouring places break each other's stream from memory: packing a weight,
+# a panel of 24 kB a task, took twice as long.
 DRAWS = 32
 
 # What reading, changing and writing a number takes, in multiply-adds of a matrix product.
