@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.numba_cpu.workspace import Workspace
+from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
 
 
 class Buffers:
@@ -24,13 +24,32 @@ class Buffers:
             return np.empty(shape, dtype)
         return self._workspace.empty(shape, dtype)
 
-    # The device is the host, and packed codes lie as in files: what NumPy's backend does.
-    zeros = staticmethod(numpy_ref.zeros)
-    empty_packed = staticmethod(numpy_ref.empty_packed)
-    to_device = staticmethod(numpy_ref.to_device)
-    to_host = staticmethod(numpy_ref.to_host)
-    packed_to_device = staticmethod(numpy_ref.packed_to_device)
-    packed_to_host = staticmethod(numpy_ref.packed_to_host)
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Operations.zeros`."""
+        return np.zeros(shape, dtype)
+
+    def empty_packed(
+        self, experts: int, outputs: int, inputs: int, format: FormatName
+    ) -> PackedMatrices:
+        """See `Operations.empty_packed`: the layout is that of files."""
+        return PackedMatrices(empty_code(experts, outputs, inputs, format), outputs, inputs, format)
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        """See `Operations.to_device`: the device is the host."""
+        return array
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """See `Operations.to_host`."""
+        host: NDArray[Any] = array
+        return host
+
+    def packed_to_device(self, packed: PackedMatrices) -> PackedMatrices:
+        """See `Operations.packed_to_device`."""
+        return packed
+
+    def packed_to_host(self, packed: PackedMatrices) -> PackedMatrices:
+        """See `Operations.packed_to_host`."""
+        return packed
 
     def buffer_bytes(self) -> int:
         """See `Operations.buffer_bytes`."""
