@@ -67,7 +67,7 @@ def test_packed_traces_are_the_fake_quantised_ones(kind: str, format: FormatName
     parameters = _parameters(config)
     packed = pack_weights(parameters, format, ops=ops)
     assert any(isinstance(weight, PackedWeight) for weight in packed.arrays.values())
-    _same_traces(Model.of(parameters, ops=ops), Model.with_weights(config, packed), ops)
+    _same_traces(Model.of(parameters, ops=ops), Model.with_weights(config, packed, ops=ops), ops)
 
 
 def _constant(value: float) -> Any:
@@ -101,7 +101,7 @@ def test_extreme_weights_survive_packing_and_unpacking(kind: str, extreme: str) 
         floats = unpack_weights(config, packed, ops=default)
         for ops in BACKENDS.values():
             model = Model.of(parameters, ops=ops)
-            _same_traces(model, Model.with_weights(config, packed), ops)
+            _same_traces(model, Model.with_weights(config, packed, ops=ops), ops)
         _same_traces(Model.of(parameters, ops=default), Model.of(floats, ops=default), default)
 
 
@@ -113,7 +113,7 @@ def test_rows_of_zeros_and_of_extreme_size_agree(scale: float) -> None:
     parameters.tensors["model.layers.1.post_attention_layernorm.weight"][...] = scale
     for ops in BACKENDS.values():
         packed = pack_weights(parameters, "ternary-2bit", ops=ops)
-        _same_traces(Model.of(parameters, ops=ops), Model.with_weights(config, packed), ops)
+        _same_traces(Model.of(parameters, ops=ops), Model.with_weights(config, packed, ops=ops), ops)
 
 
 @pytest.mark.parametrize("kind", ["dense-ternary", "mh2-sign-shared", "mh3-sign"])
@@ -124,8 +124,8 @@ def test_cached_decoding_is_the_same_packed(kind: str) -> None:
     for weights in (None, pack_weights(parameters, formats_for(config)[0], ops=ops)):
         model = Model.of(parameters, ops=ops)
         if weights is not None:
-            model = Model.with_weights(config, weights)
-        cache = KeyValueCache(model, sequences=1, positions=9)
+            model = Model.with_weights(config, weights, ops=ops)
+        cache = KeyValueCache(model, sequences=1, positions=9, ops=ops)
         steps = [decode(model, cache, TOKENS[:1, t : t + 1], ops=ops) for t in range(9)]
         logits.append(np.stack(steps).tobytes())
     assert logits[0] == logits[1]
@@ -156,7 +156,7 @@ def test_what_is_loaded_is_what_was_packed_and_stays_packed(kind: str, tmp_path:
     packed = pack_weights(parameters, formats_for(config)[0], ops=ops)
     save_packed_model(tmp_path, config, packed, None)
     model = load_model(tmp_path, np.float32, ops=ops)
-    _same_traces(Model.with_weights(config, packed), model, ops)
+    _same_traces(Model.with_weights(config, packed, ops=ops), model, ops)
     for entry in parameters.table:
         weight = model.weights.arrays[entry.name]
         assert isinstance(weight, PackedWeight) == entry.quantised
