@@ -55,17 +55,17 @@ class Entered(NamedTuple):
 def shared_out_instead(kind: type, entered: Entered) -> Loops:
     """A kind's loops, of which both share out; entering is noted down."""
 
-    def shared_out(workers: int, counter: Any, tasks: int, *fields: Any) -> None:
+    def shared_out(workers: int, counter: Any, tasks: int, at_once: int, *fields: Any) -> None:
         entered.kinds.add(kind)
         if any(isinstance(field, Packed) for field in fields):
             entered.with_packed_weights.add(kind.__name__)
-        loops.shared_out(workers, counter, tasks, *fields)
+        loops.shared_out(workers, counter, tasks, at_once, *fields)
 
-    def work(_counter: Any, tasks: int, *fields: Any) -> None:
-        shared_out(numba.get_num_threads(), np.zeros(1, np.int64), tasks, *fields)
+    def in_turn(tasks: int, *fields: Any) -> None:
+        shared_out(numba.get_num_threads(), np.zeros(1, np.int64), tasks, 1, *fields)
 
     loops = LOOPS[kind]
-    return Loops(work, shared_out)
+    return Loops(in_turn, shared_out)
 
 
 @pytest.fixture

@@ -78,14 +78,13 @@ def without_owners(typing_context: Any, region: Any) -> Any:
 
 
 class Loops(NamedTuple):
-    """The compiled loops of one kind of region, over tasks that are numbered by a counter."""
+    """The compiled loops over all tasks of one kind of region."""
 
-    work: Any  # the tasks that one thread gets hold of; all of them in turn without a counter
-    shared_out: Any  # all tasks on all threads
+    in_turn: Any  # on the calling thread
+    shared_out: Any  # on all threads
 
 
 LOOPS: dict[type, Loops] = {}
-ALONE = np.empty(0, np.int64)  # in a counter's place: nobody else draws numbers
 
 
 def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[Any], Any]:
@@ -97,8 +96,8 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 
     def declare(function: Any) -> Any:
         compiled = compiled_as(function)
-        work = exact(_loop("work", function, kind, TASK=compiled))
-        LOOPS[kind] = Loops(work, parallel(_loop("shared_out", function, kind, WORK=work)))
+        in_turn, shared_out = (_loop(name, function, kind, TASK=compiled) for name in SOURCE)
+        LOOPS[kind] = Loops(exact(in_turn), parallel(shared_out))
         return compiled
 
     return declare
@@ -108,23 +107,21 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 # for a named tuple, whose names it compares, and takes no tuple inside a tuple into a parallel loop.
 # No field's name begins with an underscore.
 SOURCE = {
-    "work": """
-def work(_counter, _tasks, _at_once, {fields}):
+    "in_turn": """
+def in_turn(_tasks, {fields}):
     _region = without_owners(KIND({fields}))
-    _first = 0
-    while True:
-        if len(_counter) > 0:
-            _first = take_number(_counter) * _at_once
-        if _first >= _tasks:
-            return
-        for _i in range(_first, min(_first + _at_once, _tasks)):
-            TASK(_i, _region)
-        _first += _at_once
+    for _i in range(_tasks):
+        TASK(_i, _region)
 """,
     "shared_out": """
 def shared_out(_workers, _counter, _tasks, _at_once, {fields}):
     for _ in prange(_workers):
-        WORK(_counter, _tasks, _at_once, {fields})
+        _region = without_owners(KIND({fields}))
+        _first = take_number(_counter) * _at_once
+        while _first < _tasks:
+            for _i in range(_first, min(_first + _at_once, _tasks)):
+                TASK(_i, _region)
+            _first = take_number(_counter) * _at_once
 """,
 }
 
@@ -160,7 +157,7 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
     """
     loops = LOOPS[type(region)]
     if tasks == 1 or macs <= serial:
-        loops.work(ALONE, tasks, tasks, *region)
+        loops.in_turn(tasks, *region)
         return
     workers = get_num_threads()
     at_once = max(1, tasks // (DRAWS * workers))
