@@ -5,7 +5,8 @@ of <dy, f(x + t v)> at t = 0. Ones are never used as dy: a softmax's rows sum to
 under ones is 0 and hides errors. The derivative is taken by the fourth-order central stencil
 (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h, with h halved until two in a row agree: a norm of small
 numbers curves strongly, squared ReLU has kinks in its slope, and where the router's choice switches
-there is no derivative at all.
+there is no derivative at all. Shorter steps lose digits to f's rounding, and then two in a row agree by
+accident: how far they agree counts only down to what that rounding makes of them.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ class GradientCheck(NamedTuple):
         return self._asdict() | {"entry": self.entry and self.entry._asdict()}
 
 
-def derivative(f: Callable[[float], float], *, agreement: float) -> float:
+def derivative(f: Callable[[float], float], *, rounding: float, agreement: float) -> float:
     """df/dt at 0 by the fourth-order central stencil, on the two steps in a row that agree best.
 
+    rounding: how far a value of f may be off; a difference over a step is off by that over the step.
     agreement: relative; the first two that agree so well are taken. The choice looks at f alone and
     never at the gradient under test.
     """
@@ -73,10 +75,11 @@ def derivative(f: Callable[[float], float], *, agreement: float) -> float:
 
     best, best_gap, previous = 0.0, math.inf, math.inf
     step, far = FIRST_STEP, difference(2 * FIRST_STEP)
-    while step >= LAST_STEP and best_gap > agreement * abs(best):
+    # Where the rounding alone is more than the best gap, no shorter step can be better.
+    while step >= LAST_STEP and best_gap > max(agreement * abs(best), rounding / step):
         near = difference(step)
         value = (8 * near - far) / (12 * step)
-        gap = abs(value - previous)
+        gap = abs(value - previous) + rounding / step
         if gap < best_gap:
             best, best_gap = value, gap
         previous, far, step = value, near, step / 2
@@ -100,6 +103,7 @@ def check_gradients(
     at: Mapping[str, FloatArray],
     gradients: Mapping[str, FloatArray],
     *,
+    rounding: float,
     directions: int,
     bound: float,
     rng: np.random.Generator,
@@ -107,6 +111,7 @@ def check_gradients(
     """Hold the gradients of `value` at a point against its derivatives along random directions.
 
     at: the arrays at the point; each of `gradients` belongs to the one of its name.
+    rounding: how far `value` may be off near the point.
     bound: on relative errors; the derivatives are taken a hundred times as exactly.
 
     Raises ValueError: a gradient has another shape than its array.
@@ -114,7 +119,9 @@ def check_gradients(
 
     def along(argument: str, v: FloatArray) -> float:
         x = at[argument]
-        return derivative(lambda t: value(argument, x + t * v), agreement=bound / 100)
+        return derivative(
+            lambda t: value(argument, x + t * v), rounding=rounding, agreement=bound / 100
+        )
 
     max_error, worst = 0.0, next(iter(gradients))
     for argument, gradient in gradients.items():

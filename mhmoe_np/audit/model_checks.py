@@ -33,11 +33,13 @@ def check_model(kind: str, ops: Operations) -> GradientCheck:
     at = parameters(kind, np.float64)
     rng = np.random.default_rng(1)
     batch = _batch(at.config, rng)
+    moved = _Loss(at, batch, ops)
     return check_gradients(
         f"model: {kind}",
-        _Loss(at, batch, ops).value,
+        moved.value,
         at.tensors,
         _gradient(at, batch, cast(Operations, Checked(ops))).tensors,
+        rounding=moved.rounding,
         directions=1,
         bound=MODEL_BOUND,
         rng=rng,
@@ -69,6 +71,7 @@ class _Loss:
         self._moved = Parameters(at.config, np.float64, flat_P=at.flat_P.copy())
         self._model = Model.of(self._moved, ops=self._ops)
         self._origin, self._choice = self._loss_and_choice()
+        self.rounding = float(np.spacing(self._origin))
 
     def value(self, tensor: str, moved: FloatArray) -> float:
         """The loss with one tensor moved, less that at the point; NaN: other experts are chosen."""

@@ -63,11 +63,13 @@ def check(case: Case, rng: np.random.Generator) -> GradientCheck:
             float(np.sum((y - y0) * dy)) for y, y0, dy in zip(now, outputs, upstream, strict=True)
         )
 
+    size = sum(float(np.sum(np.abs(y0 * dy))) for y0, dy in zip(outputs, upstream, strict=True))
     return check_gradients(
         case.name,
         value,
         case.arguments,
         case.back(upstream),
+        rounding=float(np.spacing(size)),
         directions=DIRECTIONS,
         bound=OPERATION_BOUND,
         rng=rng,

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mhmoe_np.audit.derivative import GradientCheck, check_gradients, derivative, relative_error
 
@@ -29,12 +31,22 @@ AGREEMENT = 1e-9
     ],
 )
 def test_a_derivative_is_that_of_calculus(f: Callable[[float], float], expected: float) -> None:
-    assert derivative(f, agreement=AGREEMENT) == pytest.approx(expected, rel=1e-8)
+    assert derivative(f, rounding=0, agreement=AGREEMENT) == pytest.approx(expected, rel=1e-8)
 
 
 def test_where_there_is_no_value_there_is_no_derivative_to_agree_with() -> None:
-    numeric = derivative(lambda t: math.nan, agreement=AGREEMENT)
+    numeric = derivative(lambda t: math.nan, rounding=1e-16, agreement=AGREEMENT)
     assert relative_error(numeric, 0.3) == 1
+
+
+@given(st.floats(1e-6, 1), st.floats(1, 10))
+def test_short_steps_that_agree_by_rounding_alone_are_not_taken(slope: float, size: float) -> None:
+    rounding = math.ulp(size + 1)
+    numeric = derivative(
+        lambda t: size + slope * math.sin(t) - size, rounding=rounding, agreement=AGREEMENT
+    )
+    # The first stencil's steps are 1e-3 and 2e-3, the second's half of that.
+    assert abs(numeric - slope) <= 4 * rounding / 1e-3 + 1e-10 * slope
 
 
 def test_a_stencil_is_not_taken_twice() -> None:
@@ -44,7 +56,7 @@ def test_a_stencil_is_not_taken_twice() -> None:
         asked.append(t)
         return 3 * t
 
-    derivative(linear, agreement=AGREEMENT)
+    derivative(linear, rounding=0, agreement=AGREEMENT)
     assert len(asked) == len(set(asked)) == 6
 
 
@@ -67,7 +79,16 @@ def check(gradients: dict[str, Any]) -> GradientCheck:
         return float((now["x"] ** 3).sum() + now["x"].sum() * (now["y"] ** 2).sum())
 
     rng = np.random.default_rng(0)
-    return check_gradients("two", value, {"x": X, "y": Y}, gradients, directions=3, bound=1e-7, rng=rng)
+    return check_gradients(
+        "two",
+        value,
+        {"x": X, "y": Y},
+        gradients,
+        rounding=1e-15,
+        directions=3,
+        bound=1e-7,
+        rng=rng,
+    )
 
 
 def right() -> dict[str, Any]:
