@@ -11,7 +11,7 @@ import pytest
 
 from mhmoe_np.operations.numba_cpu.compiling import exact
 from mhmoe_np.operations.numba_cpu.packed import Packed
-from mhmoe_np.operations.numba_cpu.regions import LOOPS, Loops, run, tasks_of
+from mhmoe_np.operations.numba_cpu.regions import COUNTER_STRIDE, LOOPS, Loops, run, tasks_of
 from tests.operations.cases import NUMBA, of_each_dtype, same_bits
 from tests.operations.runs import TABLE, run_table
 
@@ -37,7 +37,7 @@ def _count(i: int, a: Any) -> None:
 
 
 @pytest.mark.parametrize("macs", [0, 1 << 30], ids=["one thread", "all threads"])
-@pytest.mark.parametrize("tasks", [0, 1, 2, 100])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 3, 100])
 def test_every_task_is_done_once(tasks: int, macs: int) -> None:
     region = Counts(np.zeros(tasks, np.int64), Pair(np.zeros(tasks), 0.5))
     run(region, tasks, macs=macs)
@@ -55,14 +55,15 @@ class Entered(NamedTuple):
 def shared_out_instead(kind: type, entered: Entered) -> Loops:
     """A kind's loops, of which both share out; entering is noted down."""
 
-    def shared_out(workers: int, counter: Any, tasks: int, at_once: int, *fields: Any) -> None:
+    def shared_out(workers: int, counters: Any, tasks: int, *fields: Any) -> None:
         entered.kinds.add(kind)
         if any(isinstance(field, Packed) for field in fields):
             entered.with_packed_weights.add(kind.__name__)
-        loops.shared_out(workers, counter, tasks, at_once, *fields)
+        loops.shared_out(workers, counters, tasks, *fields)
 
     def in_turn(tasks: int, *fields: Any) -> None:
-        shared_out(numba.get_num_threads(), np.zeros(1, np.int64), tasks, 1, *fields)
+        workers = numba.get_num_threads()
+        shared_out(workers, np.zeros(workers * COUNTER_STRIDE, np.int64), tasks, *fields)
 
     loops = LOOPS[kind]
     return Loops(in_turn, shared_out)

@@ -4,9 +4,11 @@ A region is a named tuple of everything its tasks read and write, and one functi
 declared by `@tasks_of(TheTuple)`. `run` is the only place that decides between one thread and many.
 
 Numba gives every thread an equal number of loop turns beforehand. Where turns differ in length, or a
-core is slowed by something else, the others would wait. So the loop is over workers, and these draw the
-numbers of their tasks from a common counter. No two tasks write to one place, and what a task computes
-does not depend on who runs it: the same input gives the same bits at any number of threads.
+core is slowed by something else, the others would wait. So the loop is over workers. Each has an equal
+share of neighbouring tasks, drawn one by one from a counter of its own, and helps the others with
+theirs when it is done: mostly it finds in its core's cache what it wrote in the region before. No two
+tasks write to one place, and what a task computes does not depend on who runs it: the same input gives
+the same bits at any number of threads.
 """
 
 from __future__ import annotations
@@ -24,10 +26,8 @@ from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, tas
 # waking it can take milliseconds.
 SERIAL_MACS = 1 << 19
 
-# How often a worker draws where tasks are many: it then takes several neighbours at once. Two threads
-# that take turns in small neighbouring places break each other's stream from memory: packing a weight,
-# a panel of 24 kB a task, took twice as long.
-DRAWS = 32
+# Numbers from one worker's counter to the next: a cache line, which two cores would fight over.
+COUNTER_STRIDE = 8
 
 # What reading, changing and writing a number takes, in multiply-adds of a matrix product.
 ELEMENT_MACS = 16
@@ -36,14 +36,15 @@ ROWS_ELEMENTWISE = 64  # rows of one task where memory does
 
 
 @typed_intrinsic
-def take_number(typing_context: Any, counter: Any) -> Any:
-    """The counter's value; it is one more for whoever asks next."""
+def take_number(typing_context: Any, counters: Any, i: Any) -> Any:
+    """The value of counters[i]; it is one more for whoever asks next."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        counter = builder.gep(array.data, [arguments[1]])
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(counter), code
+    return types.int64(counters, types.int64), code
 
 
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -114,14 +115,16 @@ def in_turn(_tasks, {fields}):
         TASK(_i, _region)
 """,
     "shared_out": """
-def shared_out(_workers, _counter, _tasks, _at_once, {fields}):
-    for _ in prange(_workers):
+def shared_out(_workers, _counters, _tasks, {fields}):
+    for _worker in prange(_workers):
         _region = without_owners(KIND({fields}))
-        _first = take_number(_counter) * _at_once
-        while _first < _tasks:
-            for _i in range(_first, min(_first + _at_once, _tasks)):
+        for _next in range(_worker, _worker + _workers):
+            _whose = _next % _workers
+            _first, _end = _tasks * _whose // _workers, _tasks * (_whose + 1) // _workers
+            _i = _first + take_number(_counters, _whose * COUNTER_STRIDE)
+            while _i < _end:
                 TASK(_i, _region)
-            _first = take_number(_counter) * _at_once
+                _i = _first + take_number(_counters, _whose * COUNTER_STRIDE)
 """,
 }
 
@@ -131,6 +134,7 @@ def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
     source = SOURCE[name].format(fields=", ".join(kind._fields))
     scope = {"KIND": kind, "prange": prange, **names}
     scope |= {"take_number": take_number, "without_owners": without_owners}
+    scope |= {"COUNTER_STRIDE": COUNTER_STRIDE}
     exec(compile(source, function.__code__.co_filename, "exec"), scope)
     loop: Any = scope[name]
     loop.__module__, loop.__qualname__ = function.__module__, f"{function.__qualname__}_{name}"
@@ -160,5 +164,5 @@ def run(region: tuple[Any, ...], tasks: int, *, macs: int, serial: int = SERIAL_
         loops.in_turn(tasks, *region)
         return
     workers = get_num_threads()
-    at_once = max(1, tasks // (DRAWS * workers))
-    loops.shared_out(workers, np.zeros(1, np.int64), tasks, at_once, *region)
+    counters = np.zeros(workers * COUNTER_STRIDE, np.int64)
+    loops.shared_out(workers, counters, tasks, *region)
