@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.packing import PackedMatrices
 from mhmoe_np.operations.table import Operations
 
 
@@ -28,33 +27,10 @@ class HostFacing:
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
         self.prefers_packed = ops.prefers_packed
-
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """See `Operations.empty`."""
-        return np.empty(shape, dtype)
-
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """See `Operations.zeros`."""
-        return np.zeros(shape, dtype)
-
-    def empty_packed(
-        self, experts: int, outputs: int, inputs: int, format: FormatName
-    ) -> PackedMatrices:
-        """See `Operations.empty_packed`."""
-        return PackedMatrices(empty_code(experts, outputs, inputs, format), outputs, inputs, format)
-
-    def scope(self) -> AbstractContextManager[None]:
-        """See `Operations.scope`: nothing is used again."""
-        return nullcontext()
-
-    def to_device(self, array: NDArray[Any]) -> Any:
-        """See `Operations.to_device`."""
-        return array
-
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """See `Operations.to_host`."""
-        host: NDArray[Any] = array
-        return host
+        # Memory is the definition's: NumPy's own, and nothing is used again.
+        host = load_operations("numpy")
+        self.empty, self.zeros, self.empty_packed = host.empty, host.zeros, host.empty_packed
+        self.scope, self.to_device, self.to_host = host.scope, host.to_device, host.to_host
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """The operation of this name."""

@@ -33,13 +33,13 @@ def check_model(kind: str, ops: Operations) -> GradientCheck:
     at = parameters(kind, np.float64)
     rng = np.random.default_rng(1)
     batch = _batch(at.config, rng)
-    moved = _Loss(at, batch, ops)
+    around = _Loss(at, batch, ops)
     return check_gradients(
         f"model: {kind}",
-        moved.value,
+        around.value,
         at.tensors,
         _gradient(at, batch, cast(Operations, Checked(ops))).tensors,
-        rounding=moved.rounding,
+        rounding=around.rounding,
         directions=1,
         bound=MODEL_BOUND,
         rng=rng,

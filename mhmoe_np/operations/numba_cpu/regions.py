@@ -132,9 +132,8 @@ def shared_out(_workers, _counters, _tasks, {fields}):
 def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
     """One loop of a kind. It claims its task's file, beside which Numba then keeps it."""
     source = SOURCE[name].format(fields=", ".join(kind._fields))
-    scope = {"KIND": kind, "prange": prange, **names}
+    scope = {"KIND": kind, "prange": prange, "COUNTER_STRIDE": COUNTER_STRIDE, **names}
     scope |= {"take_number": take_number, "without_owners": without_owners}
-    scope |= {"COUNTER_STRIDE": COUNTER_STRIDE}
     exec(compile(source, function.__code__.co_filename, "exec"), scope)
     loop: Any = scope[name]
     loop.__module__, loop.__qualname__ = function.__module__, f"{function.__qualname__}_{name}"
