@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is at fault, and this is the line that says so."""
+"""What a user did wrong, and what went wrong with a file: the exceptions that end in one line."""
 
 from __future__ import annotations
 
@@ -7,4 +7,11 @@ class UserError(Exception):
     """Bad input. The message is one line naming the file, key or value, and the remedy.
 
     The command line prints it to standard error without a traceback and exits with code 2.
+    """
+
+
+class Damaged(UserError):
+    """A file is not as it was written: missing, torn, changed, or with numbers that are not finite.
+
+    Who has another copy of the same thing, an older checkpoint say, may turn to that.
     """
