@@ -15,3 +15,11 @@ class Damaged(UserError):
 
     Who has another copy of the same thing, an older checkpoint say, may turn to that.
     """
+
+
+class Interrupted(BaseException):
+    """A signal ended the program: like KeyboardInterrupt, for any signal."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal

@@ -1,131 +1,80 @@
 """Checkpoint directories: a model's configuration, weights and tokenizer, and the training state.
 
-Written to a temporary directory and renamed, so a checkpoint is whole or absent. A packed checkpoint
-has `packed.safetensors` (see `packed_file`) in the place of `model.safetensors`.
+Written to a temporary directory and renamed, so a checkpoint is whole or absent; what happens to its
+files afterwards its `checksums.json` tells, which every reading looks at. Numbers that are not finite
+are refused. A packed checkpoint has `packed.safetensors` (see `packed_file`) in the place of
+`model.safetensors`.
 
 Source   [spec 1 Checkpoint directory]
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import DTypeLike
-from pydantic import ValidationError, model_validator
 from tokenizers import Tokenizer
 
-from mhmoe_np.checkpoints.packed_file import load_packed_weights, save_packed_weights
+from mhmoe_np.checkpoints.packed_file import load_packed_weights, write_packed_weights
 from mhmoe_np.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.settings.model import ModelConfig, Natural, StrictModel, first_fault, read_model_config
-from mhmoe_np.storage.files import write_directory_atomically, write_json
-from mhmoe_np.storage.tensors import read_into, save_tensors
+from mhmoe_np.settings.model import ModelConfig, read_model_config
+from mhmoe_np.storage.checksums import seal, verify
+from mhmoe_np.storage.files import write_json
+from mhmoe_np.storage.tensors import check_finite, read_into, write_tensors
 
 MODEL_CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION = "generation_config.json"
 PACKED_WEIGHTS = "packed.safetensors"
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
 
 
-class TrainerState(StrictModel):
-    """Where a run stands; with the weights and the moments it is all that a resumed run needs.
-
-    Batches, weights and schedule are pure functions of (seed, step), so no generator's state is kept.
-    Files of version 1 are read too.
-    """
-
-    version: Literal[2] = 2
-    step: Natural  # updates made
-    config_sha256: str  # of the run's configuration, less what may change between sittings
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_version_1_repeats(cls, values: Any) -> Any:
-        """Version 1 also said seed and sequences consumed: both follow from the configuration."""
-        if not isinstance(values, dict) or values.get("version") != 1:
-            return values
-        repeated = ("version", "seed", "sequences")
-        return {key: value for key, value in values.items() if key not in repeated}
-
-
 def save_model(directory: Path, parameters: Parameters, tokenizer: Tokenizer | None) -> None:
-    """Write `config.json`, `model.safetensors` and, with a tokenizer, its files into `directory`."""
-    _save_companions(directory, parameters.config, tokenizer)
-    save_tensors(directory / WEIGHTS, parameters.tensors)
+    """Write `config.json`, `model.safetensors` and, with a tokenizer, its files into `directory`.
+
+    Raises OSError: the disk is full or refuses.
+    """
+    seal(directory, write_model_files(directory, parameters, tokenizer))
+
+
+def write_model_files(
+    directory: Path, parameters: Parameters, tokenizer: Tokenizer | None
+) -> list[str]:
+    """`save_model` without the checksums; the names of the files."""
+    names = _write_companions(directory, parameters.config, tokenizer)
+    write_tensors(directory / WEIGHTS, parameters.tensors)
+    return [*names, WEIGHTS]
 
 
 def save_packed_model(
     directory: Path, config: ModelConfig, weights: Weights, tokenizer: Tokenizer | None
 ) -> None:
-    """Write `config.json`, `packed.safetensors` and, with a tokenizer, its files into `directory`."""
-    _save_companions(directory, config, tokenizer)
-    save_packed_weights(directory / PACKED_WEIGHTS, config, weights)
+    """Write `config.json`, `packed.safetensors` and, with a tokenizer, its files into `directory`.
+
+    Raises OSError: the disk is full or refuses.
+    """
+    names = _write_companions(directory, config, tokenizer)
+    write_packed_weights(directory / PACKED_WEIGHTS, config, weights)
+    seal(directory, [*names, PACKED_WEIGHTS])
 
 
-def _save_companions(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+def _write_companions(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
     write_json(directory / MODEL_CONFIG, config.model_dump())
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, directory / TOKENIZER)
-        write_json(directory / GENERATION, {"eos_token_id": end_of_text_id(tokenizer)})
-
-
-def save_training_checkpoint(
-    directory: Path,
-    parameters: Parameters,
-    tokenizer: Tokenizer,
-    moments: Moments,
-    state: TrainerState,
-) -> None:
-    """Write a checkpoint that training goes on from, as `directory`, which must not exist yet.
-
-    parameters, moments: the host's.
-    Raises OSError: the disk is full or refuses; then nothing is left behind.
-    """
-
-    def fill(temporary: Path) -> None:
-        save_model(temporary, parameters, tokenizer)
-        save_tensors(temporary / OPTIMIZER, moments.tensors())
-        write_json(temporary / STATE, state.model_dump())
-
-    write_directory_atomically(directory, fill)
-
-
-def load_training_checkpoint(
-    directory: Path, config: ModelConfig
-) -> tuple[Parameters, Moments, TrainerState]:
-    """What `save_training_checkpoint` wrote, for a model of `config`: float32, on the host.
-
-    Raises UserError: a file is missing, damaged, or does not fit the configuration.
-    """
-    state = _read_state(directory / STATE)
-    moments = Moments.zeros(config, np.float32)
-    read_into(directory / OPTIMIZER, moments.tensors())
-    parameters = Parameters(config, np.float32)
-    read_into(directory / WEIGHTS, parameters.tensors)
-    return parameters, moments, state
-
-
-def _read_state(path: Path) -> TrainerState:
-    try:
-        return TrainerState.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_fault(error, TrainerState.model_fields)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; resume from another one") from None
+    if tokenizer is None:
+        return [MODEL_CONFIG]
+    save_tokenizer(tokenizer, directory / TOKENIZER)
+    write_json(directory / GENERATION, {"eos_token_id": end_of_text_id(tokenizer)})
+    return [MODEL_CONFIG, TOKENIZER, GENERATION]
 
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted((run / CHECKPOINTS).glob("step-*"))
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -159,8 +108,9 @@ def is_packed(checkpoint: Path) -> bool:
 def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
     """The model of a checkpoint directory, packed or not, ready to run.
 
-    Raises UserError: a file is missing, damaged, or does not fit the configuration.
+    Raises UserError: a file is missing, damaged, not finite, or does not fit the configuration.
     """
+    verify(checkpoint)
     if is_packed(checkpoint):
         config = read_model_config(checkpoint / MODEL_CONFIG)
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype)
@@ -171,10 +121,20 @@ def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
 def load_parameters(checkpoint: Path, dtype: DTypeLike) -> Parameters:
     """The float weights of a checkpoint directory, on the host, every tensor accounted for.
 
-    Raises UserError: a file is missing, damaged, or does not fit the configuration.
+    Raises UserError: a file is missing, damaged, not finite, or does not fit the configuration.
     """
-    parameters = Parameters(read_model_config(checkpoint / MODEL_CONFIG), dtype)
+    verify(checkpoint)
+    return load_weights(checkpoint, read_model_config(checkpoint / MODEL_CONFIG), dtype)
+
+
+def load_weights(checkpoint: Path, config: ModelConfig, dtype: DTypeLike) -> Parameters:
+    """The float weights of a checkpoint directory for a model of `config`, which may not be its own.
+
+    Raises UserError: see `load_parameters`.
+    """
+    parameters = Parameters(config, dtype)
     read_into(checkpoint / WEIGHTS, parameters.tensors)
+    check_finite(checkpoint / WEIGHTS, parameters.tensors)
     return parameters
 
 
@@ -183,6 +143,7 @@ def load_checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
 
     Raises UserError: there is none (one made by `init` has none) or it is damaged.
     """
+    verify(checkpoint)
     tokenizer = find_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(

@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.packed import packed_format
 from mhmoe_np.model.parameters import Entry, parameter_table
 from mhmoe_np.model.weights import Weights, floats, formats_for, matrix_starts
 from mhmoe_np.operations.packing import LAYOUT, FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.storage.tensors import read_into, read_metadata, save_tensors
+from mhmoe_np.storage.reading import parse_json
+from mhmoe_np.storage.tensors import check_finite, read_into, read_metadata, write_tensors
 from mhmoe_np.types import FloatArray
 
-VERSION = 1
+VERSION = 2  # in 1 the checksum was of the tensors alone; it is read too
 HEADER_KEY = "mhmoe_packed"
 
 
@@ -50,8 +51,9 @@ def packed_tensors(config: ModelConfig, weights: Weights) -> dict[str, NDArray[A
     return tensors
 
 
-def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, NDArray[Any]], *said: object) -> str:
+    """Of the tensors and of what the header says of them."""
+    digest = hashlib.sha256("".join(f"{value}\n" for value in said).encode())
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
         digest.update(f"{name} {tensor.dtype.str} {tensor.shape}\n".encode())
@@ -59,40 +61,41 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def save_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> None:
-    """Write packed float32 weights, atomically.
+def write_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> None:
+    """Write packed float32 weights.
 
-    Raises OSError: the disk is full or refuses; `path` is as it was.
+    Raises OSError: the disk is full or refuses.
     """
-    tensors = packed_tensors(config, weights)
+    tensors, format = packed_tensors(config, weights), packed_format(weights)
     header = {
         "version": VERSION,
         "layout": LAYOUT,
-        "format": packed_format(weights),
-        "sha256": _checksum(tensors),
+        "format": format,
+        "sha256": _checksum(tensors, VERSION, LAYOUT, format),
     }
-    save_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
+    write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
 
 
-def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, str]:
-    """The format of a file that this release reads, and its checksum."""
+def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, list[object], str]:
+    """The format of a file that this release reads, what its checksum is of, and the checksum."""
     try:
-        header = json.loads(read_metadata(path).get(HEADER_KEY, ""))
+        header = parse_json(read_metadata(path).get(HEADER_KEY, ""), source=str(path))
         version, layout, name, checksum = (
             header[key] for key in ("version", "layout", "format", "sha256")
         )
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         raise UserError(
             f"{path}: not written by mhmoe-np pack: its header says nothing under {HEADER_KEY!r}"
         ) from None
-    for key, found, known in (("version", version, VERSION), ("layout", layout, LAYOUT)):
-        if found != known:
+    for key, found, known in (("version", version, (1, VERSION)), ("layout", layout, (LAYOUT,))):
+        if found not in known:
             raise UserError(
-                f"{path}: {key} is {found!r}, this release reads {known!r}; pack the checkpoint again"
+                f"{path}: {key} is {found!r}, this release reads {known[-1]!r}; pack the checkpoint "
+                "again"
             )
     for format in formats_for(config):
         if name == format:
-            return format, checksum
+            return format, [] if version == 1 else [version, layout, name], checksum
     raise UserError(f"{path}: {name!r} does not hold quantization {config.quantization!r}")
 
 
@@ -101,7 +104,7 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
 
     Raises UserError: missing, damaged, of another version, layout or package, or not of `config`.
     """
-    format, checksum = _read_header(path, config)
+    format, said, checksum = _read_header(path, config)
     table = parameter_table(config)
     floats: dict[str, FloatArray] = {}
     targets: dict[str, NDArray[Any]] = {}
@@ -114,8 +117,9 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
             array = floats[entry.name] = np.empty(entry.shape, np.float32)
             targets |= {part.tensor: array[part.where] for part in entry.parts}
     read_into(path, targets)
-    if _checksum(targets) != checksum:
-        raise UserError(f"{path}: damaged: its contents do not match its checksum; pack again")
+    if _checksum(targets, *said) != checksum:
+        raise Damaged(f"{path}: damaged: its contents do not match its checksum; pack again")
+    check_finite(path, {name: tensor for name, tensor in targets.items() if tensor.dtype.kind == "f"})
     arrays: dict[str, Weight] = {}
     for entry in table:
         if entry.quantised:

@@ -38,11 +38,15 @@ class StepResult(NamedTuple):
     statistics: list[RouterStatistics]  # of each MoE layer
     gradient_norm: float  # before clipping
     matrices: dict[str, MatrixCounts]  # of each quantised tensor, after the update
+    left_out: int  # parameters whose update would not have been finite
 
     @property
     def is_finite(self) -> bool:
-        """Whether the update was made: it is left out where any sum is not finite."""
-        return math.isfinite(self.losses.loss + self.gradient_norm)
+        """Whether the update was made, for every parameter.
+
+        Where a sum is not finite it is left out altogether; else those it left out are counted.
+        """
+        return math.isfinite(self.losses.loss + self.gradient_norm) and not self.left_out
 
 
 class _Views(NamedTuple):
@@ -52,17 +56,19 @@ class _Views(NamedTuple):
     squares_1: Any
     router: list[RouterSums]
     guard: Any  # all of the above
+    left_out_1: Any
     report_X5: Any
 
     @classmethod
     def of(cls, flat: Any, config: ModelConfig, matrices: int) -> _Views:
-        """Views of one array of `_length` numbers."""
+        """Views of one array of `length` numbers."""
         E, router, first = config.num_experts, [], 2
         for _ in range(_moe_layers(config)):
             chosen_first, chosen, p, dropped = (flat[first + i * E :][:E] for i in range(4))
             first += 4 * E + 1
             router.append(RouterSums(chosen_first, chosen, p, dropped, flat[first - 1 : first]))
-        return cls(flat[:1], flat[1:2], router, flat[:first], flat[first:].reshape(matrices, 5))
+        left_out_1, report = flat[first : first + 1], flat[first + 1 :]
+        return cls(flat[:1], flat[1:2], router, flat[:first], left_out_1, report.reshape(matrices, 5))
 
 
 def _moe_layers(config: ModelConfig) -> int:
@@ -77,6 +83,7 @@ class StepSums:
         squares_1: of the whole gradient.
         router: of each MoE layer.
         guard: all of these, for `Operations.adamw_in_place`.
+        left_out_1: how many parameters that left as they were.
         report_X5: what `requantise` says of each quantised matrix, in the parameter table's order.
     """
 
@@ -86,10 +93,10 @@ class StepSums:
         self._names = [
             part.tensor for entry in parameter_table(config) if entry.quantised for part in entry.parts
         ]
-        length = 2 + _moe_layers(config) * (4 * config.num_experts + 1) + 5 * len(self._names)
+        length = 3 + _moe_layers(config) * (4 * config.num_experts + 1) + 5 * len(self._names)
         self._flat = ops.zeros((length,), np.float64)
         views = _Views.of(self._flat, config, len(self._names))
-        self.nll_1, self.squares_1, self.router, self.guard, self.report_X5 = views
+        self.nll_1, self.squares_1, self.router, self.guard, self.left_out_1, self.report_X5 = views
 
     def clear(self) -> None:
         """Start the next step."""
@@ -136,7 +143,7 @@ class StepSums:
             name: MatrixCounts(row[0], *map(int, row[1:]))
             for name, row in zip(self._names, sums.report_X5.tolist(), strict=True)
         }
-        return StepResult(losses, statistics, norm, matrices)
+        return StepResult(losses, statistics, norm, matrices, int(sums.left_out_1[0]))
 
 
 def losses_of(

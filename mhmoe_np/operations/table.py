@@ -596,6 +596,7 @@ class Operations(Protocol):
         second_moment_P: FloatArray,
         squares_1: FloatArray,
         guard: FloatArray,
+        left_out_1: FloatArray,
         *,
         step: int,
         settings: AdamWSettings,
@@ -606,10 +607,11 @@ class Operations(Protocol):
         g = gradient * min(1, clip_norm / sqrt(squares)); m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
         p = p - lr * (decay * p + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + epsilon)).
         Where any number of `guard`, of any shape, is not finite, nothing is changed at all: a step that
-        went wrong is found out on the host only later.
+        went wrong is found out on the host only later. Where one element's new p, m or v would not be
+        finite, this element of all four stays as it is, its gradient too, and left_out counts it.
 
-        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard
-        Dtypes   float; float64 squares_1, guard
+        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard, left_out_1
+        Dtypes   float; float64 squares_1, guard, left_out_1
         Source   [spec 6 AdamW], [AdamW algorithm 2]
         Cost     12 P multiply-adds, P roots; 8 P numbers. No gradient.
         """

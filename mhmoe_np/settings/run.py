@@ -81,11 +81,7 @@ class RunConfig(StrictModel):
         return self
 
     def identity(self) -> str:
-        """The sha256 of all that decides the weights after a given step.
-
-        Steps between checkpoints or log lines do not; the number of steps shapes the schedule, yet
-        may be raised when a run is resumed.
-        """
+        """The sha256 of all but `FREE_KEYS`: by it checkpoints of older releases name their run."""
         tables = self.model_dump()
         for key in FREE_KEYS:
             table, _, name = key.partition(".")
@@ -99,7 +95,28 @@ FREE_KEYS = (
     "training.keep_checkpoints",
     "training.log_every",
 )
-"""What may differ when a run is resumed."""
+"""What a resumed run may change without another word: it decides no update that was made."""
+
+
+def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """`table.key` -> its two values, for every key in which two configurations differ."""
+    tables, others = one.model_dump(), other.model_dump()
+    return {
+        f"{table}.{key}": (value, others[table][key])
+        for table, values in tables.items()
+        for key, value in values.items()
+        if value != others[table][key]
+    }
+
+
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run when this key changes.
+
+    The optimiser's may: an update is a function of them and of what went before. Model, data, seed and
+    batches may not: weights and tokens would no longer be those of the run.
+    """
+    return key in FREE_KEYS or key.startswith("optimizer.")
+
 
 TABLES: Mapping[str, type[StrictModel]] = {
     "model": ModelConfig,

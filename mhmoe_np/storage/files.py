@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.storage.lock import Lock, lock_folder
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -21,12 +25,17 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where `path` is written before it gets its name."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it and rename it to `path`.
 
     On any exception the temporary file is removed and `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    temporary = temporary_of(path)
     try:
         write(temporary)
         sync_path(temporary)
@@ -43,29 +52,69 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final newline, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON with a final newline, atomically.
+
+    Raises ValueError: a number is not finite, which JSON has no word for.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def write_directory_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a temporary directory beside `path`, flush it and rename it to `path`.
 
     `path` must not exist yet. On any exception the temporary directory is removed.
+
+    Raises UserError: see `new_locked_directory`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    new_locked_directory(path, fill).release()
+
+
+def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
+    """`write_directory_atomically`, whose directory is locked from its first moment on.
+
+    So nobody else fills the same one meanwhile, and what a crash left behind is known by being free.
+
+    Raises UserError: `path` exists, or another process is making it.
+    """
+    made = _make_parents(path.parent)
+    temporary = temporary_of(path)
     try:
-        fill(temporary)
-        for entry in temporary.rglob("*"):
-            sync_path(entry)
-        sync_path(temporary)
-        temporary.rename(path)
+        lock = _empty_locked_directory(temporary)
+        try:
+            fill(temporary)
+            for entry in temporary.rglob("*"):
+                sync_path(entry)
+            sync_path(temporary)
+            if path.exists():
+                raise UserError(f"{path}: exists already; choose another name")
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.release()
+            raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else put something there
+                folder.rmdir()
         raise
     sync_path(path.parent)
+    return lock
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and those above it; which were made, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _empty_locked_directory(path: Path) -> Lock:
+    path.mkdir(exist_ok=True)
+    lock = lock_folder(path)
+    for entry in path.iterdir():  # of a writer that was killed
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
 
 
 def remove_directory(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,25 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.storage.files import write_atomically
+from mhmoe_np.storage.reading import check_regular
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, atomically; the same tensors give the same bytes.
+    """`write_tensors`, atomically.
+
+    Raises OSError: the disk is full or refuses; `path` is as it was.
+    """
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; the same tensors give the same bytes.
 
     metadata: one key and what the header says under it; with more, the library would write them in an
     order that changes from run to run.
@@ -27,29 +40,30 @@ def save_tensors(
     safetensors 0.8.0 writes wrong data, silently, for arrays that are not C-contiguous; so every
     array passes through `ascontiguousarray` here, and nothing else in the package calls save_file.
 
-    Raises OSError: the disk is full or refuses; `path` is as it was.
+    Raises OSError: the disk is full or refuses.
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     header = dict(metadata or {"format": "np"})
     try:
-        write_atomically(path, lambda temporary: save_file(contiguous, temporary, header))
+        save_file(contiguous, path, header)
     except SafetensorError as error:
-        # A full disk, say: the library has its own exception for what the system reports.
-        raise OSError(errno.EIO, str(error), str(path)) from None
+        # The library has its own exception for what the system reports, with the number in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What the header of a safetensors file says beside its tensors.
 
-    Raises UserError: the file is missing or damaged.
+    Raises UserError: the file is missing; Damaged: it is not as it was written.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise Damaged(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
@@ -58,8 +72,7 @@ def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
     Raises UserError: the file is missing or damaged, or lacks a tensor, has one too many, or one of
     another shape or kind of number. All is checked before anything is filled.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
@@ -82,4 +95,15 @@ def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
             for name, target in targets.items():
                 target[...] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise Damaged(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def check_finite(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse tensors that came from `path` if a number of theirs is not finite.
+
+    Raises Damaged: it names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        # The least and the largest are NaN where any number is, and no copy is made.
+        if tensor.size and not (np.isfinite(tensor.min()) and np.isfinite(tensor.max())):
+            raise Damaged(f"{path}: tensor {name!r} holds numbers that are not finite")

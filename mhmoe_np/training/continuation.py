@@ -1,22 +1,43 @@
-"""Which run folder a run goes into, and with which configuration it goes on."""
+"""Which run folder a run goes into, and from which checkpoint and with which settings it goes on."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
-from mhmoe_np.errors import UserError
-from mhmoe_np.settings.run import FREE_KEYS, RunConfig, Tables, merge, parse_run_config
+from mhmoe_np.checkpoints.training_state import (
+    Change,
+    TrainingCheckpoint,
+    load_training_checkpoint,
+)
+from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.settings.run import (
+    FREE_KEYS,
+    RunConfig,
+    Tables,
+    differences,
+    may_change,
+    merge,
+    parse_run_config,
+)
+from mhmoe_np.storage.checksums import verify
+from mhmoe_np.storage.files import remove_directory, remove_leftovers, temporary_of
+from mhmoe_np.storage.lock import Lock, is_locked, lock_folder
 from mhmoe_np.training.run_folder import RUN_CONFIG, is_run_folder, read_run_tables
 
 RUNS = Path("runs")  # where a run goes that was told no folder
+SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 
 
 def fresh_folder(name: str) -> Path:
-    """runs/NAME, or the next free of runs/NAME-2, runs/NAME-3, ..."""
+    """runs/NAME, or the next free of runs/NAME-2, runs/NAME-3, ...; one being made is not free."""
     numbers = _numbers(name)
-    return _numbered(name, max(numbers) + 1 if numbers else 1)
+    number = max(numbers) + 1 if numbers else 1
+    while is_locked(temporary_of(_numbered(name, number))):
+        number += 1
+    return _numbered(name, number)
 
 
 def folder_to_resume(resume: str, out: Path | None, name: str) -> Path | None:
@@ -33,7 +54,7 @@ def folder_to_resume(resume: str, out: Path | None, name: str) -> Path | None:
     run = path.parent.parent if path.resolve().parent.name == CHECKPOINTS else path
     if not is_run_folder(run):
         raise UserError(f"--resume {resume}: not a run folder, nor a checkpoint in one")
-    if run != path and path.resolve() != checkpoints_of(run.resolve())[-1]:
+    if run != path and path.resolve() not in checkpoints_of(run.resolve())[-1:]:
         raise UserError(
             f"--resume {resume}: not the last checkpoint of {run}; remove the later ones to go on "
             "from here"
@@ -46,7 +67,7 @@ def folder_to_resume(resume: str, out: Path | None, name: str) -> Path | None:
 def _numbers(name: str) -> list[int]:
     """The n of each runs/NAME-n there is; runs/NAME is 1."""
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    matches = [pattern.fullmatch(path.name) for path in RUNS.glob(f"{name}*")]
+    matches = [pattern.fullmatch(path.name) for path in RUNS.glob("*")]
     return [int(match[1] or 1) for match in matches if match]
 
 
@@ -54,21 +75,97 @@ def _numbered(name: str, number: int) -> Path:
     return RUNS / (name if number == 1 else f"{name}-{number}")
 
 
-def resumed_config(run: Path, over: Tables, *, base: Tables | None = None) -> RunConfig:
-    """The configuration that a run goes on with: `over` laid over the one it was started with.
+class OpenRun(NamedTuple):
+    """A run folder that is ours to write to.
+
+    Attributes:
+        started_with: the configuration that its `config.toml` holds.
+        checkpoint: where it stands; None: no checkpoint was written yet.
+        notices: what its owner should know, a line each.
+    """
+
+    run: Path
+    lock: Lock
+    started_with: RunConfig
+    checkpoint: TrainingCheckpoint | None
+    notices: list[str]
+
+    @property
+    def config(self) -> RunConfig:
+        """As the run stands now."""
+        return self.checkpoint.state.config if self.checkpoint else self.started_with
+
+
+def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
+    """Lock a run folder, look at every byte it was made with, and load its newest whole checkpoint.
+
+    lock: of the folder, where it is held already.
+    A newer checkpoint that is damaged is set aside under another name.
+
+    Raises UserError: it is in use, a file that it was made with is missing or damaged, or there are
+    checkpoints and none of them is whole.
+    """
+    lock = lock or lock_folder(run)
+    verify(run)
+    remove_leftovers(run)
+    started_with = parse_run_config(read_run_tables(run), source=str(run / RUN_CONFIG))
+    if (run / CHECKPOINTS).is_dir():
+        remove_leftovers(run / CHECKPOINTS)
+    checkpoint, notices = _newest_whole_checkpoint(run, started_with)
+    return OpenRun(run, lock, started_with, checkpoint, notices)
+
+
+def _newest_whole_checkpoint(
+    run: Path, started_with: RunConfig
+) -> tuple[TrainingCheckpoint | None, list[str]]:
+    damaged: list[tuple[Path, UserError]] = []
+    for path in reversed(checkpoints_of(run)):
+        try:
+            checkpoint = load_training_checkpoint(path, started_with)
+        except UserError as error:
+            damaged.append((path, error))
+            continue
+        for other, _ in damaged:
+            aside = other.with_name(SET_ASIDE + other.name)
+            if aside.exists():
+                remove_directory(aside)
+            other.rename(aside)
+        notices = [
+            f"{error}; set aside as {SET_ASIDE}{other.name}, going on from {path.name} before it"
+            for other, error in damaged
+        ]
+        return checkpoint, notices
+    if damaged:
+        raise Damaged(
+            f"{damaged[0][1]}; no checkpoint of {run} is whole: remove its folder {CHECKPOINTS} to "
+            "start again from step 0"
+        )
+    return None, []
+
+
+def resumed_config(opened: OpenRun, over: Tables, *, base: Tables | None = None) -> RunConfig:
+    """The configuration that a run goes on with: `over` laid over the one that it has.
 
     base: what `over` lies over instead, where that was given again.
-    Raises UserError: a key is unfit, or differs that would make it another run (see `FREE_KEYS`).
+    Raises UserError: a key is unfit, or differs that would make it another run (see `may_change`).
     """
-    saved_tables = read_run_tables(run)
-    saved = parse_run_config(saved_tables, source=str(run / RUN_CONFIG)).model_dump()
-    now = parse_run_config(merge(saved_tables if base is None else base, over), source="configuration")
-    for table, values in now.model_dump().items():
-        for key, value in values.items():
-            old = saved[table][key]
-            if value != old and f"{table}.{key}" not in FREE_KEYS:
-                raise UserError(
-                    f"{run}: was started with {table}.{key} = {old!r}, now {value!r} is given; "
-                    "start another run with another --out"
-                )
+    before = opened.config
+    tables = before.model_dump() if base is None else base
+    now = parse_run_config(merge(tables, over), source=str(opened.run))
+    for key, (old, new) in differences(before, now).items():
+        if not may_change(key):
+            raise UserError(
+                f"{opened.run}: was started with {key} = {old!r}, now {new!r} is given; start another "
+                "run with another --out (--init takes the weights of this one over)"
+            )
     return now
+
+
+def changes(opened: OpenRun, now: RunConfig) -> list[Change]:
+    """The settings of the optimiser that another sitting changes, for the run's own record."""
+    step = opened.checkpoint.state.step if opened.checkpoint else 0
+    return [
+        Change(step=step, key=key, before=old, now=new)
+        for key, (old, new) in differences(opened.config, now).items()
+        if key not in FREE_KEYS
+    ]

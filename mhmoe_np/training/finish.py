@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.inference.evaluate import DomainScore, evaluate
 from mhmoe_np.inference.generate import Sampling, generate
+from mhmoe_np.storage.checksums import seal, unseal
 from mhmoe_np.storage.files import write_json
 from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
 from mhmoe_np.training.trainer import Trainer
@@ -42,5 +43,7 @@ def finish_run(trainer: Trainer) -> RunResult:
     )
     result = RunResult(scores, "".join(pieces))
     values = {name: score.as_dict() for name, score in scores.items()}
+    unseal(trainer.run, EVALUATION)
     write_json(trainer.run / EVALUATION, {"domains": values})
+    seal(trainer.run, [EVALUATION])
     return result

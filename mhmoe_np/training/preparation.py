@@ -8,21 +8,43 @@ from typing import Any
 
 import tomli_w
 
+from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS
+from mhmoe_np.checkpoints.training_state import TrainingCheckpoint, write_training_checkpoint
 from mhmoe_np.data.documents import chosen_domains
 from mhmoe_np.data.split import split_documents
 from mhmoe_np.data.store import write_store
 from mhmoe_np.data.tokenizer import id_count, load_tokenizer, save_tokenizer, train_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.run import RunConfig
-from mhmoe_np.storage.files import write_directory_atomically, write_json, write_text
+from mhmoe_np.storage.checksums import seal
+from mhmoe_np.storage.files import new_locked_directory, write_json, write_text
+from mhmoe_np.storage.lock import Lock
 from mhmoe_np.training.environment import environment
-from mhmoe_np.training.run_folder import ENVIRONMENT, RUN_CONFIG, STORE, TOKENIZER, VALIDATION
+from mhmoe_np.training.run_folder import (
+    ENVIRONMENT,
+    RUN_CONFIG,
+    STORE,
+    TOKENIZER,
+    VALIDATION,
+    batches_of,
+)
 
 
-def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: str) -> None:
+def create_run_folder(
+    path: Path,
+    config: RunConfig,
+    start: TrainingCheckpoint | None = None,
+    *,
+    threads: int,
+    backend: str,
+) -> Lock:
     """Read the text, split it, train or load the tokenizer, and write all that a run starts from.
 
-    Raises UserError: `path` exists, or the text or the tokenizer is unfit.
+    start: the checkpoint of step 0, where the weights are not random ones.
+
+    Returns the folder's lock: nobody else writes there while it is held.
+
+    Raises UserError: `path` exists, or the text or the tokenizer is unfit; then nothing is left behind.
     """
     if path.exists():
         raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
@@ -50,15 +72,23 @@ def create_run_folder(path: Path, config: RunConfig, *, threads: int, backend: s
     def fill(folder: Path) -> None:
         (folder / "data").mkdir()
         (folder / VALIDATION).mkdir()
-        write_store(folder / STORE, training, tokenizer, name="train")
+        store = write_store(folder / STORE, training, tokenizer, name="train")
+        batches_of(store, config)  # refuses a text that is too short for them
         for name, (_, held_out) in parts.items():
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
             write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))
         save_tokenizer(tokenizer, folder / TOKENIZER)
         write_json(folder / ENVIRONMENT, environment(threads=threads, backend=backend))
         write_text(folder / RUN_CONFIG, tomli_w.dumps(_without_none(config.model_dump())))
+        files = [place for place in folder.rglob("*") if place.is_file()]
+        seal(folder, sorted(place.relative_to(folder).as_posix() for place in files))
+        (folder / CHECKPOINTS).mkdir()
+        if start is not None:
+            first = folder / CHECKPOINTS / "step-00000000"
+            first.mkdir()
+            write_training_checkpoint(first, start, tokenizer)
 
-    write_directory_atomically(path, fill)
+    return new_locked_directory(path, fill)
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:

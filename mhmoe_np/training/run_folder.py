@@ -9,20 +9,23 @@
     checkpoints/       step-00000100/ ...
     evaluation.json    the final scores
 
+    failure/           the step that ended the run, for `mhmoe-np replay`
+    checksums.json     of all files above metrics.jsonl, and of evaluation.json
+
 Everything above metrics.jsonl is made in a temporary folder and renamed (see `preparation`): a run
-folder is whole or absent.
+folder is whole or absent. Its writer holds a lock on it.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from mhmoe_np.data.batches import Batches
 from mhmoe_np.data.documents import Domain, read_domain
 from mhmoe_np.data.store import TokenStore, open_store
 from mhmoe_np.data.tokenizer import load_tokenizer, tokenizer_sha256
-from mhmoe_np.settings.run import Tables, read_toml
-from mhmoe_np.storage.files import write_text
+from mhmoe_np.settings.run import RunConfig, Tables, read_toml
+from mhmoe_np.storage.checksums import sealed_files
 
 RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
@@ -36,8 +39,11 @@ def is_run_folder(path: Path) -> bool:
 
 
 def is_evaluated(run: Path) -> bool:
-    """Whether the run's final scores were written."""
-    return (run / EVALUATION).exists()
+    """Whether the run's final scores were written.
+
+    Raises UserError: the run's checksums are damaged.
+    """
+    return EVALUATION in sealed_files(run)
 
 
 def read_run_tables(run: Path) -> Tables:
@@ -57,21 +63,21 @@ def training_store(run: Path) -> TokenStore:
     return open_store(run / STORE, tokenizer_sha256=sha256)
 
 
+def batches_of(store: TokenStore, config: RunConfig) -> Batches:
+    """The run's batches of its training tokens.
+
+    Raises UserError: the text is too short for one sequence.
+    """
+    training = config.training
+    return Batches(
+        store.token_W,
+        sequence_length=training.sequence_length,
+        batch_size=training.batch_size,
+        seed=training.seed,
+    )
+
+
 def validation_domains(run: Path) -> list[Domain]:
     """The run's held-out text, by domain."""
     order = sorted((run / VALIDATION).glob("*.jsonl"))
     return [read_domain(path.stem, path) for path in order]
-
-
-def cut_lines(path: Path, step: int) -> None:
-    """Drop the lines of steps beyond `step`, and a torn last one: they are about to come again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break
-    write_text(path, "".join(kept))

@@ -51,7 +51,8 @@ class Learner:
     def update(self, settings: AdamWSettings) -> None:
         """AdamW with the clipped gradient, and the weights quantised again.
 
-        Where a loss or the gradient is not finite all stays as it is, the gradient too.
+        Where a loss or the gradient is not finite all stays as it is, the gradient too. Where only the
+        update of single parameters would not be finite these stay as they are (`StepResult.left_out`).
         """
         self._ops.adamw_in_place(
             self.parameters.flat_P,
@@ -60,6 +61,7 @@ class Learner:
             self.moments.second.flat_P,
             self._sums.squares_1,
             self._sums.guard,
+            self._sums.left_out_1,
             step=self.updates + 1,
             settings=settings,
         )

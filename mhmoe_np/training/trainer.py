@@ -6,43 +6,39 @@ run, bit for bit.
 
 from __future__ import annotations
 
-import json
-import signal
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from mhmoe_np.checkpoints.checkpoint import (
-    CHECKPOINTS,
-    TrainerState,
-    checkpoints_of,
-    load_training_checkpoint,
-    save_training_checkpoint,
-)
-from mhmoe_np.data.batches import Batches
+from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
 from mhmoe_np.data.tokenizer import load_tokenizer
-from mhmoe_np.errors import UserError
 from mhmoe_np.layers.balance import RouterStatistics
-from mhmoe_np.model.loss import Batch
+from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
-from mhmoe_np.model.sums import Losses
+from mhmoe_np.model.sums import StepResult
 from mhmoe_np.model.weights import MatrixCounts
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
-from mhmoe_np.storage.files import remove_directory, remove_leftovers
-from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, TOKENIZER, cut_lines, training_store
+from mhmoe_np.storage.checksums import unseal
+from mhmoe_np.training.continuation import OpenRun, changes, open_run
+from mhmoe_np.training.keeper import Keeper, TrainingFailure
+from mhmoe_np.training.run_folder import (
+    EVALUATION,
+    METRICS,
+    QUANTIZATION,
+    TOKENIZER,
+    batches_of,
+    training_store,
+)
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
-
-
-class TrainingFailure(Exception):
-    """Training cannot go on: the message says at which step, why, and what was kept."""
+from mhmoe_np.training.stopping import collected_signals
+from mhmoe_np.types import IntArray
 
 
 class QuantisedShares(NamedTuple):
@@ -89,43 +85,40 @@ class StepReport(NamedTuple):
 
 
 class Trainer:
-    """A run in a run folder, from its last checkpoint or from the start.
+    """A run in a run folder, from its newest whole checkpoint or from the start, and its only writer.
 
     Attributes:
         run: the folder.
         config: what the run does.
         ops: the backend that it runs on.
         learner: the model as trained so far, and what training it needs.
+        keeper: writes the run's logs and checkpoints.
+        notices: what the run's owner should know before it goes on, a line each.
     """
 
-    def __init__(self, run: Path, config: RunConfig, ops: Operations) -> None:
+    def __init__(
+        self, run: Path, config: RunConfig, ops: Operations, *, opened: OpenRun | None = None
+    ) -> None:
         """Open the run's data and state.
 
-        Raises UserError: the data or the last checkpoint is damaged or of another configuration.
+        opened: the run, where the caller has it open already.
+        Raises UserError: it is in use, or the data or the checkpoints are damaged or of another
+        configuration.
         """
+        opened = opened or open_run(run)
         self.run, self.config, self.ops = run, config, ops
-        self._tokenizer = load_tokenizer(run / TOKENIZER)
-        self._batches = Batches(
-            training_store(run).token_W,
-            sequence_length=config.training.sequence_length,
-            batch_size=config.training.batch_size,
-            seed=config.training.seed,
-        )
-        (run / CHECKPOINTS).mkdir(exist_ok=True)
-        remove_leftovers(run / CHECKPOINTS)
-        self.learner = self._restored()
-
-    def _restored(self) -> Learner:
-        model = self.config.model
-        checkpoints = checkpoints_of(self.run)
-        if not checkpoints:
-            parameters = Parameters(model, np.float32)
-            initialise(parameters, self.config.training.seed)
-            return Learner(parameters, Moments.zeros(model, np.float32), updates=0, ops=self.ops)
-        parameters, moments, state = load_training_checkpoint(checkpoints[-1], model)
-        if state.config_sha256 != self.config.identity():
-            raise UserError(f"{checkpoints[-1]}: was made with another configuration than {self.run}'s")
-        return Learner(parameters, moments, updates=state.step, ops=self.ops)
+        self._lock = opened.lock
+        self._batches = batches_of(training_store(run), config)
+        start = opened.checkpoint or _beginning(config)
+        self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
+        changed = changes(opened, config)
+        tokenizer = load_tokenizer(run / TOKENIZER)
+        self.keeper = Keeper(run, config, start.state, changed, tokenizer, self.learner, ops)
+        self.notices = [
+            *opened.notices,
+            *self.keeper.notices,
+            *(f"{run}: from step {c.step} on {c.key} is {c.now}; it was {c.before}" for c in changed),
+        ]
 
     @property
     def step(self) -> int:
@@ -137,52 +130,56 @@ class Trainer:
         """Whether every step was made."""
         return self.step >= self.config.training.steps
 
-    def train(self, on_step: Callable[[StepReport], None] | None = None) -> int | None:
+    def close(self) -> None:
+        """Let others have the run folder."""
+        self.keeper.close()
+        self._lock.release()
+
+    def train(
+        self,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_signal: Callable[[int], None] | None = None,
+    ) -> int | None:
         """Go on to the last step; return the signal that ended it early, if one did.
 
-        on_step: called with each step's report.
-        SIGINT and SIGTERM end the run after the current step, with a checkpoint; only the main thread
-        can catch them, so call it there.
+        on_step: called with each step's report. Whatever it raises, the step is saved first.
+        on_signal: called at once when SIGINT, SIGTERM or SIGHUP comes, from within the handler.
+        Such a signal ends the run after the current step, with a checkpoint; a second one at once. Only
+        the main thread can catch them, so call it there.
 
-        Raises TrainingFailure: the loss is not finite; UserError: a file cannot be written.
+        Raises TrainingFailure: a number is not finite, or the disk is full; Interrupted: a second
+        signal came, and what was not saved yet is lost.
         """
-        for name in (METRICS, QUANTIZATION):
-            cut_lines(self.run / name, self.step)
+        if not self.finished:
+            unseal(self.run, EVALUATION)
         every = self.config.training.checkpoint_every
-        with _signals() as received, (self.run / METRICS).open("a", encoding="utf-8") as metrics:
+        with collected_signals(on_signal) as received:
             while not self.finished:
                 report, matrices = self._train_step()
-                metrics.write(json.dumps(report.as_dict()) + "\n")
-                metrics.flush()
-                if on_step is not None:
-                    on_step(report)
+                self.keeper.log(METRICS, report.as_dict())
+                try:
+                    if on_step is not None:
+                        on_step(report)
+                except Exception:
+                    self._save(matrices)
+                    raise
                 if self.step % every == 0 or self.finished or received:
-                    self._log_matrices(matrices)
-                    self.save()
+                    self._save(matrices)
                 if received:
                     return received[0]
         return None
 
-    def _log_matrices(self, matrices: Mapping[str, MatrixCounts]) -> None:
-        """Add this step's quantised matrices to the run's `quantization.jsonl`, one line."""
-        if not matrices:
-            return
-        values = {name: counts._asdict() for name, counts in matrices.items()}
-        with (self.run / QUANTIZATION).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, "matrices": values}) + "\n")
-
     def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts]]:
         start = time.perf_counter()
         training = self.config.training
-        tokens_BT1 = self._batches.batch(self.step)
-        parts = np.split(tokens_BT1, training.gradient_accumulation_steps)
+        windows = self._next_windows()
         settings = adamw_settings(
             self.step, total_steps=training.steps, optimizer=self.config.optimizer
         )
-        result = self.learner.step([Batch.of(part) for part in parts], settings)
+        result = self.learner.step([Batch.of(part) for part in windows], settings)
         if not result.is_finite:
-            self._fail(result.losses)
-        losses, statistics, norm, matrices = result
+            raise self._failure(result, windows)
+        losses, statistics, norm, matrices, _ = result
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
             step=self.step,
@@ -197,70 +194,62 @@ class Trainer:
         )
         return report, matrices
 
-    def _fail(self, losses: Losses) -> None:
-        """Keep the state before the step that went wrong, and say where it did."""
-        suspects = {"weight": self.learner.parameters, "gradient": self.learner.gradient}
-        first = next(
-            (
-                f"{kind} {name}"
-                for kind, group in suspects.items()
-                for name, tensor in group.to_host(self.ops).tensors.items()
-                if not np.isfinite(tensor).all()
-            ),
-            "the loss",
-        )
-        kept = self.save()
-        raise TrainingFailure(
-            f"step {self.step + 1}: loss {losses.loss}; first non-finite: {first}; the state before "
-            f"this step is {kept} (its batch follows from seed and step); "
-            "lower optimizer.learning_rate or raise optimizer.warmup_steps"
-        )
+    def _next_windows(self) -> list[IntArray]:
+        """The micro-batches of the step about to be made, [B, T+1] each.
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current step, unless there is one, and drop the oldest.
-
-        Raises UserError: the disk is full or refuses; earlier checkpoints stay.
+        Raises TrainingFailure: a token id is none of the model's.
         """
-        directory = self.run / CHECKPOINTS / f"step-{self.step:08d}"
-        if directory.exists():
-            return directory
-        state = TrainerState(step=self.step, config_sha256=self.config.identity())
-        try:
-            parameters = self.learner.parameters.to_host(self.ops)
-            moments = self.learner.moments.to_host(self.ops)
-            save_training_checkpoint(directory, parameters, self._tokenizer, moments, state)
-        except OSError as error:
-            raise UserError(
-                f"{directory}: cannot be written: {error.strerror}; free some space and continue "
-                "with --resume auto: earlier checkpoints are whole"
-            ) from None
-        for old in checkpoints_of(self.run)[: -self.config.training.keep_checkpoints]:
-            remove_directory(old)
-        return directory
+        tokens_BT1 = self._batches.batch(self.step)
+        known = (tokens_BT1 >= 0) & (tokens_BT1 < self.config.model.vocab_size)
+        if not known.all():
+            place = tuple(int(index) for index in np.argwhere(~known)[0])
+            raise TrainingFailure(
+                f"step {self.step + 1}: the batch holds token id {tokens_BT1[place]} at {list(place)}, "
+                f"beyond the model's vocab_size {self.config.model.vocab_size}; {self.keeper.kept()}"
+            )
+        return np.split(tokens_BT1, self.config.training.gradient_accumulation_steps)
+
+    # ---- when a number is not finite -------------------------------------------------------------
+
+    def _failure(self, result: StepResult, windows: Sequence[IntArray]) -> TrainingFailure:
+        """Why this step came to numbers that are not finite; its batch and state are put aside."""
+        raise NotImplementedError
+
+    def _check_next_loss(self) -> None:
+        """Make sure that the weights about to be saved are good for a step more.
+
+        Weights may be finite and yet so large that nothing can be computed with them: a checkpoint of
+        them would be one that no run goes on from.
+
+        Raises TrainingFailure: they are not.
+        """
+        windows = self._next_windows()
+        result = loss(self.learner.model, [Batch.of(part) for part in windows], ops=self.ops)
+        if not math.isfinite(result.losses.loss):
+            raise self._failure(result, windows)
+
+    def _save(self, matrices: Mapping[str, MatrixCounts]) -> None:
+        """Keep the step that was just made; matrices: its quantised ones.
+
+        Raises TrainingFailure: the disk is full or refuses, or the weights are good for nothing.
+        """
+        if self.keeper.saved_step == self.step:
+            return
+        self._check_next_loss()
+        if matrices:
+            values = {name: counts._asdict() for name, counts in matrices.items()}
+            self.keeper.log(QUANTIZATION, {"step": self.step, "matrices": values})
+        self.keeper.save()
+
+
+def _beginning(config: RunConfig) -> TrainingCheckpoint:
+    """Step 0, with random weights."""
+    parameters = Parameters(config.model, np.float32)
+    initialise(parameters, config.training.seed)
+    state = TrainerState(step=0, config=config, logs={})
+    return TrainingCheckpoint(parameters, Moments.zeros(config.model, np.float32), state)
 
 
 def _busiest(statistics: RouterStatistics) -> float:
     choice_E = statistics.choice_E
     return float(choice_E.max() * len(choice_E) / max(1, choice_E.sum()))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one acts as it always did."""
-    received: list[int] = []
-    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for kind, handler in previous.items():
-            signal.signal(kind, handler)
-
-    def note(kind: int, _frame: FrameType | None) -> None:
-        received.append(kind)
-        restore()
-
-    for kind in previous:
-        signal.signal(kind, note)
-    try:
-        yield received
-    finally:
-        restore()

@@ -182,9 +182,9 @@ def optimiser(ops: Operations, r: Inputs) -> Done:
     P = 70_000
     squares, state = np.ones(1), [r(P), r(P), r(P), r(P) ** 2]
     ops.add_sum_of_squares(state[1], squares)
-    updated = copies(state)
-    ops.adamw_in_place(*updated, squares, np.zeros(3), step=3, settings=ADAMW)
-    return {"add_sum_of_squares": [squares], "adamw_in_place": updated}
+    updated, left_out = copies(state), np.zeros(1)
+    ops.adamw_in_place(*updated, squares, np.zeros(3), left_out, step=3, settings=ADAMW)
+    return {"add_sum_of_squares": [squares], "adamw_in_place": [*updated, left_out]}
 
 
 RUNS = (

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mhmoe_np.operations.table import BitWeight, Operations, Routing
 from tests.operations.cases import (
-    ADAMW,
     BACKENDS,
     DTYPES,
     NUMBA,
@@ -122,16 +121,10 @@ def sum_cases(r: Inputs) -> dict[str, Case]:
         ops.add_sum_of_squares(x, total)
         return total
 
-    def adamw(ops: Operations, **state: Any) -> Any:
-        ops.adamw_in_place(*state.values(), np.ones(1), np.zeros(3), step=3, settings=ADAMW)
-        return list(state.values())
-
-    state = {"parameter": r(N), "gradient": r(N), "first": r(N), "second": r(N) ** 2}
     return {
         "add_in_place": Case({"x": r(N, D), "onto": r(N, D)}, add_in_place),
         "add_sum": Case({"x": r(N)}, add_sum),
         "add_sum_of_squares": Case({"x": r(N)}, add_sum_of_squares),
-        "adamw_in_place": Case(state, adamw),
     }
 
 
@@ -326,7 +319,8 @@ NAMES = list(CASES[np.dtype(np.float32)])
 
 def test_every_operation_on_numbers_has_a_case() -> None:
     of_integers = {"dispatch", "pack_in_place"}
-    assert {name.partition(":")[0] for name in NAMES} == TABLE - of_integers
+    kept_and_counted = {"adamw_in_place"}  # see test_optimiser.py
+    assert {name.partition(":")[0] for name in NAMES} == TABLE - of_integers - kept_and_counted
 
 
 def floats(results: Any) -> list[Any]:

@@ -42,7 +42,9 @@ def test_adamw_updates_every_parameter_by_the_formula(step: int, squares: float,
         dumb.adamw(*numbers, squares, step, *ADAMW)
         for numbers in zip(*(array.tolist() for array in state), strict=True)
     ]
-    NUMPY.adamw_in_place(*state, np.array([squares]), np.zeros(2), step=step, settings=ADAMW)
+    NUMPY.adamw_in_place(
+        *state, np.array([squares]), np.zeros(2), np.zeros(1), step=step, settings=ADAMW
+    )
     parameter, gradient, first, second = state
     near(np.stack([parameter, first, second], axis=1), expected)
     assert not gradient.any()
@@ -83,7 +85,7 @@ def test_adamw_agrees(dtype: Any, P: int, step: int, squares: float, decay: floa
     settings = ADAMW._replace(weight_decay=decay)
     with unchanged(total, guard):
         for ops, state in ((NUMPY, expected), (NUMBA, actual)):
-            ops.adamw_in_place(*state, total, guard, step=step, settings=settings)
+            ops.adamw_in_place(*state, total, guard, np.zeros(1), step=step, settings=settings)
     # The first moment is a sum that may cancel, and what is taken from the parameter is made of it.
     first_size = np.abs(first) + np.abs(expected[2])
     root = np.sqrt(expected[3] / (1 - ADAMW.beta2**step)) + ADAMW.epsilon
@@ -99,7 +101,9 @@ def test_the_first_float32_second_moment_is_its_share_of_the_square(name: str, b
     gradient = r(100)
     state = [r(100), gradient.copy(), r(100) * 0, r(100) * 0]
     settings = AdamWSettings(1e-3, 0.9, beta2, 1e-8, 0.0, clip_norm=1.0)
-    BACKENDS[name].adamw_in_place(*state, np.ones(1), np.ones(1), step=1, settings=settings)
+    BACKENDS[name].adamw_in_place(
+        *state, np.ones(1), np.ones(1), np.zeros(1), step=1, settings=settings
+    )
     # The factor, the square and the product are rounded once each: half an eps, thrice.
     exact = (1 - beta2) * gradient.astype(float) ** 2
     np.testing.assert_allclose(state[3], exact, rtol=2 * np.finfo(np.float32).eps)
@@ -115,8 +119,8 @@ def test_a_gradient_beyond_the_clip_norm_is_shortened_to_it(
     clipped, shortened = copies(start), copies(start)
     shortened[1] *= factor
     loose = ADAMW._replace(clip_norm=1e9)
-    ops.adamw_in_place(*clipped, np.array([norm**2]), np.zeros(1), step=2, settings=ADAMW)
-    ops.adamw_in_place(*shortened, np.ones(1), np.zeros(1), step=2, settings=loose)
+    ops.adamw_in_place(*clipped, np.array([norm**2]), np.zeros(1), np.zeros(1), step=2, settings=ADAMW)
+    ops.adamw_in_place(*shortened, np.ones(1), np.zeros(1), np.zeros(1), step=2, settings=loose)
     for a, b in zip(clipped, shortened, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -131,5 +135,41 @@ def test_nothing_changes_where_the_guard_holds_a_number_that_is_not_finite(
     r = Inputs(61, dtype)
     state, guard = [r(9), r(9), r(9), r(9) ** 2], np.ones((2, 3))
     guard.ravel()[place] = bad
-    with unchanged(*state, guard):
-        BACKENDS[name].adamw_in_place(*state, np.ones(1), guard, step=1, settings=ADAMW)
+    left_out = np.zeros(1)
+    with unchanged(*state, guard, left_out):
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), guard, left_out, step=1, settings=ADAMW)
+
+
+@of_each_backend
+@of_each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spoilt", [0, 1, 2, 3])
+def test_an_element_whose_update_is_not_finite_stays_as_it_is(
+    name: str, dtype: Any, bad: float, spoilt: int
+) -> None:
+    r, P, places = Inputs(62, dtype), 32768 + 9, [3, 32768 + 5]
+    state = [r(P), r(P), r(P), r(P) ** 2]
+    expected, left_out = copies(state), np.zeros(1)
+    BACKENDS[name].adamw_in_place(*expected, np.ones(1), np.zeros(1), left_out, step=1, settings=ADAMW)
+    assert left_out[0] == 0
+    state[spoilt][places] = bad
+    before = copies(state)
+    with np.errstate(all="ignore"):
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), np.zeros(1), left_out, step=1, settings=ADAMW)
+    assert left_out[0] == 2
+    others = np.setdiff1d(np.arange(P), places)
+    for was, is_now, wanted in zip(before, state, expected, strict=True):
+        np.testing.assert_array_equal(is_now[places], was[places])
+        np.testing.assert_array_equal(is_now[others], wanted[others])
+
+
+@of_each_backend
+def test_an_update_that_overflows_is_left_out(name: str) -> None:
+    state = [np.full(9, value, np.float32) for value in (1.0, 1.0, 0.0, 0.0)]
+    before, left_out = copies(state), np.zeros(1)
+    mad = ADAMW._replace(learning_rate=1e39)
+    with np.errstate(all="ignore"):
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), np.ones(1), left_out, step=1, settings=mad)
+    assert left_out[0] == 9
+    for was, is_now in zip(before, state, strict=True):
+        np.testing.assert_array_equal(is_now, was)

@@ -79,14 +79,29 @@ def test_a_parameter_that_is_not_finite_stops_training(kind: str, backend: str) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("moment", ["first", "second"])
-def test_a_moment_that_is_no_number_stops_training_one_step_later(moment: str, backend: str) -> None:
-    parameters = of_kind("mh2-z-loss")
-    for name in parameters.tensors:
-        learner = beginner(parameters, BACKENDS[backend])
-        before = parameters.flat_P.copy()
-        getattr(learner.moments, moment).tensors[name].flat[-1] = math.nan
-        with np.errstate(all="ignore"):
-            assert learner.step([Batch.of(WINDOWS)], ADAMW).is_finite
-            assert not learner.step([Batch.of(WINDOWS)], ADAMW).is_finite, name
-        parameters.flat_P[...] = before
+@pytest.mark.parametrize("kind", ["mh2-z-loss", "mh3-sign-projections-bias"])
+@pytest.mark.parametrize("spoilt", ["gradient", "first", "second", "unused row"])
+def test_what_the_loss_does_not_see_stops_training_before_it_spreads(
+    spoilt: str, kind: str, backend: str
+) -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        parameters = of_kind(kind)
+        for name in parameters.tensors:
+            learner = beginner(parameters, BACKENDS[backend])
+            with np.errstate(all="ignore"):
+                learner.add_gradient([Batch.of(WINDOWS)])
+                group = {
+                    "gradient": learner.gradient,
+                    "first": learner.moments.first,
+                    "second": learner.moments.second,
+                    "unused row": learner.parameters,
+                }[spoilt]
+                group.tensors[name].flat[-1] = bad
+                learner.update(ADAMW)
+                result = learner.read()
+            assert result.left_out == 1, name
+            assert not result.is_finite
+            assert learner.updates == 0
+            if group is learner.parameters:
+                group.tensors[name].flat[-1] = 0
+            assert np.isfinite(learner.parameters.flat_P).all(), name

@@ -47,6 +47,7 @@ class AdamW(NamedTuple):
     unbias1: float  # 1 / (1 - beta1^step)
     unbias2: float
     settings: AdamWSettings
+    left_out: Any  # [chunks]
 
 
 @tasks_of(AdamW)
@@ -61,13 +62,19 @@ def _adamw(i: int, a: Any) -> None:
     chunk = block(i, CHUNK)
     parameter_P, gradient_P = a.parameter_P[chunk], a.gradient_P[chunk]
     first_P, second_P = a.first_moment_P[chunk], a.second_moment_P[chunk]
+    left_out = 0
     for p in range(len(parameter_P)):
         g = gradient_P[p] * g_scale
         first = keep1 * first_P[p] + rest1 * g
         second = keep2 * second_P[p] + rest2 * g * g
-        first_P[p], second_P[p], gradient_P[p] = first, second, 0
         move = first * unbias1 / (np.sqrt(second * unbias2) + small)
-        parameter_P[p] = parameter_P[p] * shrink - step * move
+        parameter = parameter_P[p] * shrink - step * move
+        # 0 times a number is 0 unless that is not finite: one comparison for all three.
+        if first * 0 + second * 0 + parameter * 0 == 0:
+            parameter_P[p], first_P[p], second_P[p], gradient_P[p] = parameter, first, second, 0
+        else:
+            left_out += 1
+    a.left_out[i] = left_out
 
 
 class Optimiser(Buffers):
@@ -87,6 +94,7 @@ class Optimiser(Buffers):
         second_moment_P: FloatArray,
         squares_1: FloatArray,
         guard: FloatArray,
+        left_out_1: FloatArray,
         *,
         step: int,
         settings: AdamWSettings,
@@ -97,5 +105,7 @@ class Optimiser(Buffers):
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
         gradient_scale = min(1.0, settings.clip_norm / max(math.sqrt(squares_1[0]), 1e-30))
         unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
-        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings)
-        run(region, blocks(len(parameter_P), CHUNK), macs=len(parameter_P) * ELEMENT_MACS)
+        chunks = blocks(len(parameter_P), CHUNK)
+        region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings, np.empty(chunks))
+        run(region, chunks, macs=len(parameter_P) * ELEMENT_MACS)
+        left_out_1 += region.left_out.sum()

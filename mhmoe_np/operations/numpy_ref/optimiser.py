@@ -22,6 +22,7 @@ def adamw_in_place(
     second_moment_P: FloatArray,
     squares_1: FloatArray,
     guard: FloatArray,
+    left_out_1: FloatArray,
     *,
     step: int,
     settings: AdamWSettings,
@@ -33,9 +34,14 @@ def adamw_in_place(
     norm = math.sqrt(squares_1[0])
     g_P = gradient_P * parameter_P.dtype.type(min(1.0, clip_norm / max(norm, 1e-30)))
     # AdamW algorithm 2: p -= lr (decay p + m^ / (sqrt(v^) + epsilon))
-    first_moment_P[...] = beta1 * first_moment_P + (1 - beta1) * g_P
-    second_moment_P[...] = beta2 * second_moment_P + (1 - beta2) * g_P**2
-    mean_P = first_moment_P / (1 - beta1**step)
-    root_P = np.sqrt(second_moment_P / (1 - beta2**step)) + epsilon
-    parameter_P -= learning_rate * (weight_decay * parameter_P + mean_P / root_P)
-    gradient_P[...] = 0
+    first_P = beta1 * first_moment_P + (1 - beta1) * g_P
+    second_P = beta2 * second_moment_P + (1 - beta2) * g_P**2
+    mean_P = first_P / (1 - beta1**step)
+    root_P = np.sqrt(second_P / (1 - beta2**step)) + epsilon
+    new_P = parameter_P - learning_rate * (weight_decay * parameter_P + mean_P / root_P)
+    fine_P = np.isfinite(first_P) & np.isfinite(second_P) & np.isfinite(new_P)
+    np.copyto(first_moment_P, first_P, where=fine_P)
+    np.copyto(second_moment_P, second_P, where=fine_P)
+    np.copyto(parameter_P, new_P, where=fine_P)
+    np.copyto(gradient_P, 0, where=fine_P)
+    left_out_1 += np.count_nonzero(~fine_P)

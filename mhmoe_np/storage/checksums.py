@@ -1,0 +1,114 @@
+"""Whether the files of a folder are, byte by byte, as they were written.
+
+`checksums.json` says it for all files of the folder, with the XXH3 128 that `xxhsum -H2` computes too:
+a sum against damage, not against an enemy, and so fast that it costs nothing beside the disk. The file
+has one form only, so that a bit flipped in itself shows as well.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.storage.files import sync_path, write_text
+from mhmoe_np.storage.reading import read_json, read_text
+
+CHECKSUMS = "checksums.json"
+ALGORITHM = "xxh3_128"
+
+
+def checksum(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    if path.stat().st_size == 0:
+        return xxhash.xxh3_128_hexdigest(b"")
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return xxhash.xxh3_128_hexdigest(content)
+
+
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Write `checksums.json` for these files of `folder`, and flush them to the disk.
+
+    Files that it spoke of before stay in it. The disk is waited for in a thread of its own: the sums
+    are ready before it is.
+
+    Raises OSError: the disk is full or refuses.
+    """
+    paths = {name: folder / name for name in names}
+    with ThreadPoolExecutor(1) as thread:
+        flushed = [thread.submit(sync_path, path) for path in paths.values()]
+        sums = {name: checksum(path) for name, path in paths.items()}
+        for future in flushed:
+            future.result()
+    path = folder / CHECKSUMS
+    write_text(path, _text({**(_sums(path) if path.exists() else {}), **sums}))
+
+
+def unseal(folder: Path, name: str) -> None:
+    """Let `checksums.json` no longer speak of a file that is about to change."""
+    path = folder / CHECKSUMS
+    if name in sealed_files(folder):
+        sums = _sums(path)
+        del sums[name]
+        write_text(path, _text(sums))
+
+
+def sealed_files(folder: Path) -> set[str]:
+    """The files that the folder's `checksums.json` speaks of; none where there is no such file.
+
+    Raises Damaged: it is not one.
+    """
+    path = folder / CHECKSUMS
+    return set(_sums(path)) if path.exists() else set()
+
+
+def verify(folder: Path) -> bool:
+    """Whether the folder has checksums; if so, all hold.
+
+    Raises Damaged: a file is missing or not as it was written; the line names it.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return False
+    expected = _sums(path)
+    for name, wanted in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise Damaged(f"{file}: no such file, but {CHECKSUMS} beside it speaks of it")
+        if checksum(file) != wanted:
+            raise Damaged(
+                f"{file}: damaged: its checksum is not that of {path}; take another copy (or, if it "
+                f"was changed on purpose, remove {CHECKSUMS})"
+            )
+    # Read again as a text: what JSON passes over, as blanks, counts too.
+    if read_text(path) != _text(expected):
+        raise Damaged(f"{path}: damaged: not as it was written")
+    return True
+
+
+def _text(sums: Mapping[str, str]) -> str:
+    value = {"algorithm": ALGORITHM, "files": dict(sorted(sums.items()))}
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sums(path: Path) -> dict[str, str]:
+    try:
+        value = read_json(path)
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    files = value.get("files") if isinstance(value, dict) else None
+    if (
+        not isinstance(files, dict)
+        or value.get("algorithm") != ALGORITHM
+        or not all(isinstance(found, str) for found in files.values())
+    ):
+        raise Damaged(f"{path}: damaged: holds no checksums ({ALGORITHM})")
+    return files

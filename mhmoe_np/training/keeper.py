@@ -1,0 +1,154 @@
+"""What a run keeps: its logs and its checkpoints, as much of both as the disk has room for."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+from tokenizers import Tokenizer
+
+from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
+from mhmoe_np.checkpoints.training_state import (
+    Change,
+    LogMark,
+    TrainerState,
+    TrainingCheckpoint,
+    save_training_checkpoint,
+)
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.settings.run import RunConfig
+from mhmoe_np.storage.files import remove_directory
+from mhmoe_np.training.log_file import LogFile, mark_of_older
+from mhmoe_np.training.run_folder import METRICS, QUANTIZATION
+from mhmoe_np.training.step import Learner
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+BEGINNING = LogMark(bytes=0, xxh3_128=xxhash.xxh3_128_hexdigest(b""))
+
+
+class TrainingFailure(Exception):
+    """Training cannot go on: the message says at which step, why, what was kept and what was lost."""
+
+
+class Keeper:
+    """The writing side of a run folder, whose lock the caller holds.
+
+    Attributes:
+        saved_step: of the newest checkpoint; 0 where there is none, as the start needs none.
+        notices: a line for each log that is not as it was written.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: RunConfig,
+        start: TrainerState,
+        changes: Sequence[Change],
+        tokenizer: Tokenizer,
+        learner: Learner,
+        ops: Operations,
+    ) -> None:
+        """Go on from the checkpoint whose state is `start`; what the logs say of later steps goes.
+
+        changes: those of the settings that this sitting makes.
+        learner: what is saved as it stands when `save` is called.
+        """
+        self._run, self._config, self._tokenizer = run, config, tokenizer
+        self._changes = [*start.changes, *changes]
+        self._learner, self._ops, self.saved_step = learner, ops, start.step
+        (run / CHECKPOINTS).mkdir(exist_ok=True)
+        names = [METRICS, QUANTIZATION] if config.model.is_quantised else [METRICS]
+        self._logs = {name: LogFile(run / name, self._mark(name, start)) for name in names}
+        self._pending: list[tuple[str, dict[str, Any]]] = []  # lines that no log has yet
+        self.notices = [log.notice for log in self._logs.values() if log.notice is not None]
+
+    def _mark(self, name: str, state: TrainerState) -> LogMark:
+        if state.logs is None:
+            return mark_of_older(self._run / name, state.step)
+        return state.logs.get(name, BEGINNING)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        for log in self._logs.values():
+            log.close()
+
+    def log(self, name: str, value: dict[str, Any]) -> None:
+        """Append a line to a log.
+
+        Raises TrainingFailure: the disk is full or refuses; the step was saved if it could be.
+        """
+        self._pending.append((name, value))
+        try:
+            self._write_pending()
+        except OSError as error:
+            self._save_on_a_full_disk(error)
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            name, value = self._pending[0]
+            self._logs[name].write(value)
+            del self._pending[0]
+
+    def save(self) -> None:
+        """Write a checkpoint, unless there is one of this step, and drop the oldest.
+
+        Raises TrainingFailure: the disk is full or refuses; the newest checkpoint stays.
+        """
+        try:
+            self._write_checkpoint()
+        except OSError as error:
+            self._save_on_a_full_disk(error)
+        for old in checkpoints_of(self._run)[: -self._config.training.keep_checkpoints]:
+            remove_directory(old)
+
+    def _write_checkpoint(self) -> None:
+        step = self._learner.updates
+        if step == self.saved_step:
+            return
+        self._write_pending()
+        for log in self._logs.values():
+            log.flush()
+        state = TrainerState(
+            step=step,
+            config=self._config,
+            changes=self._changes,
+            logs={name: log.mark for name, log in self._logs.items()},
+        )
+        directory = self._run / CHECKPOINTS / f"step-{step:08d}"
+        parameters = self._learner.parameters.to_host(self._ops)
+        moments = self._learner.moments.to_host(self._ops)
+        checkpoint = TrainingCheckpoint(parameters, moments, state)
+        save_training_checkpoint(directory, checkpoint, self._tokenizer)
+        self.saved_step = step
+
+    def _save_on_a_full_disk(self, error: OSError) -> NoReturn:
+        """Save this step where the oldest checkpoints were, as long as one is left, and end the run.
+
+        Raises TrainingFailure: it says what became of the steps since the newest checkpoint.
+        """
+        said = f"{error.filename}: {error.strerror}"
+        while error.errno in NO_ROOM and len(checkpoints := checkpoints_of(self._run)) > 1:
+            remove_directory(checkpoints[0])
+            try:
+                self._write_checkpoint()
+            except OSError as again:
+                error = again
+            else:
+                raise TrainingFailure(
+                    f"{said}; step {self.saved_step} is saved in the place of an older checkpoint, "
+                    "nothing is lost; free some space and go on with: "
+                    f"mhmoe-np train --resume {self._run}"
+                )
+        raise TrainingFailure(f"{said}; {self.kept()}, after freeing some space")
+
+    def kept(self) -> str:
+        """What is lost if the run ends now, and from where it goes on."""
+        step = self._learner.updates
+        lost = {0: "no step is", 1: f"step {step} is"}.get(
+            step - self.saved_step, f"steps {self.saved_step + 1} to {step} are"
+        )
+        start = f"the checkpoint of step {self.saved_step}" if self.saved_step else "the start"
+        return f"{lost} lost; go on from {start} with: mhmoe-np train --resume {self._run}"

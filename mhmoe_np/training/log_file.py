@@ -1,0 +1,76 @@
+"""A log of JSON lines: appended to, and cut back to what a checkpoint knew of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mhmoe_np.checkpoints.training_state import LogMark
+
+
+class LogFile:
+    """An open log. A line is in it whole or not at all, as long as the process lives."""
+
+    def __init__(self, path: Path, mark: LogMark) -> None:
+        """Go on from `mark`: what stands after it is about to come again, and goes.
+
+        Attributes: notice: one line if what stands before it is not what was written, else None; it is
+        kept as it is.
+        """
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._end = weakref.finalize(self, os.close, self._descriptor)
+        content = path.read_bytes()[: mark.bytes]
+        self._sum, self._length = xxhash.xxh3_128(content), len(content)
+        self.notice = None
+        if self.mark != mark:
+            self.notice = f"{path}: damaged: not as it was written; what is left of it is kept"
+        os.ftruncate(self._descriptor, self._length)
+
+    @property
+    def mark(self) -> LogMark:
+        """How far the log has come."""
+        return LogMark(bytes=self._length, xxh3_128=self._sum.hexdigest())
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Append one line.
+
+        Raises OSError: the disk is full or refuses; the log is as it was.
+        """
+        line = (json.dumps(value, allow_nan=False) + "\n").encode()
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError as error:
+            os.ftruncate(self._descriptor, self._length)
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._length += len(line)
+        self._sum.update(line)
+
+    def flush(self) -> None:
+        """Wait until the disk has it."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._end()
+
+
+def mark_of_older(path: Path, step: int) -> LogMark:
+    """The mark of a log at `step` where the checkpoint kept none: by what its lines say."""
+    content = path.read_bytes() if path.exists() else b""
+    kept = b""
+    for line in content.splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # damaged, and not ours to throw away
+        kept += line
+    return LogMark(bytes=len(kept), xxh3_128=xxhash.xxh3_128_hexdigest(kept))
