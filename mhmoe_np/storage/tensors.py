@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.storage.files import write_atomically
+from mhmoe_np.storage.reading import check_regular
 
 
 def save_tensors(
@@ -82,4 +83,17 @@ def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
             for name, target in targets.items():
                 target[...] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Every tensor of a safetensors file, as it is.
+
+    Raises UserError: the file is missing or damaged, or has a type of number that NumPy lacks.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
