@@ -1,8 +1,8 @@
 """The first number of a training step that is not finite: which operation of which layer made it.
 
 The step's forward and backward are repeated through a door at which the arrays that each operation was
-given and returned are looked at, until one of them holds a NaN or an infinity. A finite step has none:
-no operation returns one on finite numbers that its formula does not take there.
+given and returned are looked at, until one of them holds a NaN or an infinity. An infinity that a later
+formula would take to a finite limit [D12] counts too.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class _Observed(Door):
         super().__init__(ops)
         self._names = _names_of(model, gradient)
         self._micro_batches, self._embedded = micro_batches, 0
-        self._section, self._layer, self._backward = "", cast(int | None, None), False
+        self._section, self._backward = "", False
+        self._layer: int | None = None
         self.hidden: dict[str, float] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -146,11 +147,11 @@ class _Observed(Door):
         """The backend's array as NumPy's."""
         return self._ops.to_host(array)
 
-    def stop(self, *found: Any) -> NoReturn:
-        """End the repetition with this fault, here."""
+    def place(self) -> tuple[int | None, str, int | None, bool]:
+        """Where in the step the operation stands: the first fields of a `Fault`."""
         several = self._micro_batches > 1
         micro_batch = (self._embedded - 1) % self._micro_batches if several else None
-        raise _Stopped(Fault(micro_batch, self._section, self._layer, self._backward, *found))
+        return micro_batch, self._section, self._layer, self._backward
 
 
 class _Look:
@@ -199,18 +200,20 @@ class _Look:
 
     def _stop(self, label: str, value: Any, host: FloatArray, *, otherwise: Role) -> NoReturn:
         """The fault is in this array; otherwise: its role where it is no weight and no gradient."""
-        named, role, tensor, spot = self._door.known(value), otherwise, label, spot_in(host)
-        if named is not None:
+        named = self._door.known(value)
+        if named is None:
+            role, parts = otherwise, [(label, host)]
+        else:
             scale = isinstance(value, PackedWeight) or ".beta_" in label
             role = "gradient" if named.gradient else "scale" if scale else "weight"
             # A scale is there for every row, so that a part lies in it as in the weights.
             whole = host.reshape(named.entry.shape[:-1] if scale else named.entry.shape)
-            tensor, spot = next(
-                (part.tensor, found)
-                for part in named.entry.parts
-                if (found := spot_in(whole[part.where])) is not None
-            )
-        self._door.stop(self._operation, self._of, role, tensor, spot, self._largest)
+            parts = [(part.tensor, whole[part.where]) for part in named.entry.parts]
+        tensor, spot = next(
+            (tensor, spot) for tensor, part in parts if (spot := spot_in(part)) is not None
+        )
+        fault = Fault(*self._door.place(), self._operation, self._of, role, tensor, spot, self._largest)
+        raise _Stopped(fault)
 
 
 def _names_of(model: Model, gradient: Parameters) -> dict[int, _Named]:

@@ -95,5 +95,5 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None

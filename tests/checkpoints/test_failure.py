@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_an_edited_record_is_refused_by_its_key(
 ) -> None:
     path = written(tmp_path / "failure") / "failure.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    assert f"failure.json: {words}" in said(path.parent) or words in said(path.parent)
+    assert words in said(path.parent)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def test_an_edited_record_is_refused_by_its_key(
         ({"micro_batch_0": np.full((2, 4), 37)}, "outside 0 .. 36"),
         ({"micro_batch_0": np.full((2, 4), -1)}, "outside 0 .. 36"),
     ],
+    ids=str,
 )
 def test_a_batch_that_does_not_fit_the_model_is_refused(
     tmp_path: Path, batch: dict[str, Any], words: str
@@ -145,6 +147,16 @@ def test_a_batch_that_does_not_fit_the_model_is_refused(
     directory = written(tmp_path / "failure")
     save_file(batch, directory / "batch.safetensors")
     assert words in said(directory)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_a_batch_of_numbers_that_numpy_lacks_is_refused(tmp_path: Path, dtype: str) -> None:
+    size = 8 * (2 if dtype == "BF16" else 1)
+    described = {"micro_batch_0": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, size]}}
+    header = json.dumps(described).encode()
+    path = written(tmp_path / "failure") / "batch.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    assert "batch.safetensors: not a readable safetensors file" in said(path.parent)
 
 
 def test_another_directory_is_refused(tmp_path: Path) -> None:
