@@ -30,6 +30,7 @@ from mhmoe_np.storage.tensors import check_finite, read_into, write_tensors
 MODEL_CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION = "generation_config.json"
 PACKED_WEIGHTS = "packed.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
 
 

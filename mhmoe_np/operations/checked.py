@@ -1,83 +1,26 @@
-"""The door of every operation: what the table's docstrings promise, checked at each call.
+"""The door that checks: what the table's docstrings promise, held at each call.
 
 `Checked(ops)` computes what `ops` computes and holds each call to the sections Shapes, Dtypes and
-Views of the operation's docstring in `table`: there is no second list. Tests and `gradcheck` come
-through this door; production does not.
+Views of the operation's docstring in `table`. Tests and `gradcheck` come through this door; production
+does not.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from mhmoe_np.operations.packing import PackedMatrices
-from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight
+from mhmoe_np.operations.door import Door, Promise, arrays_in, axes_of
 
 PACKAGE = Path(__file__).parents[1]
-SECTIONS = "Shapes|Dtypes|Views|Raises|Source|Cost"
 
 
 class BrokenPromise(ValueError):
     """A call or a result that the operation's docstring does not allow."""
-
-
-class Promise(NamedTuple):
-    """What the docstring of one operation says of its arrays."""
-
-    arguments: tuple[str, ...]
-    results: tuple[str, ...]
-    may_be_none: frozenset[str]
-    dtypes: Mapping[str, str]  # of arrays that are not of the call's float dtype
-    views: frozenset[str]  # arguments that need not be C-contiguous
-
-
-def sections_of(docstring: str) -> dict[str, str]:
-    """Section name -> its text on one line, of an operation's docstring."""
-    parts = re.split(rf"^ *({SECTIONS}) +", inspect.cleandoc(docstring), flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-@cache
-def promises() -> dict[str, Promise]:
-    """The promises of every operation that has the section Shapes."""
-    found = {}
-    for name, operation in vars(Operations).items():
-        sections = sections_of(getattr(operation, "__doc__", None) or "")
-        if "Shapes" not in sections:
-            continue
-        given, _, returned = sections["Shapes"].partition("->")
-        arguments, results = _names(given), _names(returned)
-        dtypes: dict[str, str] = {}
-        for clause in sections["Dtypes"].split(";"):
-            dtype, *named = clause.replace(",", " ").split()
-            dtypes |= dict.fromkeys(named, dtype)
-        found[name] = Promise(
-            tuple(word.rstrip("?") for word in arguments),
-            tuple(word.rstrip("?") for word in results),
-            frozenset(word[:-1] for word in arguments + results if word.endswith("?")),
-            dtypes,
-            frozenset(_names(sections.get("Views", ""))),
-        )
-    return found
-
-
-def _names(text: str) -> list[str]:
-    return text.replace(",", " ").split()
-
-
-def axes_of(name: str) -> list[str] | None:
-    """The axes that a name's suffix says: `gate_up_N2F` -> N, 2F; None where it has no suffix."""
-    _, underscore, suffix = name.rpartition("_")
-    if not underscore or not re.fullmatch(r"[A-Z0-9]+", suffix):
-        return None
-    return re.findall(r"2[A-Z]|[A-Z]|\d", suffix)
 
 
 def calling_place() -> str:
@@ -101,7 +44,20 @@ class _Call:
         self._sizes: dict[str, tuple[int, str]] = {}
         self._float: tuple[Any, str] | None = None
 
-    def check(self, values: Mapping[str, Any]) -> None:
+    def enter(self, arguments: Mapping[str, Any]) -> None:
+        """Hold the arguments to what is said of them."""
+        self._check(arguments)
+
+    def leave(self, results: Sequence[Any]) -> None:
+        """Hold the results to what is said of them, beside the arguments."""
+        promised = self._promise.results
+        if len(results) != len(promised):
+            raise BrokenPromise(
+                f"{self._operation}: returned {len(results)} arrays, not {len(promised)}"
+            )
+        self._check(dict(zip(promised, results, strict=True)))
+
+    def _check(self, values: Mapping[str, Any]) -> None:
         """Hold arguments or results, by name, to what their names and the docstring say.
 
         Shapes first, of all of them: a transposed array is also one that is not contiguous, and its
@@ -111,7 +67,7 @@ class _Call:
             if value is None and name not in self._promise.may_be_none:
                 self._broken(name, "is None")
         arrays = [
-            (name, *labelled) for name, value in values.items() for labelled in _arrays(name, value)
+            (name, *labelled) for name, value in values.items() for labelled in arrays_in(name, value)
         ]
         for _, label, _, shape in arrays:
             self._check_axes(label, shape)
@@ -164,63 +120,13 @@ class _Call:
         raise BrokenPromise(f"{self._operation}: {name} {how}; at {calling_place()}")
 
 
-def _arrays(name: str, value: Any) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Label, array and shape of every array in an argument; a label's last part has the suffix."""
-    if isinstance(value, BitWeight):
-        suffix = name.rpartition("_")[2]
-        yield name, value.w, value.w.shape
-        yield f"{name}.beta_{suffix[:-1]}", value.beta, value.beta.shape
-    elif isinstance(value, PackedWeight):
-        shape = value.shape if len(axes_of(name) or ()) == 3 else value.shape[1:]
-        yield name, value.beta, shape
-    elif isinstance(value, PackedMatrices):
-        return
-    elif isinstance(value, tuple):
-        for field, part in zip(value._fields, value, strict=True):  # type: ignore[attr-defined]
-            if hasattr(part, "dtype"):
-                yield f"{name}.{field}", part, part.shape
-    elif hasattr(value, "dtype"):
-        yield name, value, value.shape
-
-
-class Checked:
-    """The operations of a backend behind the door; what is not an operation goes straight through.
+class Checked(Door):
+    """The operations of a backend, every call held to its docstring.
 
     Raises BrokenPromise: it names the operation, the argument, the letter with both sizes (or the dtype
     or the order), and the line of the model that called.
     """
 
-    def __init__(self, ops: Operations) -> None:
-        self._ops = ops
-
-    def __getattr__(self, name: str) -> Any:
-        """The operation of this name."""
-        operation = getattr(self._ops, name)
-        promise = promises().get(name)
-        return operation if promise is None else _behind_the_door(name, operation, promise)
-
-
-def _behind_the_door(name: str, operation: Callable[..., Any], promise: Promise) -> Callable[..., Any]:
-    signature = inspect.signature(getattr(Operations, name))
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        bound = signature.bind(None, *arguments, **options).arguments
-        door = _Call(name, promise)
-        door.check({name: bound[name] for name in promise.arguments if name in bound})
-        result = operation(*arguments, **options)
-        found = list(_flat(result))
-        if len(found) != len(promise.results):
-            raise BrokenPromise(f"{name}: returned {len(found)} arrays, not {len(promise.results)}")
-        door.check(dict(zip(promise.results, found, strict=True)))
-        return result
-
-    return call
-
-
-def _flat(result: Any) -> Iterator[Any]:
-    """The arrays of a result, None where an optional one is absent."""
-    if isinstance(result, tuple):
-        for part in result:
-            yield from _flat(part) if isinstance(part, tuple) else (part,)
-    elif result is not None:
-        yield result
+    def visit(self, operation: str, promise: Promise) -> _Call:
+        """See `Door.visit`."""
+        return _Call(operation, promise)

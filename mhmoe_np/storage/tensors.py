@@ -107,3 +107,16 @@ def check_finite(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
         # The least and the largest are NaN where any number is, and no copy is made.
         if tensor.size and not (np.isfinite(tensor.min()) and np.isfinite(tensor.max())):
             raise Damaged(f"{path}: tensor {name!r} holds numbers that are not finite")
+
+
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Every tensor of a safetensors file, as it is.
+
+    Raises UserError: the file is missing or damaged, or has a type of number that NumPy lacks.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: not a readable safetensors file: {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mhmoe_np.operations import numpy_ref
-from mhmoe_np.operations.checked import axes_of, sections_of
+from mhmoe_np.operations.door import axes_of, sections_of
 from mhmoe_np.operations.numpy_ref import memory
 from mhmoe_np.operations.table import Operations
 from tests.house.ledger import section

@@ -20,7 +20,7 @@ from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.packed import pack_weights, unpack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.weights import formats_for
-from mhmoe_np.operations.checked import axes_of
+from mhmoe_np.operations.door import axes_of
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.settings.model import ModelConfig

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mhmoe_np.operations.checked import axes_of
+from mhmoe_np.operations.door import axes_of
 from mhmoe_np.operations.table import BitWeight, PackedWeight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import DIMENSIONS
