@@ -31,6 +31,7 @@ MODEL_CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenize
 GENERATION = "generation_config.json"
 PACKED_WEIGHTS = "packed.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"  # of a training checkpoint
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
 
 

@@ -14,15 +14,21 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
-from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG, OPTIMIZER, WEIGHTS, save_model
+from mhmoe_np.checkpoints.checkpoint import (
+    MODEL_CONFIG,
+    OPTIMIZER,
+    WEIGHTS,
+    write_model_files,
+)
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.settings.model import ModelConfig, Positive, StrictModel, first_fault, read_model_config
+from mhmoe_np.storage.checksums import seal, verify
 from mhmoe_np.storage.files import write_directory_atomically, write_json
 from mhmoe_np.storage.reading import read_json
-from mhmoe_np.storage.tensors import read_into, read_tensors, save_tensors
+from mhmoe_np.storage.tensors import read_into, read_tensors, write_tensors
 from mhmoe_np.types import IntArray
 
 BATCH, FAILURE = "batch.safetensors", "failure.json"
@@ -75,11 +81,12 @@ def save_failure(
     """
 
     def fill(temporary: Path) -> None:
-        save_model(temporary, parameters, None)
-        save_tensors(temporary / OPTIMIZER, moments.tensors())
+        names = write_model_files(temporary, parameters, None)
+        write_tensors(temporary / OPTIMIZER, moments.tensors())
         batch = {f"micro_batch_{i}": part.astype(np.int64) for i, part in enumerate(windows)}
-        save_tensors(temporary / BATCH, batch)
+        write_tensors(temporary / BATCH, batch)
         write_json(temporary / FAILURE, record.model_dump())
+        seal(temporary, [*names, OPTIMIZER, BATCH, FAILURE])
 
     write_directory_atomically(directory, fill)
 
@@ -93,6 +100,7 @@ def load_failure(directory: Path) -> Failure:
         raise UserError(f"{directory}: no such directory")
     if not (directory / FAILURE).exists():
         raise UserError(f"{directory}: has no {FAILURE}; give a directory that a failed run put aside")
+    verify(directory)
     record = _read_record(directory / FAILURE)
     config = read_model_config(directory / MODEL_CONFIG)
     windows = _read_windows(directory / BATCH, config)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 from tokenizers import Tokenizer
 
-from mhmoe_np.checkpoints.checkpoint import load_weights, write_model_files
+from mhmoe_np.checkpoints.checkpoint import OPTIMIZER, load_weights, write_model_files
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
@@ -23,7 +23,7 @@ from mhmoe_np.storage.files import write_directory_atomically, write_json
 from mhmoe_np.storage.reading import read_json
 from mhmoe_np.storage.tensors import check_finite, read_into, write_tensors
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+STATE = "trainer_state.json"
 
 
 class LogMark(StrictModel):

@@ -29,7 +29,7 @@ from mhmoe_np.storage.checksums import sealed_files
 
 RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
-QUANTIZATION = "quantization.jsonl"
+QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
 STORE, VALIDATION = "data/train", "validation"
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from mhmoe_np.checkpoints.failure import FailureRecord, save_failure
 from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.layers.balance import RouterStatistics
@@ -22,13 +23,16 @@ from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.sums import StepResult
 from mhmoe_np.model.weights import MatrixCounts
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import AdamWSettings, Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.checksums import unseal
+from mhmoe_np.storage.files import remove_directory
 from mhmoe_np.training.continuation import OpenRun, changes, open_run
+from mhmoe_np.training.diagnosis import diagnose
 from mhmoe_np.training.keeper import Keeper, TrainingFailure
 from mhmoe_np.training.run_folder import (
     EVALUATION,
+    FAILURE,
     METRICS,
     QUANTIZATION,
     TOKENIZER,
@@ -173,12 +177,10 @@ class Trainer:
         start = time.perf_counter()
         training = self.config.training
         windows = self._next_windows()
-        settings = adamw_settings(
-            self.step, total_steps=training.steps, optimizer=self.config.optimizer
-        )
+        settings = self._settings()
         result = self.learner.step([Batch.of(part) for part in windows], settings)
         if not result.is_finite:
-            raise self._failure(result, windows)
+            raise self._failure(f"step {self.step + 1}", result, windows)
         losses, statistics, norm, matrices, _ = result
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
@@ -193,6 +195,12 @@ class Trainer:
             quantised=QuantisedShares.of(matrices),
         )
         return report, matrices
+
+    def _settings(self) -> AdamWSettings:
+        """The optimiser's, for the step about to be made."""
+        return adamw_settings(
+            self.step, total_steps=self.config.training.steps, optimizer=self.config.optimizer
+        )
 
     def _next_windows(self) -> list[IntArray]:
         """The micro-batches of the step about to be made, [B, T+1] each.
@@ -211,22 +219,46 @@ class Trainer:
 
     # ---- when a number is not finite -------------------------------------------------------------
 
-    def _failure(self, result: StepResult, windows: Sequence[IntArray]) -> TrainingFailure:
-        """Why this step came to numbers that are not finite; its batch and state are put aside."""
-        raise NotImplementedError
+    def _failure(self, when: str, result: StepResult, windows: Sequence[IntArray]) -> TrainingFailure:
+        """Why the next step cannot be made; `when` it was found. Its batch and the state are put aside for `replay`.
 
-    def _check_next_loss(self) -> None:
-        """Make sure that the weights about to be saved are good for a step more.
+        No checkpoint is written: one of this state would be one that no run goes on from.
+        """
+        learner = self.learner
+        found = diagnose(learner, result, [Batch.of(part) for part in windows], ops=self.ops)
+        record = FailureRecord(
+            step=self.step + 1, settings=self._settings(), losses=result.losses._asdict(), fault=found
+        )
+        directory = self.run / FAILURE
+        try:
+            if directory.exists():
+                remove_directory(directory)
+            parameters = learner.parameters.to_host(self.ops)
+            moments = learner.moments.to_host(self.ops)
+            save_failure(directory, parameters, moments, windows, record)
+            aside = f"`mhmoe-np replay {directory}` repeats it"
+        except OSError as error:
+            aside = f"{directory} could not be written: {error.strerror}"
+        return TrainingFailure(
+            f"{when}: not finite: {found}; {aside}; {self.keeper.kept()} and a lower "
+            "--set learning_rate=... or longer warmup_steps=..."
+        )
 
-        Weights may be finite and yet so large that nothing can be computed with them: a checkpoint of
-        them would be one that no run goes on from.
+    def _check_state(self) -> None:
+        """Make sure that the state about to be saved is one that a run can go on from.
+
+        Every number must be finite, and the next loss too: weights may be so large that nothing can be
+        computed with them.
 
         Raises TrainingFailure: they are not.
         """
+        sum_3 = self.ops.zeros((3,), np.float64)
+        for i, group in enumerate((self.learner.parameters, *self.learner.moments)):
+            self.ops.add_sum_of_squares(group.flat_P, sum_3[i : i + 1])
         windows = self._next_windows()
         result = loss(self.learner.model, [Batch.of(part) for part in windows], ops=self.ops)
-        if not math.isfinite(result.losses.loss):
-            raise self._failure(result, windows)
+        if not math.isfinite(result.losses.loss + sum(self.ops.to_host(sum_3))):
+            raise self._failure(f"after step {self.step}", result, windows)
 
     def _save(self, matrices: Mapping[str, MatrixCounts]) -> None:
         """Keep the step that was just made; matrices: its quantised ones.
@@ -235,7 +267,7 @@ class Trainer:
         """
         if self.keeper.saved_step == self.step:
             return
-        self._check_next_loss()
+        self._check_state()
         if matrices:
             values = {name: counts._asdict() for name, counts in matrices.items()}
             self.keeper.log(QUANTIZATION, {"step": self.step, "matrices": values})

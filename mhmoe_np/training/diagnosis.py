@@ -1,0 +1,68 @@
+"""Where a step that came to numbers that are not finite has them from: layer, operation, tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mhmoe_np.audit.first_fault import first_fault
+from mhmoe_np.audit.not_finite import TensorFault, weights_fault
+from mhmoe_np.model.loss import Batch
+from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.model.sums import StepResult
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.training.step import Learner
+
+
+def state_fault(learner: Learner, ops: Operations) -> TensorFault | None:
+    """The first tensor of the weights, else of the moments, that is not finite, if any is."""
+    groups = {
+        "weight": learner.parameters,
+        "first moment of": learner.moments.first,
+        "second moment of": learner.moments.second,
+    }
+    faults = (weights_fault(group.to_host(ops), what) for what, group in groups.items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def diagnose(
+    learner: Learner, result: StepResult, micro_batches: Sequence[Batch], *, ops: Operations
+) -> str:
+    """What was not finite first: in the state, else in the gradient, else in the step, repeated.
+
+    result: what the learner's last step came to, which was not finite. The gradient is 0 afterwards.
+    """
+    found = state_fault(learner, ops)
+    if found is not None:
+        return str(found)
+    gradient = learner.gradient.to_host(ops)
+    spoilt = weights_fault(gradient, "gradient of")
+    if result.left_out:
+        return str(spoilt) if spoilt is not None else _update_left_out(gradient, result.left_out)
+    fault = first_fault(learner.model, learner.gradient, micro_batches, ops=ops)
+    if fault is not None:
+        return str(fault)
+    return (
+        f"{_first_seen(learner, result)}{f' and {spoilt}' if spoilt else ''}, but the step is finite "
+        "when it is repeated: the memory or the processor may be at fault"
+    )
+
+
+def _update_left_out(gradient: Parameters, parameters: int) -> str:
+    """Where an update would have overflowed: its gradient is still there, all others are 0."""
+    names = (name for name, tensor in gradient.tensors.items() if np.any(tensor))
+    return f"AdamW's update of {next(names, 'a tensor')} ({parameters} parameters left as they were)"
+
+
+def _first_seen(learner: Learner, result: StepResult) -> str:
+    """The first router that met numbers which are not finite, else the loss."""
+    config = learner.model.config
+    layers = filter(config.is_moe_layer, range(config.num_hidden_layers))
+    for layer, statistics in zip(layers, result.statistics, strict=True):
+        if not (
+            np.isfinite(statistics.p_sum_E).all() and math.isfinite(statistics.squared_log_sum_exp)
+        ):
+            return f"layer {layer}, the router's logits"
+    return "the loss"
