@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mhmoe_np.operations.load import cores, load_operations
+from mhmoe_np.operations.load import import_numba_backend, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,12 +27,16 @@ def backend_option(command: Command) -> Command:
 def threads_option(command: Command) -> Command:
     """`--threads N`."""
     return click.option(
-        "--threads", type=click.IntRange(min=1), help=f"Threads to use (default: {cores()})."
+        "--threads", type=click.IntRange(min=1), help="Threads to use (default: one for each core)."
     )(command)
 
 
 def announce_compilation() -> None:
-    """Say so on standard error, once, if kernels must be compiled first."""
+    """Say so on standard error, once, if kernels must be compiled first.
+
+    Raises UserError: the environment has settings of Numba's that it cannot work with.
+    """
+    import_numba_backend()
     from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
 
     on_first_compilation(
@@ -41,7 +45,10 @@ def announce_compilation() -> None:
 
 
 def load(name: BackendName, *, threads: int | None = None, keep_buffers: bool = False) -> Operations:
-    """The backend; says so on standard error if its kernels must be compiled first."""
+    """The backend; says so on standard error if its kernels must be compiled first.
+
+    Raises UserError: as `load_operations`.
+    """
     if name == "numba":
         announce_compilation()
     return load_operations(name, threads=threads, keep_buffers=keep_buffers)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.printing import print_json
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
+from mhmoe_np.settings.model import LARGEST_SIZE
 
 
 @click.command()
@@ -18,7 +19,7 @@ from mhmoe_np.operations.table import BackendName
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
     "--batch-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, LARGEST_SIZE),
     default=4096,
     show_default=True,
     help="About how many tokens go through the model at once.",
@@ -48,7 +49,7 @@ def command(
     named = [_split(domain) for domain in domains]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise UserError(f"--domain: the name {max(names, key=names.count)!r} is given twice")
+        raise UserError(f"--domain: the name {max(names, key=names.count)[:60]!r} is given twice")
     found = find_checkpoint(checkpoint)
     texts = [read_domain(name, path) for name, path in named]
     tokenizer = load_checkpoint_tokenizer(found)
@@ -60,7 +61,7 @@ def command(
     }
     if as_json:
         values = {name: score.as_dict() for name, score in scores.items()}
-        click.echo(json.dumps({"domains": values}, indent=2))
+        print_json({"domains": values})
     else:
         print_scores(scores)
 
@@ -68,5 +69,5 @@ def command(
 def _split(domain: str) -> tuple[str, str]:
     name, equals, path = domain.partition("=")
     if not equals or not name or not path:
-        raise UserError(f"--domain {domain}: must be NAME=PATH")
+        raise UserError(f"--domain {domain[:60]!r}: must be NAME=PATH")
     return name, path

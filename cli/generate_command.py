@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
+from mhmoe_np.settings.model import LARGEST_COUNT
 
 
 @click.command()
@@ -19,7 +21,7 @@ from mhmoe_np.operations.table import BackendName
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the nucleus of mass P."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, LARGEST_COUNT), default=0, show_default=True)
 @threads_option
 @backend_option
 def command(
@@ -39,6 +41,10 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.inference.generate import Sampling, generate
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: is not UTF-8; convert it") from None
     found = find_checkpoint(checkpoint)
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads)

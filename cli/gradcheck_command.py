@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 import click
 
 from mhmoe_cli.backend import load
+from mhmoe_cli.printing import print_json
 from mhmoe_np.operations.table import BackendName
 
 
@@ -45,6 +45,6 @@ def command(as_json: bool, backend: Literal["both", "numpy", "numba"]) -> None:
                         f"{analytic:.10g} by the backward"
                     )
     if as_json:
-        click.echo(json.dumps([check.as_dict() for check in checks], indent=2))
+        print_json([check.as_dict() for check in checks])
     if not all(check.passed for check in checks):
         raise click.exceptions.Exit(1)

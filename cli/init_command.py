@@ -7,22 +7,26 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.new_directory import out_option
+from mhmoe_np.settings.model import LARGEST_COUNT
 
 
 @click.command()
 @click.argument("config", metavar="CONFIG.json", type=click.Path(path_type=Path))
 @out_option
-@click.option("--seed", required=True, type=click.IntRange(min=0))
+@click.option("--seed", required=True, type=click.IntRange(0, LARGEST_COUNT))
 def command(config: Path, out: Path, seed: int) -> None:
     """Write a checkpoint with random weights: a pure function of the configuration and the seed."""
     import numpy as np
 
     from mhmoe_np.checkpoints.checkpoint import save_model
     from mhmoe_np.model.parameters import Parameters, initialise
+    from mhmoe_np.model.room import check_room
     from mhmoe_np.settings.model import read_model_config
     from mhmoe_np.storage.files import write_directory_atomically
 
-    parameters = Parameters(read_model_config(config), np.float32)
+    model = read_model_config(config)
+    check_room(model, copies=1, source=str(config))
+    parameters = Parameters(model, np.float32)
     initialise(parameters, seed)
     write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
     click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

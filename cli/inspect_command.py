@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.printing import print_json
 from mhmoe_np.operations.table import BackendName
 
 
@@ -30,7 +30,7 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops)
     rows = inspect_weights(model.config, model.weights.to_host(ops))
     if as_json:
-        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
+        print_json([row._asdict() for row in rows])
         return
     width = max(len(row.name) for row in rows)
     shapes = ["x".join(map(str, row.shape)) for row in rows]

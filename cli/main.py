@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
+from mhmoe_cli.printing import printable
 from mhmoe_np.errors import UserError
 
+CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
@@ -25,8 +33,27 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _code_of_a_closed_pipe() -> Iterator[None]:
+    """Click would end with code 1, which means that a check failed."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise click.exceptions.Exit(CLOSED_PIPE) from None
+
+
 class LazyGroup(click.Group):
     """Commands by name; a command's module is imported only to run it or to show its own help."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        """As click does; here --help and --version print."""
+        with _code_of_a_closed_pipe():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """As click does."""
+        with _code_of_a_closed_pipe():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of use."""
@@ -56,30 +83,69 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="mhmoe-np", message="%(prog)s %(version)s")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Multi-Head Mixture-of-Experts (arXiv 2411.16205) on NumPy and Numba, gradients by hand."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:
     """Run the command line: 0 done, 1 a check or a run failed, 2 bad input (one line, no traceback)."""
+    _open_standard_streams()
     try:
         # Outside standalone mode click hands back the code of a command that ended by Exit.
         code = group(prog_name="mhmoe-np", standalone_mode=False)
-    except click.UsageError as error:
+        sys.stdout.flush()
+    except click.ClickException as error:
         _end(error.format_message(), 2)
     except click.Abort:
         _end("interrupted", 130)
     except UserError as error:
         _end(str(error), 2)
     except BrokenPipeError:
-        sys.exit(141)
+        _leave(CLOSED_PIPE)
+    except MemoryError as error:
+        _end(f"out of memory: {error or 'no more to be had'}; make the model or the batch smaller", 2)
     except OSError as error:
-        _end(f"{error.filename or 'a file'}: {error.strerror or error}; nothing was overwritten", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+        place = error.filename or "a file or standard output"
+        _end(f"{place}: {error.strerror or error}; nothing was overwritten", 2)
+    _leave(code if isinstance(code, int) else 0)
 
 
-def _end(line: str, code: int) -> None:
-    click.echo(f"mhmoe-np: {' '.join(line.split())}", err=True)
+def _open_standard_streams() -> None:
+    """Streams that were closed lead nowhere, and those that are open can write any text.
+
+    A file that is opened in the place of a closed stream would otherwise receive what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(line: str, code: int) -> NoReturn:
+    # Whoever cannot be told still gets the code.
+    with contextlib.suppress(OSError):
+        click.echo(f"mhmoe-np: {printable(' '.join(line.split()))}", err=True)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. What cannot be written is dropped: the interpreter would end with code 120 over it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
     sys.exit(code)

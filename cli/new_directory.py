@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _absent(_context: click.Context, _option: click.Parameter, out: Path) -> Path:
-    if out.exists():
+    if os.path.lexists(out):  # a link to nothing too: the new directory would take its place
         raise UserError(f"{out}: exists already; choose another --out")
     return out
 

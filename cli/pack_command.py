@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.printing import print_json
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.packing import FORMATS
 from mhmoe_np.operations.table import BackendName
@@ -78,7 +78,7 @@ def command(
     rows = sizes(config, weights)
     if as_json:
         values = {name: size.as_dict() for name, size in rows.items()}
-        click.echo(json.dumps({"format": chosen, "sizes": values}, indent=2))
+        print_json({"format": chosen, "sizes": values})
         return
     click.echo(f"{out}: {chosen}")
     click.echo(f"{'':18s}{'weights':>14s}{'float32 MB':>12s}{'packed MB':>12s}{'bits/weight':>13s}")

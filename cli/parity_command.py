@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from typing import Literal
 
 import click
 
+from mhmoe_cli.printing import print_json
 from mhmoe_np.costs.parity import Comparison, Solution, paper_rows, solve
 from mhmoe_np.errors import UserError
 
@@ -71,7 +71,7 @@ def _print_table(as_json: bool) -> None:
             }
             for row in rows
         ]
-        click.echo(json.dumps(values, indent=2))
+        print_json(values)
         return
     click.echo(
         f"{'model':18s} {'H':>3s} {'E':>3s} {'K':>2s} {'F':>5s} {'parameters':>12s} MACs a token"
@@ -93,7 +93,7 @@ def _print_solution(solution: Solution, as_json: bool) -> None:
             "macs_per_token": _comparison(solution.macs),
             "moe_layer_parameters": _comparison(solution.parameters),
         }
-        click.echo(json.dumps(value, indent=2))
+        print_json(value)
         return
     inner, experts = solution.exact_intermediate_size, solution.exact_experts
     click.echo(f"inner width F  {solution.intermediate_size}  (exactly {_fraction(inner)})")

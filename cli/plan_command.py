@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.backend import announce_compilation, threads_option
-from mhmoe_cli.run_settings import base_tables, option_tables
+from mhmoe_cli.printing import console, print_json, show
+from mhmoe_cli.run_settings import option_tables, resolved_config
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.presets import DEFAULT_PRESET
-from mhmoe_np.settings.run import merge, parse_run_config
 
 if TYPE_CHECKING:
     from mhmoe_np.costs.plan import Plan
@@ -41,8 +40,7 @@ def command(
     Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model show
     how fast this machine is and how much memory they need.
     """
-    over = option_tables(settings, data, steps=steps)
-    resolved = parse_run_config(merge(base_tables(config, preset), over), source="configuration")
+    resolved = resolved_config(config, preset, option_tables(settings, data, steps=steps))
 
     from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.data.documents import chosen_domains
@@ -52,7 +50,7 @@ def command(
     load = partial(load_operations, "numba", threads=threads, keep_buffers=True)
     plan = make_plan(resolved, text_bytes, load=load)
     if as_json:
-        click.echo(json.dumps(_as_dict(plan), indent=2))
+        print_json(_as_dict(plan))
     else:
         _print(plan)
 
@@ -66,7 +64,6 @@ def _as_dict(plan: Plan) -> dict[str, object]:
 
 
 def _print(plan: Plan) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
@@ -85,9 +82,7 @@ def _print(plan: Plan) -> None:
     table.add_row("a step", f"{plan.step_seconds:.3g} s")
     table.add_row("all steps", _duration(plan.training_seconds))
     table.add_row("disk", _size(plan.disk))
-    console = Console()
-    console.width = max(console.width, 80)
-    console.print(table)
+    show(console(least_width=80), table)
 
 
 def _size(size: int) -> str:

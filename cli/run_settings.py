@@ -5,21 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.settings.model import nearest, shown
 from mhmoe_np.settings.presets import DEFAULT_PRESET, RUN_PRESETS
-from mhmoe_np.settings.run import Tables, merge, read_toml, with_settings
+from mhmoe_np.settings.run import (
+    COMMAND_LINE,
+    Layer,
+    RunConfig,
+    Tables,
+    merge,
+    read_toml,
+    resolve,
+    with_settings,
+)
 
 
-def base_tables(config: Path | None, preset: str | None) -> Tables:
+def base_layers(config: Path | None, preset: str | None) -> list[Layer]:
     """CONFIG over --preset; with neither, the default preset.
 
     Raises UserError: no such preset, or a damaged file.
     """
     if preset is not None and preset not in RUN_PRESETS:
-        from mhmoe_np.settings.model import nearest
+        raise UserError(f"--preset {shown(preset)}: unknown{nearest(preset, RUN_PRESETS)}")
+    if config is None:
+        preset = preset or DEFAULT_PRESET
+    layers = [Layer(RUN_PRESETS[preset], f"--preset {preset}")] if preset else []
+    return layers if config is None else [*layers, Layer(read_toml(config), str(config))]
 
-        raise UserError(f"--preset {preset}: unknown{nearest(preset, RUN_PRESETS)}")
-    named = RUN_PRESETS[preset] if preset else {} if config else RUN_PRESETS[DEFAULT_PRESET]
-    return merge(named, read_toml(config) if config else {})
+
+def base_tables(config: Path | None, preset: str | None) -> Tables:
+    """The layers of `base_layers` as one.
+
+    Raises UserError: as `base_layers`.
+    """
+    return merge(*(layer.tables for layer in base_layers(config, preset)))
+
+
+def resolved_config(config: Path | None, preset: str | None, over: Tables) -> RunConfig:
+    """The run's configuration: `over`, from `option_tables`, over CONFIG over --preset.
+
+    Raises UserError: no such preset, a damaged file, or a bad key; the message names the preset, the
+    file or the option that set it.
+    """
+    return resolve([*base_layers(config, preset), Layer(over, COMMAND_LINE)])
 
 
 def option_tables(

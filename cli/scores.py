@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mhmoe_cli.printing import console, printable, show
 from mhmoe_np.inference.evaluate import DomainScore
 
 COLUMNS = {
@@ -23,15 +24,15 @@ COLUMNS = {
 
 def print_scores(scores: Mapping[str, DomainScore]) -> None:
     """A table on standard output; plain columns where that is no terminal."""
-    console = Console()
-    table = Table(box=None if not console.is_terminal else Table().box)
+    screen = console(least_width=110)
+    table = Table(box=None if not screen.is_terminal else Table().box)
     table.add_column("domain")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
     for name, score in scores.items():
-        table.add_row(name, *(_figure(score.as_dict()[key]) for key in COLUMNS))
-    console.width = max(console.width, 110)
-    console.print(table)
+        # As a Text: a plain string may hold the library's markup.
+        table.add_row(Text(printable(name)), *(_figure(score.as_dict()[key]) for key in COLUMNS))
+    show(screen, table)
 
 
 def _figure(value: float | int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from mhmoe_np.operations.table import BackendName
     type=click.Path(path_type=Path),
     help="A .npy or JSON array of ids, [B, T+1]; -100 is padding at a row's right end.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .safetensors file.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
@@ -40,6 +41,8 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_model
     from mhmoe_np.storage.tensors import save_tensors
 
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists already; choose another --out")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: its folder does not exist; create it first")
     ops = load(backend, threads=threads)

@@ -5,7 +5,6 @@ Source   [spec 8 trace]
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from mhmoe_np.model.language_model import ForwardCache, Model, forward
 from mhmoe_np.model.loss import IGNORED, Batch, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.storage.memory import check_memory
+from mhmoe_np.storage.reading import check_regular, read_json
 from mhmoe_np.types import FloatArray, IntArray
 
 
@@ -28,31 +29,58 @@ def read_tokens(path: Path, *, vocab_size: int, max_positions: int) -> IntArray:
 
     Raises UserError: not such an array, an id outside the vocabulary, padding elsewhere, too long.
     """
-    try:
-        if path.suffix == ".json":
-            tokens = np.array(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            tokens = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a .npy or JSON array of token ids: {error}") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise UserError(f"{path}: must hold a two-dimensional array of integers, [B, T+1]")
-    tokens = tokens.astype(np.int64)
+    tokens = _read_json_tokens(path) if path.suffix == ".json" else _map_tokens(path)
     if tokens.shape[0] < 1 or not 2 <= tokens.shape[1] <= max_positions + 1:
         raise UserError(
             f"{path}: shape {list(tokens.shape)}; needs a row or more of 2 to {max_positions + 1} "
             f"tokens (max_position_embeddings {max_positions})"
         )
+    if tokens.min() < IGNORED or tokens.max() >= vocab_size:
+        raise _outside(path, vocab_size)
+    tokens = tokens.astype(np.int64)
     padded = tokens == IGNORED
     if np.any(padded[:, :-1] & ~padded[:, 1:]) or padded[:, 0].any():
         raise UserError(f"{path}: padding (-100) may stand only at the right end of a row")
     if padded[:, 1:].all():
         raise UserError(f"{path}: no target to count: every one is -100")
-    if tokens[~padded].min() < 0 or tokens.max() >= vocab_size:
-        raise UserError(f"{path}: token ids must lie in 0 .. {vocab_size - 1} (or be -100)")
+    if tokens[~padded].min() < 0:
+        raise _outside(path, vocab_size)
     return tokens
+
+
+def _outside(path: Path, vocab_size: int) -> UserError:
+    return UserError(f"{path}: token ids must lie in 0 .. {vocab_size - 1} (or be -100)")
+
+
+def _read_json_tokens(path: Path) -> IntArray:
+    rows = read_json(path)
+    if (
+        not isinstance(rows, list)
+        or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+        or not all(type(token) is int for row in rows for token in row)
+    ):
+        raise _misshapen(path)
+    limits = np.iinfo(np.int64)
+    if not all(limits.min <= token <= limits.max for row in rows for token in row):
+        raise UserError(f"{path}: holds an integer beyond 64 bits; give token ids")
+    return np.array(rows, np.int64).reshape(len(rows), -1)
+
+
+def _map_tokens(path: Path) -> IntArray:
+    """The array of a `.npy` file, mapped: a header that promises more than there is takes nothing."""
+    check_regular(path)
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # A damaged header raises whatever Python does when it evaluates it.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a .npy or JSON array of token ids: {reason}") from None
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise _misshapen(path)
+    return tokens
+
+
+def _misshapen(path: Path) -> UserError:
+    return UserError(f"{path}: must hold a two-dimensional array of integers, [B, T+1]")
 
 
 def trace(
@@ -62,7 +90,17 @@ def trace(
 
     tokens: [B, T+1] as from `read_tokens`; a padded input is fed as id 0, which nothing counted
     sees. Without `gradients`, the targets, the losses and the gradients are left out.
+
+    Raises UserError: the tensors of so many tokens do not fit into the memory that is free.
     """
+    config = model.config
+    rows, columns = tokens.shape
+    numbers = config.num_hidden_layers * config.hidden_size + config.vocab_size
+    check_memory(
+        rows * (columns - 1) * numbers * np.dtype(model.weights.dtype).itemsize,
+        f"tokens: the hidden states and logits of {rows} rows of {columns - 1} need",
+        remedy="give fewer rows",
+    )
     input_BT, target_BT = tokens[:, :-1], tokens[:, 1:]
     fed_BT = np.maximum(input_BT, 0)
     tensors: dict[str, NDArray[Any]] = {"input_ids": input_BT}

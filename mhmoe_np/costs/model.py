@@ -33,7 +33,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
         met = min(config.num_experts, config.moe_heads * config.num_experts_per_tok)
         matrices = 3 * config.sub_token_width * config.moe_intermediate_size
         norm = config.moe_intermediate_size if config.use_sub_norm else 0
-        idle = _moe_layers(config) * (config.num_experts - met) * (matrices + norm)
+        idle = config.moe_layers * (config.num_experts - met) * (matrices + norm)
     return ParameterCount(total, total - idle)
 
 
@@ -48,7 +48,7 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
     D, L = config.hidden_size, config.num_hidden_layers
     inner = config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
-    moe = _moe_layers(config)
+    moe = config.moe_layers
     return {
         "attention projections": L * 2 * D * (inner + key_value),
         "attention": L * inner * sequence,
@@ -57,7 +57,3 @@ def macs_per_token(config: ModelConfig, sequence: int) -> dict[str, int]:
         "feed-forward": (L - moe) * 3 * D * config.intermediate_size,
         "output head": config.vocab_size * D,
     }
-
-
-def _moe_layers(config: ModelConfig) -> int:
-    return sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))

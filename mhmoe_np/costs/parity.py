@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.settings.model import LARGEST_SIZE, ModelConfig, shown
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
 
 ExpertForm: TypeAlias = Literal["swiglu", "relu"]
@@ -175,8 +175,8 @@ def solve(
     F is rounded to the nearest integer of at least 1 before E is found, and E to the nearest of at
     least K; a tie goes to the even integer.
 
-    Raises   UserError: a number is below 1, `heads` does not divide `hidden_size`, the baseline
-             chooses more experts than it has, or the baseline is too small to pay for head and merge.
+    Raises   UserError: a number is below 1 or beyond 2^31-1, `heads` does not divide `hidden_size`,
+             the baseline chooses more experts than it has, or is too small to pay for head and merge.
     Source   swiglu [spec 7 equal FLOPs], [spec 7 equal parameters], which the paper's configurations
              obey; relu [P1 eq. 8-9], whose printed F = F0 - D/K is the case K = K0, and the example
              [P1 eq. 10]
@@ -191,7 +191,9 @@ def solve(
     }
     for name, number in numbers.items():
         if number < 1:
-            raise UserError(f"{name}: {number} is too small; use at least 1")
+            raise UserError(f"{name}: {shown(number)} is too small; use at least 1")
+        if number > LARGEST_SIZE:
+            raise UserError(f"{name}: {shown(number)} is too large; use at most {LARGEST_SIZE}")
     if hidden_size % heads:
         raise UserError(
             f"heads: {heads} does not divide hidden_size {hidden_size}; use one of its divisors"

@@ -15,18 +15,17 @@ import numpy as np
 import psutil
 
 from mhmoe_np.costs.model import ParameterCount, macs_per_token, parameter_count
-from mhmoe_np.errors import UserError
 from mhmoe_np.inference.evaluate import BATCH_TOKENS, score_stream
 from mhmoe_np.model.loss import Batch, add_router_statistics
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.training.step import Learner
 
-BYTES = 4  # of a float32
 # What preparing the text leaves behind in the process, as measured: the tokenizer's library, and its
 # encodings of what is tokenised at a time.
 PREPARATION_BYTES, PREPARATION_BYTES_PER_BYTE = 41_000_000, 11
@@ -77,18 +76,23 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
 
     load: makes the operations of a run; each probe has its own, since their buffers adapt to its size.
 
-    Raises   UserError: the model alone does not fit into the memory that is free.
+    Raises   UserError: the model alone, or a probe of it, does not fit into the memory that is free.
     Source   [spec 7 multiply-adds]; accumulated steps [D5]; the rest is measured here
     """
     training = config.training
     count = parameter_count(config.model)
-    _check_room(count)
-    parameters = Parameters(config.model, np.float32)
-    initialise(parameters, training.seed)
-    moments = Moments.zeros(config.model, np.float32)
+    check_room(config.model, copies=4, source="model")
     sequences = training.batch_size // training.gradient_accumulation_steps
     smaller = min(sequences, math.ceil(PROBE_TOKENS / training.sequence_length))
     larger = min(sequences, 2 * smaller)
+    check_batch_room(
+        config.model,
+        tokens=larger * training.sequence_length,
+        source=f"training.sequence_length: {training.sequence_length}",
+    )
+    parameters = Parameters(config.model, np.float32)
+    initialise(parameters, training.seed)
+    moments = Moments.zeros(config.model, np.float32)
     probes = []
     if smaller < larger:
         probes.append(_probe_alone(smaller, parameters, moments, config, load))
@@ -117,16 +121,6 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
         training_seconds=training.steps * seconds,
         disk=(training.keep_checkpoints + 1) * 3 * arrays + int(2 * text_bytes / BYTES_PER_TOKEN),
     )
-
-
-def _check_room(count: ParameterCount) -> None:
-    free = psutil.virtual_memory().available
-    needed = 4 * count.total * BYTES
-    if needed > free:
-        raise UserError(
-            f"the model's {count.total:,} parameters, their gradient and two moments need "
-            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make the model smaller"
-        )
 
 
 def _tokens(config: RunConfig, sequences: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import IntArray
 
 
@@ -21,13 +22,19 @@ class Batches:
 
         `batch_size` is B, the sequences per optimiser step; `seed` is 0 or above.
 
-        Raises UserError: the stream is shorter than one window.
+        Raises UserError: the stream is shorter than one window, or a batch does not fit into memory.
         """
         if len(token_W) <= sequence_length:
             raise UserError(
                 f"sequence_length: {sequence_length} needs {sequence_length + 1} tokens and the "
                 f"text has {len(token_W)}; lower sequence_length or add text"
             )
+        # Of every token its place and its id as int64, and of every sequence its start.
+        check_memory(
+            batch_size * (2 * 8 * (sequence_length + 1) + 8),
+            f"batch_size: {batch_size} sequences of {sequence_length} tokens need",
+            remedy="lower training.batch_size or training.sequence_length",
+        )
         # The plain array is a view: indexing a memmap costs a Python call more each time.
         self._token_W = np.asarray(token_W)
         self._sequence_length = sequence_length

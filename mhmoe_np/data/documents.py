@@ -13,10 +13,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage.memory import check_memory
+from mhmoe_np.storage.reading import check_regular, reason_of
 
 EMBEDDED_NAMES = ("books", "speech", "lexicon")
 SUFFIXES = (".txt", ".jsonl")
 WILDCARDS = frozenset("*?[")
+BYTES_PER_BYTE = 4  # about: a text's bytes, its characters, its documents, and work on them
 DOCUMENT_SEPARATOR = re.compile(r"(?:\r?\n){3,}")
 
 
@@ -42,9 +45,9 @@ def read_domain(name: str, path: str | Path) -> Domain:
     dropped.
 
     Raises UserError: nothing is there, a file is of another kind, is not UTF-8 or has a bad line,
-    or there is no document.
+    there is no document, or the text is too large for the memory that is free.
     """
-    return _join(name, map(_read_file, _find_files(path)), source=str(path))
+    return _read([(name, path)])[0]
 
 
 def read_domains(paths: Sequence[str]) -> list[Domain]:
@@ -52,7 +55,20 @@ def read_domains(paths: Sequence[str]) -> list[Domain]:
 
     Raises UserError: as `read_domain`.
     """
-    return [read_domain(name, path) for name, path in zip(domain_names(paths), paths, strict=True)]
+    return _read(list(zip(domain_names(paths), paths, strict=True)))
+
+
+def _read(named: Sequence[tuple[str, str | Path]]) -> list[Domain]:
+    """Read domains by name and path, unless all together are too large."""
+    found = [(name, path, _find_files(path)) for name, path in named]
+    size = sum(check_regular(file).st_size for *_, files in found for file in files)
+    places = ", ".join(str(path) for _, path, _ in found[:3]) + (" ..." if len(found) > 3 else "")
+    check_memory(
+        BYTES_PER_BYTE * size,
+        f"{places}: {size / 1e9:,.1f} GB of text, read at once, need about",
+        remedy="give less text",
+    )
+    return [_join(name, map(_read_file, files), source=str(path)) for name, path, files in found]
 
 
 def embedded_domains() -> list[Domain]:
@@ -96,12 +112,13 @@ def _stem(path: str) -> str:
 
 def _find_files(path: str | Path) -> list[Path]:
     place = Path(path)
-    if place.is_file():
-        files = [place]
-    elif place.is_dir():
+    if place.is_dir():
         files = [file for file in _sorted_files(place.rglob("*")) if _has_text_suffix(file)]
         if not files:
             raise UserError(f"{path}: has no .txt or .jsonl file in it; add one")
+    elif place.exists():
+        check_regular(place)
+        files = [place]
     elif WILDCARDS & set(str(path)):
         files = _sorted_files(map(Path, glob.glob(str(path), recursive=True)))
         if not files:
@@ -157,7 +174,7 @@ def _parse_json_line(line: str, *, place: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{place}: is not JSON: {error}; write {{"text": "..."}}') from None
+        raise UserError(f'{place}: is not JSON: {reason_of(error)}; write {{"text": "..."}}') from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{place}: has no string "text"; write {{"text": "..."}}')

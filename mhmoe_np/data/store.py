@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,16 @@ from tokenizers import Tokenizer
 
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
 from mhmoe_np.errors import UserError
-from mhmoe_np.settings.model import Natural, Positive, StrictModel, first_fault
+from mhmoe_np.settings.model import (
+    Count,
+    Positive,
+    PositiveCount,
+    StrictModel,
+    first_fault,
+    shown,
+)
 from mhmoe_np.storage import files
+from mhmoe_np.storage.reading import read_json
 from mhmoe_np.types import IntArray
 
 VERSION: Literal[2] = 2
@@ -40,10 +47,10 @@ class StoreHeader(StrictModel):
     dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
     vocab_size: Positive
-    documents: Positive
-    tokens: Positive
-    bytes: Natural
-    words: Natural
+    documents: PositiveCount
+    tokens: PositiveCount
+    bytes: Count
+    words: Count
 
 
 @dataclass(frozen=True)
@@ -164,13 +171,13 @@ def _sidecar_path(path: Path) -> Path:
 
 def _read_header(path: Path) -> StoreHeader:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from None
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; tokenise the text again") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version not in (1, VERSION):
         raise UserError(
-            f"{path}: is not a token store of version 1 or {VERSION} (got {version!r}); "
+            f"{path}: is not a token store of version 1 or {VERSION} (got {shown(version)}); "
             "tokenise the text again"
         )
     if version == 1:
@@ -183,6 +190,5 @@ def _read_header(path: Path) -> StoreHeader:
         raise UserError(f"{path}: {reason}; tokenise the text again") from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return UserError(f"{path}: cannot be read: {reason}; tokenise the text again")
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror}; tokenise the text again")

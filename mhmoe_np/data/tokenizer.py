@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.storage import files
+from mhmoe_np.storage.reading import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (
@@ -61,18 +62,13 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`, ours or another's; its truncation and padding are switched off.
 
-    Raises UserError: the file is missing or holds no tokenizer.
+    Raises UserError: the file is missing, cannot be read or holds no tokenizer.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a tokenizer.json") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; give a tokenizer.json") from None
+    text = read_text(Path(path))
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # The library raises nothing narrower.
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: holds no tokenizer: {reason}; give a tokenizer.json") from None
     return _prepared(tokenizer)
 
@@ -97,8 +93,14 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def id_count(tokenizer: Tokenizer) -> int:
-    """Count the ids a model of this tokenizer needs: one more than the highest, holes included."""
-    return 1 + max(tokenizer.get_vocab().values())
+    """Count the ids a model of this tokenizer needs: one more than the highest, holes included.
+
+    Raises UserError: there is none.
+    """
+    ids = tokenizer.get_vocab().values()
+    if not ids:
+        raise UserError("tokenizer: has an empty vocabulary; give a trained tokenizer.json")
+    return 1 + max(ids)
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

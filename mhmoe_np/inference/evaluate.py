@@ -92,7 +92,8 @@ def evaluate(
 ) -> DomainScore:
     """Score a domain in windows of the model's `max_position_embeddings`.
 
-    Raises UserError: the text is a single token, or its tokenizer knows ids the model lacks.
+    Raises UserError: the text is a single token, its tokenizer knows ids the model lacks, or the NLL is
+    not finite.
     """
     token_W = tokenise(domain.documents, tokenizer)
     if len(token_W) < 2:
@@ -104,4 +105,9 @@ def evaluate(
         )
     window = model.config.max_position_embeddings
     nll = score_stream(model, token_W, window=window, batch_tokens=batch_tokens, ops=ops)
+    if not math.isfinite(nll):
+        raise UserError(
+            f"domain {domain.name}: its NLL is not finite ({nll}); the weights are damaged or too "
+            "large for float32: take another checkpoint"
+        )
     return DomainScore(nll, len(token_W) - 1, domain.word_count, domain.byte_count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 
 class Sampling(NamedTuple):
@@ -36,8 +37,9 @@ def next_token(logits_V: FloatArray, sampling: Sampling, rng: np.random.Generato
     if sampling.temperature == 0:
         return int(np.argmax(logits_V))
     order = np.argsort(-logits_V, kind="stable")[: sampling.top_k]
-    scaled = logits_V[order].astype(np.float64) / sampling.temperature
-    p = np.exp(scaled - scaled[0])
+    sorted_V = logits_V[order].astype(np.float64)
+    with np.errstate(over="ignore"):  # a temperature near 0: -inf, hence probability 0
+        p = np.exp((sorted_V - sorted_V[0]) / sampling.temperature)
     p /= p.sum()
     if sampling.top_p is not None:
         nucleus = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1
@@ -54,16 +56,26 @@ def generate(
     sampling: Sampling,
     ops: Operations,
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` in pieces of text, as each becomes whole.
+    """The continuation of `prompt` in pieces of text, as each becomes whole.
 
     Ends after `max_new_tokens`, at the end-of-text token, or when all positions are used. An empty
     prompt starts a new text: the model is given the end-of-text token.
 
-    Raises UserError: the prompt leaves no position for a new token.
+    Raises UserError: temperature or top_p is no such number; the prompt makes no token, one that the
+    model lacks, or leaves no position for a new one. While it is read: the logits are not finite, or
+    the tokenizer cannot decode what was drawn.
     """
+    _check_sampling(sampling)
     config = model.config
     end_of_text = end_of_text_id(tokenizer)
     id_T = tokenise([prompt], tokenizer) if prompt else np.array([end_of_text])
+    if not len(id_T):
+        raise UserError("--prompt: the model's tokenizer makes no token of it; give another one")
+    if int(id_T.max()) >= config.vocab_size:
+        raise UserError(
+            f"--prompt: token id {int(id_T.max())} is beyond the model's vocab_size "
+            f"{config.vocab_size}; the tokenizer is not the model's"
+        )
     room = config.max_position_embeddings - len(id_T)
     if room < 1:
         raise UserError(
@@ -71,6 +83,27 @@ def generate(
             f"{config.max_position_embeddings} positions; shorten it"
         )
     length = min(max_new_tokens, room)
+    return _continuation(model, tokenizer, id_T, length, sampling, ops=ops)
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    temperature, _, top_p, _ = sampling
+    if not 0 <= temperature < math.inf:  # NaN is in no range
+        raise UserError(f"temperature: {temperature} is not a finite number of at least 0; try 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p} is not above 0 and at most 1; try 0.95")
+
+
+def _continuation(
+    model: Model,
+    tokenizer: Tokenizer,
+    id_T: IntArray,
+    length: int,
+    sampling: Sampling,
+    *,
+    ops: Operations,
+) -> Iterator[str]:
+    end_of_text, known = end_of_text_id(tokenizer), id_count(tokenizer)
     rng = np.random.default_rng(sampling.seed)
     cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length, ops=ops)
     stream = DecodeStream(skip_special_tokens=False)
@@ -78,10 +111,23 @@ def generate(
     for _ in range(length):
         with ops.scope():
             logits_V = ops.to_host(decode(model, cache, new_T[None], ops=ops))[0]
-            token = next_token(logits_V[: id_count(tokenizer)], sampling, rng)
+            if not np.isfinite(logits_V).all():
+                raise UserError(
+                    "the logits are not finite; the weights are damaged or too large for float32: take "
+                    "another checkpoint"
+                )
+            token = next_token(logits_V[:known], sampling, rng)
         if token == end_of_text:
             return
-        text = stream.step(tokenizer, token)
+        text = _decoded(stream, tokenizer, token)
         if text:
             yield text
         new_T = np.array([token])
+
+
+def _decoded(stream: DecodeStream, tokenizer: Tokenizer, token: int) -> str | None:
+    try:
+        text: str | None = stream.step(tokenizer, token)
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(f"tokenizer: cannot decode token {token}: {error}; give the model's") from None
+    return text

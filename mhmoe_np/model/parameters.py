@@ -22,6 +22,7 @@ from mhmoe_np.types import FloatArray
 
 Array = TypeVar("Array")
 Distribution = Literal["ones", "zeros", "embedding", "linear", "head", "merge"]
+LAYERS = "model.layers."
 ALIGNMENT = 16  # elements between starts of arrays: 64 bytes of float32
 
 
@@ -138,7 +139,7 @@ def parameter_table(config: ModelConfig) -> list[Entry]:
     V, D = config.vocab_size, config.hidden_size
     entries = [_whole("model.embed_tokens.weight", (V, D), "embedding")]
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
+        prefix = f"{LAYERS}{layer}"
         entries.append(_whole(f"{prefix}.input_layernorm.weight", (D,), "ones"))
         entries += _attention(f"{prefix}.self_attn", config)
         entries.append(_whole(f"{prefix}.post_attention_layernorm.weight", (D,), "ones"))
@@ -219,10 +220,12 @@ def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str
 
     Source   [spec 1 tensor names]
     """
-    return [
-        {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        for prefix in (f"model.layers.{layer}." for layer in range(config.num_hidden_layers))
-    ]
+    blocks: list[dict[str, Array]] = [{} for _ in range(config.num_hidden_layers)]
+    for name, array in arrays.items():
+        if name.startswith(LAYERS):
+            layer, _, rest = name.removeprefix(LAYERS).partition(".")
+            blocks[int(layer)][rest] = array
+    return blocks
 
 
 def initialise(parameters: Parameters, seed: int) -> None:

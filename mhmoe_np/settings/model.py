@@ -6,17 +6,28 @@ Source   [spec 1 Model keys]
 from __future__ import annotations
 
 import difflib
-import json
+import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage.reading import read_json
 
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+LARGEST_SIZE = 2**31 - 1
+LARGEST_COUNT = 2**63 - 1  # what a TOML file holds
+LARGEST_FACTOR = 1e30  # far from where float32 ends
+MOST_TENSORS = 200_000  # the header of a safetensors file holds few more
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST_SIZE)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]  # of bytes or tokens; a seed
+PositiveCount = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
+Factor = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
+PositiveFactor = Annotated[float, Field(gt=0, le=LARGEST_FACTOR)]
 WIDEST_QUANTISED = 2**24 // 128  # inputs of a BitLinear
 
 
@@ -47,8 +58,9 @@ class ModelConfig(StrictModel):
     )
     intermediate_size: Positive  # F of a dense feed-forward network
     max_position_embeddings: Positive = 2048
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    rms_norm_eps: Annotated[float, Field(ge=0)] = 1e-5
+    # Its powers, times a position, must be finite.
+    rope_theta: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = 10000.0
+    rms_norm_eps: Factor = 1e-5
     tie_word_embeddings: bool = True
     hidden_act: Literal["silu", "relu2"] = "silu"
     num_experts: Natural = 0  # E; 0: a dense model
@@ -60,11 +72,12 @@ class ModelConfig(StrictModel):
     moe_merge_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
     moe_projection_bias: bool = False
     norm_topk_prob: bool = Field(default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1)
-    moe_capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    # An expert's capacity must fit an integer.
+    moe_capacity_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
     shared_expert_intermediate_size: Natural = 0
     router_aux_loss_type: Literal["top1", "topk"] = "top1"
-    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01
-    router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    router_aux_loss_coef: Factor = 0.01
+    router_z_loss_coef: Factor = 0.0
     quantization: Literal["none", "bitnet_b158", "bitnet"] = "none"
     use_sub_norm: bool = Field(default_factory=lambda data: data.get("quantization", "none") != "none")
     quantize_moe_projections: bool = False
@@ -77,14 +90,28 @@ class ModelConfig(StrictModel):
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: {self.head_dim} is odd; rotary positions need an even width")
+            raise ValueError(f"{self._head_dim_origin()} is odd; rotary positions need an even width")
         if self.num_experts == 0:
             self._refuse_moe_keys_of_a_dense_model()
         else:
             self._check_moe_keys()
         if self.is_quantised:
             self._check_quantised_widths()
+        if self.tensor_count > MOST_TENSORS:
+            raise ValueError(
+                f"num_hidden_layers: {self.num_hidden_layers} with num_experts {self.num_experts} "
+                f"make {self.tensor_count:,} tensors; a checkpoint holds at most {MOST_TENSORS:,}"
+            )
         return self
+
+    def _head_dim_origin(self) -> str:
+        """The width of a head, by the keys that were given."""
+        if "head_dim" in self.model_fields_set:
+            return f"head_dim: {self.head_dim}"
+        return (
+            f"hidden_size: {self.hidden_size} shared out over num_attention_heads "
+            f"{self.num_attention_heads} makes head_dim {self.head_dim}, which"
+        )
 
     def _refuse_moe_keys_of_a_dense_model(self) -> None:
         for key in (
@@ -115,9 +142,10 @@ class ModelConfig(StrictModel):
 
     def _check_quantised_widths(self) -> None:
         """Beyond this width float32 no longer holds every sum of integers [spec 5]."""
+        heads = "head_dim" if "head_dim" in self.model_fields_set else "num_attention_heads"
         widths = {
             "hidden_size": self.hidden_size,
-            "head_dim": self.num_attention_heads * self.head_dim,
+            heads: self.num_attention_heads * self.head_dim,
             "intermediate_size": self.intermediate_size,
             "moe_intermediate_size": self.moe_intermediate_size,
             "shared_expert_intermediate_size": self.shared_expert_intermediate_size,
@@ -135,6 +163,25 @@ class ModelConfig(StrictModel):
         return self.quantization != "none"
 
     @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return self.num_hidden_layers // self.decoder_sparse_step if self.num_experts else 0
+
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors a checkpoint has, before a table of them is made."""
+        feed_forward = 4 if self.use_sub_norm else 3
+        attention = 5 if self.use_sub_norm else 4
+        projections = self.moe_head_layer + self.moe_merge_layer
+        moe = 1 + projections * (2 if self.moe_projection_bias else 1)
+        moe += self.num_experts * feed_forward
+        moe += feed_forward if self.shared_expert_intermediate_size else 0
+        dense_layers = self.num_hidden_layers - self.moe_layers
+        layers = self.num_hidden_layers * (2 + attention)
+        layers += dense_layers * feed_forward + self.moe_layers * moe
+        return layers + (2 if self.tie_word_embeddings else 3)
+
+    @property
     def sub_token_width(self) -> int:
         """U = D / H."""
         return self.hidden_size // self.moe_heads
@@ -150,19 +197,59 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def first_fault(error: ValidationError, known: Iterable[str]) -> str:
-    """One line for the first thing wrong in a rejected configuration, naming the key."""
-    faults = error.errors()
+class _Shortened(reprlib.Repr):
+    """A value as Python writes it, cut to some sixty characters however large or deep it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxstring, self.maxother = 2, 4, 60, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write integers of more than some thousand digits."""
+        return repr(x) if x.bit_length() < 128 else f"an integer of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return "a table"
+
+
+def shown(value: object) -> str:
+    """A value of any kind in at most some sixty characters, for a message."""
+    text = _Shortened().repr(value)
+    return text if len(text) <= 64 else f"{text[:60]}..."
+
+
+class Fault(NamedTuple):
+    """What is wrong with a configuration."""
+
+    key: str  # with its table; empty where no single key is at fault
+    text: str  # names the key
+
+
+def fault_of(error: ValidationError, known: Iterable[str]) -> Fault:
+    """The first thing wrong in a rejected configuration, in one line that names the key."""
+    faults = error.errors(include_url=False)
     # A misspelt key is also a missing one: the misspelling is what helps.
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(path[-1], known)}"
+        return Fault(key, f"unknown key {shown(key)}{nearest(path[-1], known)}")
     if fault["type"] == "missing":
-        return f"missing key {key!r}"
+        return Fault(key, f"missing key {key!r}")
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {fault['input']!r})" if path else message
+    named = re.match(r"[\w.]+(?=: )", message)
+    if fault["type"] == "value_error" and named:
+        # A check of several keys: its message begins with the one to change.
+        table = f"{key}." if key else ""
+        return Fault(f"{table}{named[0]}", f"{table}{message}")
+    if not path:
+        return Fault("", f"{message} (got {shown(fault['input'])})")
+    return Fault(key, f"{key}: {message} (got {shown(fault['input'])})")
+
+
+def first_fault(error: ValidationError, known: Iterable[str]) -> str:
+    """One line for the first thing wrong in a rejected configuration, naming the key."""
+    return fault_of(error, known).text
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -170,12 +257,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
     Raises UserError: the file is missing or is not JSON, or a key is unknown, missing or unfit.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold a JSON object of model keys")
     return parse_model_config(values, source=str(path))

@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.settings.model import ModelConfig, Natural, Positive, StrictModel, first_fault, nearest
+from mhmoe_np.settings.model import (
+    LARGEST_FACTOR,
+    LARGEST_SIZE,
+    Count,
+    Factor,
+    ModelConfig,
+    Natural,
+    Positive,
+    PositiveFactor,
+    StrictModel,
+    fault_of,
+    nearest,
+    shown,
+)
+from mhmoe_np.storage import reading
 
 ScheduleKind: TypeAlias = Literal["linear", "cosine", "two-stage", "constant"]
-Rate = Annotated[float, Field(ge=0)]
+
+
+def _recordable(path: object) -> object:
+    """A path that the run's config.toml can hold and the system can open.
+
+    Raises ValueError: empty, not UTF-8, or with a zero byte.
+    """
+    if isinstance(path, str):
+        if not path:
+            raise ValueError("a path must not be empty")
+        if "\0" in path:
+            raise ValueError("a path must not hold a zero byte")
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a path must be UTF-8 to be kept with the run; rename it") from None
+    return path
+
+
+PathText = Annotated[str, BeforeValidator(_recordable)]
 
 
 class DataConfig(StrictModel):
     """What is read. A relative path is relative to the working directory."""
 
-    paths: list[str] = Field(default_factory=list)  # none: the embedded corpus
-    tokenizer: str | None = None  # a tokenizer.json; none: byte-level BPE trained on the text
+    paths: list[PathText] = Field(default_factory=list)  # none: the embedded corpus
+    tokenizer: PathText | None = None  # a tokenizer.json; none: byte-level BPE trained on the text
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of each domain's bytes
 
 
@@ -33,7 +67,7 @@ class TrainingConfig(StrictModel):
     batch_size: Positive  # sequences of one optimiser step
     gradient_accumulation_steps: Positive = 1  # parts in which a batch goes through the model
     sequence_length: Positive  # tokens of one sequence
-    seed: Natural = 0
+    seed: Count = 0
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between progress lines
@@ -52,15 +86,16 @@ class OptimizerConfig(StrictModel):
     """AdamW with decoupled decay on every parameter, and its schedule [spec 6]."""
 
     schedule: ScheduleKind = "linear"
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4  # the peak
-    final_learning_rate: Rate = 3e-5
-    second_stage_learning_rate: Rate | None = None  # two-stage only; none: 2/3 of the peak
+    learning_rate: PositiveFactor = 6e-4  # the peak
+    final_learning_rate: Factor = 3e-5
+    second_stage_learning_rate: Factor | None = None  # two-stage only; none: 2/3 of the peak
     warmup_steps: Natural = 375
-    weight_decay: Rate = 0.1
+    weight_decay: Factor = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    clip_norm: Annotated[float, Field(gt=0)] = 2.0
+    # Not rounded to 0 in float32.
+    epsilon: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = 1e-6
+    clip_norm: PositiveFactor = 2.0
 
 
 class RunConfig(StrictModel):
@@ -129,20 +164,32 @@ KEYS = tuple(f"{table}.{key}" for table, kind in TABLES.items() for key in kind.
 Tables = dict[str, dict[str, Any]]
 
 
+COMMAND_LINE = "the command line"
+OPTIONS = {
+    "training.steps": "--steps",
+    "training.seed": "--seed",
+    "training.checkpoint_every": "--checkpoint-every",
+    "data.paths": "--data",
+}
+"""The keys that have an option of their own beside `--set`."""
+
+
+class Layer(NamedTuple):
+    """Settings from one place. Layers lie over each other, the last one on top."""
+
+    tables: Tables
+    source: str  # what a message calls the place: a file, say; COMMAND_LINE: the key's option
+
+
 def read_toml(path: Path) -> Tables:
     """The tables of a TOML file.
 
     Raises UserError: missing, not TOML, or a key outside the four tables.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
+    values = reading.read_toml(path)
     for name, table in values.items():
         if name not in TABLES:
-            raise UserError(f"{path}: unknown table {name!r}{nearest(name, TABLES)}")
+            raise UserError(f"{path}: unknown table {shown(name)}{nearest(name, TABLES)}")
         if not isinstance(table, dict):
             raise UserError(f"{path}: {name} must be a table: write [{name}] above its keys")
     return values
@@ -153,23 +200,32 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
 
     The key may leave its table out where only one table has it.
 
-    Raises UserError: no '=', or an unknown or ambiguous key (the nearest known one is named).
+    Raises UserError: no '=', an unknown or ambiguous key (the nearest known one is named), or a value
+    that cannot be read.
     """
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals:
-        raise UserError(f"--set {setting}: must be key=value")
+        raise UserError(f"--set {shown(setting)}: must be key=value")
     matches = [known for known in KEYS if key in (known, known.partition(".")[2])]
     if not matches:
         bare = [known.partition(".")[2] for known in KEYS]
-        raise UserError(f"--set {key}: unknown key{nearest(key, [*KEYS, *bare])}")
+        raise UserError(f"--set: unknown key {shown(key)}{nearest(key, [*KEYS, *bare])}")
     if len(matches) > 1:
         raise UserError(f"--set {key}: in several tables; write {' or '.join(matches)}")
     table, _, name = matches[0].partition(".")
+    return table, name, _value(text, source=f"--set {key}")
+
+
+def _value(text: str, *, source: str) -> Any:
     try:
-        return table, name, tomllib.loads(f"value = {text}")["value"]
+        values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return table, name, text.strip()
+        return text.strip()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: cannot be read: {reading.reason_of(error)}") from None
+    # A line break in the text would begin another key.
+    return values["value"] if len(values) == 1 else text.strip()
 
 
 def merge(*layers: Tables) -> Tables:
@@ -190,15 +246,49 @@ def with_settings(tables: Tables, settings: Sequence[str]) -> Tables:
 
 
 def parse_run_config(tables: Tables, *, source: str) -> RunConfig:
-    """Check the tables; `model.max_position_embeddings` not given is the sequence length.
+    """Check the tables of one place; see `resolve`."""
+    return resolve([Layer(tables, source)])
 
-    Raises UserError: a key is unknown (the nearest known one is named), missing or unfit.
+
+def resolve(layers: Sequence[Layer]) -> RunConfig:
+    """Lay the layers over each other and check them.
+
+    `model.max_position_embeddings` not given is the sequence length.
+
+    Raises UserError: a key is unknown (the nearest known one is named), missing or unfit; the message
+    names where it was set.
     """
+    tables = merge(*(layer.tables for layer in layers))
     length = tables.get("training", {}).get("sequence_length")
-    if length is not None and "model" in tables:
+    # An unfit length is to be called by its own name.
+    if isinstance(length, int) and 0 < length <= LARGEST_SIZE and "model" in tables:
         tables = merge({"model": {"max_position_embeddings": length}}, tables)
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
-        known = [key.partition(".")[2] for key in KEYS]
-        raise UserError(f"{source}: {first_fault(error, known)}") from None
+        fault = fault_of(error, [key.partition(".")[2] for key in KEYS])
+        source, key = _origin(fault.key, fault.text, layers)
+        if source != COMMAND_LINE:
+            raise UserError(f"{source}: {fault.text}") from None
+        option = f"--set {key}"
+        if key in OPTIONS:
+            option = f"{OPTIONS[key]} or {option}"
+        raise UserError(f"{option}: {fault.text.removeprefix(f'{key}: ')}") from None
+
+
+def _origin(fault_key: str, text: str, layers: Sequence[Layer]) -> tuple[str, str]:
+    """Where the key at fault was set, and the key.
+
+    Of several keys that do not go together, it is the one that was set last.
+    """
+    table = fault_key.partition(".")[0]
+    words = set(re.findall(r"[\w.]+", text)) if fault_key in KEYS else set()
+    named = [key for key in KEYS if key in words or key in {f"{table}.{word}" for word in words}]
+    candidates = dict.fromkeys([fault_key, *named])
+    for layer in reversed(layers):
+        for key in candidates:
+            name, _, rest = key.partition(".")
+            if rest.partition(".")[0] in layer.tables.get(name, {}):
+                return layer.source, f"{name}.{rest.partition('.')[0]}"
+    files = [layer.source for layer in layers if layer.source != COMMAND_LINE]
+    return (files or [COMMAND_LINE])[-1], fault_key

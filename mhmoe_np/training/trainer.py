@@ -220,8 +220,9 @@ class Trainer:
     # ---- when a number is not finite -------------------------------------------------------------
 
     def _failure(self, when: str, result: StepResult, windows: Sequence[IntArray]) -> TrainingFailure:
-        """Why the next step cannot be made; `when` it was found. Its batch and the state are put aside for `replay`.
+        """Why the next step cannot be made. Its batch and the state are put aside for `replay`.
 
+        when: it was found.
         No checkpoint is written: one of this state would be one that no run goes on from.
         """
         learner = self.learner

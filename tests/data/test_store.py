@@ -117,7 +117,7 @@ def test_an_interrupted_rewrite_leaves_nothing_that_opens(path, tokenizer, monke
     monkeypatch.setattr(files, failing, interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_store(path, ["other text"], tokenizer, name="other")
-    with pytest.raises(UserError, match=r"train\.v1\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"train\.v1\.json: no such file; tokenise the text"):
         open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
 
 
@@ -140,7 +140,7 @@ def refusal(path, tokenizer) -> str:
 @pytest.mark.parametrize("suffix", ["bin", "json"])
 def test_a_store_with_a_file_missing_is_refused(path, tokenizer, suffix):
     path.with_name(f"train.v1.{suffix}").unlink()
-    assert f"train.v1.{suffix}: cannot be read: No such file" in refusal(path, tokenizer)
+    assert re.search(rf"train\.v1\.{suffix}: .*no such file", refusal(path, tokenizer), re.IGNORECASE)
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0", lambda _: b""])

@@ -123,7 +123,7 @@ def test_truncation_and_padding_of_a_foreign_tokenizer_are_switched_off(tokenize
 def test_a_file_that_holds_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: (holds|cannot)") as caught:
+    with pytest.raises(UserError, match=r"tokenizer\.json: (holds|cannot|is not UTF-8)") as caught:
         load_tokenizer(path)
     assert "\n" not in str(caught.value)
 
@@ -131,7 +131,7 @@ def test_a_file_that_holds_no_tokenizer_is_refused_in_one_line(tmp_path, content
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: no such file"):
         load_tokenizer(tmp_path / "none.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_tokenizer(tmp_path)
 
 

@@ -1,0 +1,24 @@
+"""Whether there is memory enough, before it is asked for.
+
+The system promises more than it has and ends the process that takes it at its word, without a line.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+from mhmoe_np.errors import UserError
+
+
+def check_memory(needed: int, what: str, *, remedy: str) -> None:
+    """Refuse what needs more bytes than are free; `needed` must not be more than it really takes.
+
+    Raises UserError: "`what` need(s) so much and so much is free; `remedy`".
+    """
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(f"{what} {_size(needed)} of memory and {_size(free)} are free; {remedy}")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
