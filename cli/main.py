@@ -6,15 +6,17 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from mhmoe_cli.printing import printable
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Interrupted, UserError
 
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
@@ -99,6 +101,7 @@ def group(context: click.Context) -> None:
 def main() -> None:
     """Run the command line: 0 done, 1 a check or a run failed, 2 bad input (one line, no traceback)."""
     _open_standard_streams()
+    _unwind_on_signals()
     try:
         # Outside standalone mode click hands back the code of a command that ended by Exit.
         code = group(prog_name="mhmoe-np", standalone_mode=False)
@@ -107,6 +110,8 @@ def main() -> None:
         _end(error.format_message(), 2)
     except click.Abort:
         _end("interrupted", 130)
+    except Interrupted as stop:
+        _end(f"stopped by {signal.Signals(stop.signal).name}", 128 + stop.signal)
     except UserError as error:
         _end(str(error), 2)
     except BrokenPipeError:
@@ -117,6 +122,20 @@ def main() -> None:
         place = error.filename or "a file or standard output"
         _end(f"{place}: {error.strerror or error}; nothing was overwritten", 2)
     _leave(code if isinstance(code, int) else 0)
+
+
+def _unwind_on_signals() -> None:
+    """End by an exception where a signal would end the process: half-written files are removed then.
+
+    A signal that is ignored, as SIGHUP by nohup, stays ignored.
+    """
+
+    def unwind(kind: int, _frame: FrameType | None) -> None:
+        raise Interrupted(kind)
+
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(kind) is signal.SIG_DFL:
+            signal.signal(kind, unwind)
 
 
 def _open_standard_streams() -> None:

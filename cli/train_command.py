@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from mhmoe_cli.backend import announce_compilation, backend_option, threads_option
-from mhmoe_cli.run_settings import base_tables, option_tables
+from mhmoe_cli.printing import printable
+from mhmoe_cli.run_settings import base_layers, option_tables
+from mhmoe_np.errors import Interrupted
 from mhmoe_np.operations.table import BackendName
+from mhmoe_np.settings.model import read_model_config
 from mhmoe_np.settings.presets import DEFAULT_PRESET
-from mhmoe_np.settings.run import merge, parse_run_config
+from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 
 if TYPE_CHECKING:
     from mhmoe_np.training.trainer import StepReport, Trainer
@@ -28,6 +34,12 @@ if TYPE_CHECKING:
 @threads_option
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps between checkpoints.")
 @click.option("--resume", metavar="auto|PATH", help="Continue a run, bit for bit.")
+@click.option(
+    "--init",
+    metavar="CKPT",
+    type=click.Path(path_type=Path),
+    help="Start a new run from a checkpoint's weights and tokenizer (fine-tuning).",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @backend_option
 def command(
@@ -40,6 +52,7 @@ def command(
     threads: int | None,
     checkpoint_every: int | None,
     resume: str | None,
+    init: Path | None,
     settings: tuple[str, ...],
     backend: BackendName,
 ) -> None:
@@ -48,53 +61,91 @@ def command(
     CONFIG.toml has tables [model], [data], [training] and [optimizer]; --preset lies under it,
     --set and the named options over it.
     """
+    from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG, find_checkpoint
     from mhmoe_np.training.continuation import folder_to_resume, fresh_folder
     from mhmoe_np.training.run import resume_run, start_run
 
-    base = base_tables(config, preset)
     over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
     if backend == "numba":
         announce_compilation()
+    given = base_layers(config, preset) if config or preset else None
     if run is None:
-        resolved = parse_run_config(merge(base, over), source="configuration")
-        trainer = start_run(out or fresh_folder(name), resolved, backend=backend, threads=threads)
+        base = given or base_layers(None, None)
+        found = None if init is None else find_checkpoint(init)
+        if found is not None and given is None:
+            model = read_model_config(found / MODEL_CONFIG).model_dump()
+            base = [*base, Layer({"model": model}, f"--init {init}")]
+        trainer = start_run(
+            out or fresh_folder(name),
+            resolve([*base, Layer(over, COMMAND_LINE)]),
+            init=found,
+            backend=backend,
+            threads=threads,
+        )
     else:
-        given = base if config or preset else None
         trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
     _train(trainer)
 
 
 def _train(trainer: Trainer) -> None:
     from mhmoe_cli.scores import print_scores
-    from mhmoe_np.training.finish import finish_run
+    from mhmoe_np.training.finish import score_run, write_evaluation
+    from mhmoe_np.training.keeper import TrainingFailure
     from mhmoe_np.training.run_folder import is_evaluated
-    from mhmoe_np.training.trainer import TrainingFailure
 
     run, steps = trainer.run, trainer.config.training.steps
+    for notice in trainer.notices:
+        click.echo(f"mhmoe-np: {printable(notice)}", err=True)
     if trainer.finished and is_evaluated(run):
         click.echo(f"{run} is finished: {trainer.step} steps were made", err=True)
         return
     size = sum(tensor.size for tensor in trainer.learner.parameters.tensors.values())
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     click.echo(f"{verb} {run}: {size:,} parameters, {steps} steps", err=True)
-    with _Progress(trainer) as progress:
-        try:
-            stopped = trainer.train(progress.show)
-        except TrainingFailure as failure:
-            click.echo(f"mhmoe-np: {failure}", err=True)
-            raise click.exceptions.Exit(1) from None
+    try:
+        with _Progress(trainer) as progress:
+            stopped = trainer.train(progress.show, _acknowledge)
+    except TrainingFailure as failure:
+        _end_run(str(failure), 1)
+    except Interrupted as second:
+        _end_run(f"stopped at once: {trainer.keeper.kept()}", 128 + second.signal)
     if stopped is not None:
         click.echo(
             f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}",
             err=True,
         )
         raise click.exceptions.Exit(128 + stopped)
-    result = finish_run(trainer)
+    result = score_run(trainer)
     click.echo("held-out text:")
     print_scores(result.scores)
     click.echo(f"\nsample:\n{result.sample}")
+    try:
+        write_evaluation(run, result)
+    except OSError as error:
+        _end_run(
+            f"{error.filename}: {error.strerror}; the trained model is saved in {run}, only its scores "
+            f"are not; free some space and run: mhmoe-np train --resume {run}",
+            1,
+        )
+
+
+def _acknowledge(kind: int) -> None:
+    """Say that a signal was heard; within its handler, where only a bare write is safe."""
+    name = signal.Signals(kind).name
+    with contextlib.suppress(OSError):
+        os.write(
+            2,
+            f"\n{name}: this step is finished and saved, then the run stops; once more: it stops at "
+            "once, and what was not saved is lost\n".encode(),
+        )
+
+
+def _end_run(line: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        click.echo(f"mhmoe-np: {printable(line)}", err=True)
+    raise click.exceptions.Exit(code)
 
 
 class _Progress:
@@ -128,7 +179,15 @@ class _Progress:
             self._bar.stop()
 
     def show(self, report: StepReport) -> None:
-        """Show one step."""
+        """Show one step. Only a reader that went away ends the run; a log on a full disk does not."""
+        try:
+            self._show(report)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
+
+    def _show(self, report: StepReport) -> None:
         made = report.step - self._first
         rate = made / (time.perf_counter() - self._started)
         text = f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s"

@@ -20,6 +20,7 @@ from mhmoe_np.data.tokenizer import end_of_text_id, load_tokenizer, save_tokeniz
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.model.room import check_room
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig, read_model_config
@@ -115,6 +116,7 @@ def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
     verify(checkpoint)
     if is_packed(checkpoint):
         config = read_model_config(checkpoint / MODEL_CONFIG)
+        check_room(config, copies=0, source=str(checkpoint / MODEL_CONFIG))
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype)
         return Model.with_weights(config, weights.to_device(ops), ops=ops)
     return Model.of(load_parameters(checkpoint, dtype).to_device(ops), ops=ops)
@@ -134,6 +136,7 @@ def load_weights(checkpoint: Path, config: ModelConfig, dtype: DTypeLike) -> Par
 
     Raises UserError: see `load_parameters`.
     """
+    check_room(config, copies=1, source=str(checkpoint / MODEL_CONFIG))
     parameters = Parameters(config, dtype)
     read_into(checkpoint / WEIGHTS, parameters.tensors)
     check_finite(checkpoint / WEIGHTS, parameters.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,15 @@ from mhmoe_np.checkpoints.training_state import (
 )
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.settings.run import (
+    COMMAND_LINE,
     FREE_KEYS,
+    Layer,
     RunConfig,
     Tables,
     differences,
     may_change,
-    merge,
     parse_run_config,
+    resolve,
 )
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.storage.files import remove_directory, remove_leftovers, temporary_of
@@ -143,15 +146,15 @@ def _newest_whole_checkpoint(
     return None, []
 
 
-def resumed_config(opened: OpenRun, over: Tables, *, base: Tables | None = None) -> RunConfig:
+def resumed_config(opened: OpenRun, over: Tables, *, base: Sequence[Layer] | None = None) -> RunConfig:
     """The configuration that a run goes on with: `over` laid over the one that it has.
 
     base: what `over` lies over instead, where that was given again.
     Raises UserError: a key is unfit, or differs that would make it another run (see `may_change`).
     """
     before = opened.config
-    tables = before.model_dump() if base is None else base
-    now = parse_run_config(merge(tables, over), source=str(opened.run))
+    layers = [Layer(before.model_dump(), str(opened.run))] if base is None else base
+    now = resolve([*layers, Layer(over, COMMAND_LINE)])
     for key, (old, new) in differences(before, now).items():
         if not may_change(key):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from mhmoe_np.data.tokenizer import load_tokenizer
@@ -25,7 +26,17 @@ class RunResult(NamedTuple):
 def finish_run(trainer: Trainer) -> RunResult:
     """Score the held-out text, let the model write a sample, and write `evaluation.json`.
 
-    Raises UserError: a domain's held-out text is a single token; OSError: no file can be written.
+    Raises UserError: see `score_run`; OSError: the file cannot be written.
+    """
+    result = score_run(trainer)
+    write_evaluation(trainer.run, result)
+    return result
+
+
+def score_run(trainer: Trainer) -> RunResult:
+    """The scores of the held-out text, and a sample.
+
+    Raises UserError: a domain's held-out text is a single token, or the model's numbers overflow.
     """
     model, ops, config = trainer.learner.model, trainer.ops, trainer.config
     tokenizer = load_tokenizer(trainer.run / TOKENIZER)
@@ -41,9 +52,15 @@ def finish_run(trainer: Trainer) -> RunResult:
         sampling=Sampling(temperature=0.8, top_p=0.95, seed=config.training.seed),
         ops=ops,
     )
-    result = RunResult(scores, "".join(pieces))
-    values = {name: score.as_dict() for name, score in scores.items()}
-    unseal(trainer.run, EVALUATION)
-    write_json(trainer.run / EVALUATION, {"domains": values})
-    seal(trainer.run, [EVALUATION])
-    return result
+    return RunResult(scores, "".join(pieces))
+
+
+def write_evaluation(run: Path, result: RunResult) -> None:
+    """Write the scores to the run's `evaluation.json`.
+
+    Raises OSError: the disk is full or refuses; then the run counts as not evaluated.
+    """
+    values = {name: score.as_dict() for name, score in result.scores.items()}
+    unseal(run, EVALUATION)
+    write_json(run / EVALUATION, {"domains": values})
+    seal(run, [EVALUATION])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from mhmoe_np.checkpoints.checkpoint import TOKENIZER, find_checkpoint, load_wei
 from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.moments import Moments
+from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import BackendName
-from mhmoe_np.settings.run import RunConfig, Tables
+from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import open_run, resumed_config
 from mhmoe_np.training.preparation import create_run_folder
@@ -36,6 +38,7 @@ def start_run(
     is unfit; then nothing was written.
     """
     ops = load_operations(backend, threads=threads, keep_buffers=True)
+    _check_room(config)
     start = None
     if init is not None:
         config, start = _initial_checkpoint(find_checkpoint(init), config)
@@ -63,7 +66,7 @@ def resume_run(
     run: Path,
     over: Tables | None = None,
     *,
-    base: Tables | None = None,
+    base: Sequence[Layer] | None = None,
     backend: BackendName = "numba",
     threads: int | None = None,
 ) -> Trainer:
@@ -77,4 +80,18 @@ def resume_run(
     """
     ops = load_operations(backend, threads=threads, keep_buffers=True)
     opened = open_run(run)
-    return Trainer(run, resumed_config(opened, over or {}, base=base), ops, opened=opened)
+    config = resumed_config(opened, over or {}, base=base)
+    _check_room(config)
+    return Trainer(run, config, ops, opened=opened)
+
+
+def _check_room(config: RunConfig) -> None:
+    """Refuse what the free memory cannot hold, before anything is written.
+
+    Raises UserError: see `mhmoe_np.model.room`.
+    """
+    training = config.training
+    sequences = training.batch_size // training.gradient_accumulation_steps
+    check_room(config.model, copies=4, source="model")
+    tokens = sequences * training.sequence_length
+    check_batch_room(config.model, tokens=tokens, source="training.batch_size")
