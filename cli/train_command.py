@@ -118,17 +118,19 @@ def _train(trainer: Trainer) -> None:
         )
         raise click.exceptions.Exit(128 + stopped)
     result = score_run(trainer)
-    click.echo("held-out text:")
-    print_scores(result.scores)
-    click.echo(f"\nsample:\n{result.sample}")
+    unwritten = None
     try:
         write_evaluation(run, result)
     except OSError as error:
-        _end_run(
+        unwritten = (
             f"{error.filename}: {error.strerror}; the trained model is saved in {run}, only its scores "
-            f"are not; free some space and run: mhmoe-np train --resume {run}",
-            1,
+            f"are not; free some space and run: mhmoe-np train --resume {run}"
         )
+    click.echo("held-out text:")
+    print_scores(result.scores)
+    click.echo(f"\nsample:\n{result.sample}")
+    if unwritten is not None:
+        _end_run(unwritten, 1)
 
 
 def _acknowledge(kind: int) -> None:
