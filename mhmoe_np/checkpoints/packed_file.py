@@ -78,8 +78,9 @@ def write_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> N
 
 def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, list[object], str]:
     """The format of a file that this release reads, what its checksum is of, and the checksum."""
+    text = read_metadata(path).get(HEADER_KEY, "")
     try:
-        header = parse_json(read_metadata(path).get(HEADER_KEY, ""), source=str(path))
+        header = parse_json(text, source=str(path))
         version, layout, name, checksum = (
             header[key] for key in ("version", "layout", "format", "sha256")
         )

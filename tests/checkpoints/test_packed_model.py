@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mhmoe_np.audit.models import DEFAULT_SEED, QUANTISED, settings
 from mhmoe_np.audit.trace import trace
+from mhmoe_np.checkpoints import packed_file
 from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_model
 from mhmoe_np.model.decode import KeyValueCache, decode
 from mhmoe_np.model.language_model import Model
@@ -28,6 +29,7 @@ from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, available
 from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import Operations, PackedWeight
 from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.storage.checksums import seal
 from tests.conftest import Run
 
 TOKENS = np.random.default_rng(9).integers(0, 37, (5, 33))
@@ -203,7 +205,9 @@ def model(mhmoe: Run, tmp_path: Path) -> Path:
 def _logits(mhmoe: Run, folder: Path, checkpoint: str, *options: str) -> bytes:
     out = f"{checkpoint}-trace.safetensors"
     mhmoe("trace", checkpoint, "--tokens", "tokens.npy", "--out", out, "--no-grad", *options)
-    return load_file(folder / out)["logits"].tobytes()
+    logits = load_file(folder / out)["logits"].tobytes()
+    (folder / out).unlink()  # trace replaces nothing
+    return logits
 
 
 def test_pack_trace_unpack_inspect(mhmoe: Run, model: Path) -> None:
@@ -331,9 +335,9 @@ def _flip(path: Path) -> None:
         (_flip, "checksum"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable"),
         (lambda path: path.write_bytes(b"hello"), "not a readable"),
-        (lambda path: path.unlink(), "no such file"),
         (lambda path: _rewrite(path, version=None), "not written by"),
-        (lambda path: _rewrite(path, version=2), "version is 2"),
+        (lambda path: _rewrite(path, version=3), "version is 3"),
+        (lambda path: _rewrite(path, version=1), "checksum"),
         (lambda path: _rewrite(path, layout="tiles"), "'tiles'"),
         (lambda path: _rewrite(path, format="sign-1bit"), "sign-1bit"),
         (lambda path: _rewrite(path, format="ternary-base3"), "shape"),
@@ -345,16 +349,37 @@ def _flip(path: Path) -> None:
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused(mhmoe: Run, model: Path, damage: Any, word: str) -> None:
-    damage(model / "packed" / "packed.safetensors")
+    path = model / "packed" / "packed.safetensors"
+    before = path.read_bytes()
+    damage(path)
+    if path.read_bytes() != before:
+        assert "packed.safetensors: damaged" in mhmoe("inspect", "packed", code=2).stderr
+        # As if somebody had made it so: what the file itself says is looked at, too.
+        seal(path.parent, [path.name])
     result = mhmoe("inspect", "packed", code=2)
     assert result.stderr.count("\n") == 1
     assert word in result.stderr, result.stderr
+
+
+def test_a_missing_file_is_named(mhmoe: Run, model: Path) -> None:
+    (model / "packed" / "packed.safetensors").unlink()
+    assert "packed.safetensors: no such file" in mhmoe("inspect", "packed", code=2).stderr
+
+
+def test_a_packed_file_of_version_1_is_read(mhmoe: Run, model: Path) -> None:
+    path = model / "packed" / "packed.safetensors"
+    expected = mhmoe("inspect", "packed").stdout
+    tensors = load_file(path)
+    _rewrite(path, version=1, sha256=packed_file._checksum(tensors))
+    (model / "packed" / "checksums.json").unlink()  # that release wrote none
+    assert mhmoe("inspect", "packed").stdout == expected
 
 
 def test_a_packed_file_beside_a_float_configuration_is_refused(mhmoe: Run, model: Path) -> None:
     path = model / "packed" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization": "none", "use_sub_norm": False}))
+    seal(path.parent, [path.name])
     assert "'none'" in mhmoe("inspect", "packed", code=2).stderr
 
 

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_np.errors import UserError
-from mhmoe_np.settings.run import RunConfig, parse_run_config, read_toml
-from mhmoe_np.training.continuation import folder_to_resume, fresh_folder, resumed_config
+from mhmoe_np.checkpoints.training_state import Change
+from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.settings.run import Layer, RunConfig, merge, parse_run_config, read_toml
+from mhmoe_np.storage.lock import lock_folder
+from mhmoe_np.training.continuation import (
+    changes,
+    folder_to_resume,
+    fresh_folder,
+    open_run,
+    resumed_config,
+)
 from mhmoe_np.training.preparation import create_run_folder
 from tests.resume import prepare
 
@@ -67,15 +75,65 @@ def started(folder: Path) -> tuple[Path, RunConfig]:
 
 def test_the_configuration_of_a_run_reads_back_as_it_was(folder: Path) -> None:
     run, config = started(folder)
-    assert resumed_config(run, {}) == config
+    assert resumed_config(open_run(run), {}) == config
 
 
-def test_steps_may_change_and_what_shapes_the_weights_may_not(folder: Path) -> None:
+def test_what_shapes_batches_and_weights_may_not_change(folder: Path) -> None:
     run, config = started(folder)
-    longer = resumed_config(run, {"training": {"steps": 20, "log_every": 1}})
+    opened = open_run(run)
+    longer = resumed_config(opened, {"training": {"steps": 20, "log_every": 1}})
     assert (longer.training.steps, longer.training.log_every) == (20, 1)
     assert longer.identity() == config.identity()
-    with pytest.raises(UserError, match=r"run: was started with optimizer.learning_rate = 0.0006, now"):
-        resumed_config(run, {"optimizer": {"learning_rate": 0.5}})
+    assert changes(opened, longer) == []
+    lower = resumed_config(opened, {"optimizer": {"learning_rate": 1e-5}})
+    key = "optimizer.learning_rate"
+    assert changes(opened, lower) == [Change(step=0, key=key, before=6e-4, now=1e-5)]
+    with pytest.raises(UserError, match=r"run: was started with training.seed = 0, now 1 is given"):
+        resumed_config(opened, {"training": {"seed": 1}})
+    base = [Layer(read_toml(Path("config.toml")), "config.toml")]
     with pytest.raises(UserError, match=r"data.paths = \['text.txt'\], now \[\] is given"):
-        resumed_config(run, {}, base=read_toml(Path("config.toml")))
+        resumed_config(opened, {}, base=base)
+
+
+def test_a_run_has_one_writer(folder: Path) -> None:
+    run, _ = started(folder)
+    opened = open_run(run)
+    with pytest.raises(UserError, match="run: another process is writing there"):
+        open_run(run)
+    opened.lock.release()
+    opened = open_run(run)
+    del opened
+    open_run(run)
+
+
+def test_a_name_that_is_just_being_made_is_not_free(folder: Path) -> None:
+    temporary = Path("runs/.tmp-a")
+    temporary.mkdir(parents=True)
+    assert fresh_folder("a") == Path("runs/a")
+    lock = lock_folder(temporary)
+    assert fresh_folder("a") == Path("runs/a-2")
+    lock.release()
+    assert fresh_folder("a") == Path("runs/a")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.toml", "environment.json", "tokenizer.json", "data/train.bin", "data/train.json"]
+)
+def test_damage_to_what_a_run_was_made_with_is_found_at_the_start(folder: Path, name: str) -> None:
+    run, _ = started(folder)
+    content = bytearray((run / name).read_bytes())
+    content[len(content) // 3] ^= 16
+    (run / name).write_bytes(content)
+    with pytest.raises(Damaged, match=f"{name}: damaged"):
+        open_run(run)
+
+
+def test_a_refusal_leaves_nothing_behind(folder: Path) -> None:
+    prepare(folder, steps=10)
+    before = sorted(Path().iterdir())
+    tables = read_toml(Path("config.toml")) | {"data": {"paths": ["text.txt"]}}
+    too_long = merge(tables, {"training": {"sequence_length": 100_000, "batch_size": 1}})
+    config = parse_run_config(too_long, source="config.toml")
+    with pytest.raises(UserError, match="lower sequence_length or add text"):
+        create_run_folder(Path("runs/new/run"), config, threads=1, backend="numpy")
+    assert sorted(Path().iterdir()) == before

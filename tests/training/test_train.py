@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhmoe_np.checkpoints.checkpoint import load_model
+from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import unpack
 from mhmoe_np.operations.table import PackedWeight
@@ -132,10 +132,16 @@ def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:
 
     refused = mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run", code=2)
     assert "--resume auto" in refused.stderr
-    changed = mhmoe("train", "--resume", "run", "--set", "learning_rate=0.5", code=2)
-    assert "optimizer.learning_rate" in changed.stderr
-    longer = mhmoe("train", "--resume", "run", "--steps", 33)
+    changed = mhmoe("train", "--resume", "run", "--set", "training.seed=1", code=2)
+    assert "training.seed" in changed.stderr
+    longer = mhmoe("train", "--resume", "run", "--steps", 33, "--set", "learning_rate=1e-4")
+    assert "from step 30 on optimizer.learning_rate is 0.0001; it was 0.0006" in longer.stderr
     assert "continuing at step 30" in longer.stderr
+    last = find_checkpoint(tmp_path / "run")
+    assert last.name == "step-00000033"
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["config"]["optimizer"]["learning_rate"] == 1e-4
+    assert [change["step"] for change in state["changes"]] == [30]
 
 
 @pytest.mark.parametrize(
@@ -181,15 +187,59 @@ def test_a_damaged_checkpoint_is_named(mhmoe: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "bitnet_b158", "bitnet"])
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state_before(
+def test_a_loss_that_is_not_finite_ends_the_run_and_another_rate_goes_on(
     mhmoe: Run, tmp_path: Path, quantization: str
 ) -> None:
-    prepare(tmp_path, steps=50)
+    prepare(tmp_path, steps=10)
     result = mhmoe(
         *("train", "config.toml", "--data", "text.txt", "--out", "run"),
         *("--set", f"quantization={quantization}"),
         *("--set", "learning_rate=1e30", "--set", "warmup_steps=0"),
         code=1,
     )
-    assert "the state before" in result.stderr
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    failure = result.stderr.splitlines()[-1]
+    assert "not finite: layer 0, " in failure
+    assert "go on from the start with: mhmoe-np train --resume run" in failure
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    replayed = mhmoe("replay", "run/failure").stdout
+    assert "first not finite: layer 0, " in replayed
+    lower = mhmoe("train", "--resume", "run", "--set", "learning_rate=1e-4")
+    assert "from step 0 on optimizer.learning_rate is 0.0001" in lower.stderr
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_new_run_starts_from_a_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=6)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "first")
+    (tmp_path / "other.txt").write_text("the sea and the ship of a captain " * 300)
+    options = ("--data", "other.txt", "--set", "sequence_length=16", "--set", "batch_size=2")
+    tuned = mhmoe(
+        *("train", "--init", "first", "--out", "tuned", "--steps", 4, *options),
+        *("--checkpoint-every", 1, "--set", "keep_checkpoints=9", "--set", "learning_rate=1e-3"),
+    )
+    assert "training in tuned: 26,208 parameters, 4 steps" in tuned.stderr
+    first = find_checkpoint(tmp_path / "first")
+    start = tmp_path / "tuned" / "checkpoints" / "step-00000000"
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (start / name).read_bytes() == (first / name).read_bytes()
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "tuned", again)
+    for step in (2, 3, 4):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    mhmoe("train", "--resume", "again")
+    assert digests(again) == digests(tmp_path / "tuned")
+
+    other = mhmoe(
+        *("train", "config.toml", "--init", "first", "--data", "text.txt", "--out", "wider"),
+        *("--set", "hidden_size=64"),
+        code=2,
+    )
+    assert "model.safetensors" in other.stderr
+    assert "shape" in other.stderr
+    assert not (tmp_path / "wider").exists()
+    mhmoe("init", str(first / "config.json"), "--out", "bare", "--seed", 0)
+    without = mhmoe(
+        "train", "config.toml", "--init", "bare", "--data", "text.txt", "--out", "x", code=2
+    )
+    assert "has no tokenizer.json" in without.stderr
+    assert not (tmp_path / "x").exists()

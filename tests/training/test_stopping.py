@@ -1,0 +1,223 @@
+"""Being stopped: nothing is lost but what the message says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mhmoe_np.checkpoints.checkpoint import checkpoints_of
+from tests.conftest import Run
+from tests.resume import command, digests, prepare, straight
+
+STEPS = 4000
+
+
+def start(folder: Path, *options: str, out: str = "run", **streams: object) -> subprocess.Popen[str]:
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, **streams}
+    return subprocess.Popen([*command(folder, out), *options], text=True, **streams)  # type: ignore[call-overload]
+
+
+def steps_made(folder: Path, out: str = "run") -> int:
+    metrics = folder / out / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def saved_steps(folder: Path, out: str = "run") -> list[int]:
+    return [int(path.name[5:]) for path in checkpoints_of(folder / out)]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_says_so_at_once(tmp_path: Path, kind: signal.Signals) -> None:
+    prepare(tmp_path, steps=STEPS)
+    process = start(tmp_path, "--checkpoint-every", "100000")
+    wait(process, lambda: steps_made(tmp_path) > 10)
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + kind
+    assert f"{kind.name}: this step is finished and saved, then the run stops; once more" in said
+    assert saved_steps(tmp_path) == [steps_made(tmp_path)]
+    assert f"stopped at step {steps_made(tmp_path)}, saved" in said
+
+
+def test_a_second_signal_stops_at_once_and_says_what_is_lost(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=STEPS)
+    # Large steps: the second signal comes in the middle of one.
+    options = ("--set", "batch_size=512", "--set", "sequence_length=512", "--checkpoint-every", "2")
+    process = start(tmp_path, *options)
+    wait(process, lambda: steps_made(tmp_path) == 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped at once: step 3 is lost; go on from the checkpoint of step 2" in said
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=60)
+    process = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait(process, lambda: steps_made(tmp_path) > 1)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_preparation_leaves_nothing_behind(
+    tmp_path: Path, kind: signal.Signals
+) -> None:
+    prepare(tmp_path, steps=10)
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
+    before = sorted(tmp_path.iterdir())
+    process = start(tmp_path, out="runs/run")
+    wait(process, lambda: (tmp_path / "runs" / ".tmp-run").exists())
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + kind
+    assert said.count("mhmoe-np: ") == 1
+    assert "Traceback" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_log_reader_that_goes_away_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=STEPS)
+    process = start(tmp_path, "--checkpoint-every", "100000", "--set", "log_every=1")
+    assert process.stderr is not None
+    while "step 5/" not in process.stderr.readline():
+        pass
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert saved_steps(tmp_path) == [steps_made(tmp_path)]
+    again = start(tmp_path, "--steps", str(steps_made(tmp_path) + 3))
+    assert again.wait(timeout=60) == 0
+
+
+def test_of_two_starts_at_once_one_runs_and_one_is_told(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=40)
+    expected, _ = straight(tmp_path)
+    for attempt in range(3):
+        name = f"run-{attempt}"
+        pair = [start(tmp_path, out=name) for _ in range(2)]
+        said = [process.communicate(timeout=120)[1] for process in pair]
+        codes = [process.returncode for process in pair]
+        # The second may also come after the first has ended, and then finds nothing left to do.
+        for code, words in zip(codes, said, strict=True):
+            assert code in (0, 2)
+            assert code == 0 or "another process is writing there" in words
+        assert 0 in codes
+        assert digests(tmp_path / name) == expected
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == list(range(1, 41))
+
+
+def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=STEPS)
+    process = start(tmp_path)
+    wait(process, lambda: steps_made(tmp_path) > 5)
+    second = subprocess.run(command(tmp_path, "run"), capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert "run: another process is writing there" in second.stderr
+    before = steps_made(tmp_path)
+    wait(process, lambda: steps_made(tmp_path) > before)
+    process.kill()
+    process.communicate()
+    # The lock died with its owner.
+    third = start(tmp_path)
+    wait(third, lambda: steps_made(tmp_path) > before + 5)
+    third.kill()
+    third.communicate()
+
+
+# ---- damage ----------------------------------------------------------------------------------------
+
+
+def flip(path: Path, bit: int = 77) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1 << (bit % 8)
+    path.write_bytes(content)
+
+
+def test_resume_falls_back_to_the_newest_whole_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=12)
+    expected, _ = straight(tmp_path)
+    options = ("--set", "keep_checkpoints=9")
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run", *options)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    flip(checkpoints / "step-00000012" / "model.safetensors")
+    flip(checkpoints / "step-00000009" / "optimizer.safetensors")
+    named = mhmoe("eval", "run", "--domain", "x=text.txt", code=2)
+    assert "step-00000012/model.safetensors: damaged" in named.stderr
+    chosen = mhmoe("train", "--resume", checkpoints / "step-00000009", code=2)
+    assert "not the last checkpoint" in chosen.stderr
+    again = mhmoe("train", "--resume", "run")
+    lines = again.stderr.splitlines()
+    assert "step-00000012/model.safetensors: damaged" in lines[0]
+    assert "set aside as damaged-step-00000012, going on from step-00000006" in lines[0]
+    assert "step-00000009/optimizer.safetensors: damaged" in lines[1]
+    assert "continuing at step 6" in lines[2]
+    assert digests(tmp_path / "run") == expected
+    assert sorted(path.name for path in checkpoints.glob("damaged-*")) == [
+        "damaged-step-00000009",
+        "damaged-step-00000012",
+    ]
+
+
+def test_without_a_whole_checkpoint_nothing_is_started_silently(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=6)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    for checkpoint in checkpoints_of(tmp_path / "run"):
+        flip(checkpoint / "model.safetensors")
+    refused = mhmoe("train", "--resume", "run", "--steps", 9, code=2)
+    assert (
+        "no checkpoint of run is whole: remove its folder checkpoints to start again" in refused.stderr
+    )
+    assert saved_steps(tmp_path) == [3, 6]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    mhmoe("train", "--resume", "run")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000 + b"\n", None])
+def test_a_damaged_log_is_told_of_and_kept(mhmoe: Run, tmp_path: Path, content: bytes | None) -> None:
+    prepare(tmp_path, steps=6)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    if content is None:
+        flip(metrics)
+        kept = metrics.read_bytes()
+    else:
+        kept = content[: metrics.stat().st_size]
+        metrics.write_bytes(content)
+    again = mhmoe("train", "--resume", "run", "--steps", 8)
+    assert "metrics.jsonl: damaged: not as it was written; what is left of it is kept" in again.stderr
+    lines = metrics.read_bytes()
+    assert lines.startswith(kept)
+    new = lines[len(kept) :].splitlines()
+    assert [json.loads(line)["step"] for line in new] == [7, 8]
+    quiet = mhmoe("train", "--resume", "run", "--steps", 9)
+    assert "damaged" not in quiet.stderr
+
+
+def test_evaluation_is_made_again_where_it_is_not_whole(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=3)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    assert "is finished" in mhmoe("train", "--resume", "run").stderr
+    flip(tmp_path / "run" / "evaluation.json")
+    assert "evaluation.json: damaged" in mhmoe("train", "--resume", "run", code=2).stderr
+    os.remove(tmp_path / "run" / "checksums.json")
+    assert "bits/byte" in mhmoe("train", "--resume", "run").stdout
