@@ -28,7 +28,7 @@ from mhmoe_np.training.step import Learner
 
 # What preparing the text leaves behind in the process, as measured: the tokenizer's library, and its
 # encodings of what is tokenised at a time.
-PREPARATION_BYTES, PREPARATION_BYTES_PER_BYTE = 41_000_000, 11
+PREPARATION_BYTES, PREPARATION_BYTES_PER_BYTE = 65_000_000, 11
 BYTES_PER_TOKEN = 3.0  # of text, about; a stored token takes two bytes
 PROBE_TOKENS = 2048  # at least, of the smaller probe
 REPEATS = 2  # the faster counts

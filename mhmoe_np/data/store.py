@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from mhmoe_np.data.interruptible import interruptible
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import (
@@ -64,7 +65,8 @@ class TokenStore:
 def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> IntArray:
     """Encode documents into one stream with an end of text between neighbours.
 
-    `tokenizer` comes from `train_tokenizer` or `load_tokenizer`.
+    `tokenizer` comes from `train_tokenizer` or `load_tokenizer`. What a signal's handler raises ends
+    it, as in `interruptible`.
 
     Returns token_W, uint16 where every id fits and else uint32.
 
@@ -151,13 +153,16 @@ def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _encode(documents: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    try:
-        encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    except Exception as error:  # The library raises nothing narrower.
-        raise UserError(
-            f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"
-        ) from None
-    for encoding in encodings:
+    def encode() -> list[Encoding]:
+        # The refusal is made here, not around the wait: what a handler raises is no fault of the text.
+        try:
+            return tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+        except Exception as error:  # The library raises nothing narrower.
+            raise UserError(
+                f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"
+            ) from None
+
+    for encoding in interruptible(encode):
         yield encoding.ids
 
 

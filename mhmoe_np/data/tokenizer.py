@@ -1,7 +1,8 @@
 """The byte-level BPE tokenizer: training, saving, loading.
 
-GPT-2's byte-level BPE, by the `tokenizers` library. Departs in one point: the name of a
-special token inside a document is encoded as ordinary text, so no document can end another.
+GPT-2's byte-level BPE, by the `tokenizers` library. Departs in two points: the name of a
+special token inside a document is encoded as ordinary text, so no document can end another; and
+of the tokenizers trained here no token is longer than a bound [D13].
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mhmoe_np.data.interruptible import interruptible
 from mhmoe_np.errors import UserError
 from mhmoe_np.storage import files
 from mhmoe_np.storage.reading import read_text
@@ -27,6 +29,10 @@ END_OF_TEXT_NAMES = (
     "[EOS]",
 )
 MINIMUM_VOCAB_SIZE = 257  # the 256 bytes and the end of text
+# Characters of one kind - letters, digits, white space, others - that may join into one token. Training
+# takes time with the square of a run's length. Above every run of the embedded corpus (73) and every
+# line that programs are written in.
+LONGEST_RUN = 128
 
 # The library's threads do not survive a fork: the child warns, or hangs with the value "true". One
 # thread tokenises about a megabyte a second. The user's own setting stands.
@@ -36,8 +42,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Train a lossless byte-level BPE; the end of text has id 0.
 
-    The same documents in the same order give the same tokenizer. Its vocabulary is smaller than
-    `vocab_size` where the text has no more pairs to merge.
+    The same documents in the same order give the same tokenizer: GPT-2's, where no run of letters,
+    digits, white space or other characters is longer than 128; a longer one is cut. Its vocabulary
+    is smaller than `vocab_size` where the text has no more pairs to merge.
+
+    `documents` are read in another thread. A signal's handler runs meanwhile, and what it raises
+    ends the training, as in `interruptible`.
 
     Raises UserError: `vocab_size` is below 257.
     """
@@ -47,7 +57,12 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
             "which the bytes and the end of text need; raise it"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_pattern(LONGEST_RUN)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -55,7 +70,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    interruptible(lambda: tokenizer.train_from_iterator(documents, trainer))
     return _prepared(tokenizer)
 
 
@@ -106,6 +121,15 @@ def id_count(tokenizer: Tokenizer) -> int:
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Hash everything that the tokenizer does, as 64 hexadecimal digits."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _pattern(longest: int) -> str:
+    # GPT-2's, with a bound where it has `+`. A space before a word is not counted.
+    run = f"{{1,{longest}}}"
+    return (
+        r"'(?:[sdmt]|ll|ve|re)"
+        rf"| ?\p{{L}}{run}| ?\p{{N}}{run}| ?[^\s\p{{L}}\p{{N}}]{run}|\s{run}(?!\S)|\s{run}"
+    )
 
 
 def _prepared(tokenizer: Tokenizer) -> Tokenizer:

@@ -6,11 +6,13 @@ import sys
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
+from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.data.tokenizer import (
     END_OF_TEXT,
+    LONGEST_RUN,
     end_of_text_id,
     id_count,
     load_tokenizer,
@@ -19,6 +21,19 @@ from mhmoe_np.data.tokenizer import (
     train_tokenizer,
 )
 from mhmoe_np.errors import UserError
+
+GPT_2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+WHITE_SPACE = " \n\t\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u3000"
+# One character over and over, or a few of a kind by turns, about the bound and far past it.
+runs = st.builds(
+    lambda unit, length: (unit * length)[:length],
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3),
+        st.text(st.sampled_from(WHITE_SPACE), min_size=1, max_size=3),
+        st.sampled_from(["a", "的", "é", "7", "٣", "!", "'", "'s", "e\u0301", "\u0301", "\0", " x"]),
+    ),
+    st.one_of(st.integers(0, 3), st.integers(LONGEST_RUN - 2, LONGEST_RUN + 3), st.integers(0, 1000)),
+)
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -56,14 +71,16 @@ def test_training_is_the_same_in_every_process():
 
 def test_no_thread_is_left_and_a_fork_after_encoding_neither_warns_nor_hangs():
     code = (
-        "import os, psutil\n"
+        "import os, psutil, time\n"
         "from mhmoe_np.data.store import tokenise\n"
         "from mhmoe_np.data.tokenizer import train_tokenizer\n"
         "documents = ['some text'] * 100\n"
         "threads = psutil.Process().num_threads()\n"
         "tokenizer = train_tokenizer(documents, vocab_size=257)\n"
         "tokenise(documents, tokenizer)\n"
-        "assert psutil.Process().num_threads() == threads\n"
+        # Python counts a thread as ended a few microseconds before the system does.
+        "deadline = time.monotonic() + 10\n"
+        "while psutil.Process().num_threads() > threads: assert time.monotonic() < deadline\n"
         "child = os.fork()\n"
         "tokenise(documents, tokenizer)\n"
         "if child: print(os.waitpid(child, 0)[1])"
@@ -82,6 +99,60 @@ def test_every_text_survives_encoding_and_decoding(tokenizer, text):
     token_W = tokenise([text], tokenizer)
     assert tokenizer.decode(token_W.tolist(), skip_special_tokens=False) == text
     assert end_of_text_id(tokenizer) not in token_W
+
+
+def trained_on(documents: list[str], vocab_size: int, cut: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = cut
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def test_the_embedded_corpus_gives_the_vocabulary_merges_and_ids_of_gpt_2s_cut():
+    documents = [text for domain in embedded_domains() for text in domain.documents]
+    plain = trained_on(documents, 4096, GPT_2_CUT)
+    tokenizer = train_tokenizer(documents, vocab_size=4096)
+    assert json.loads(tokenizer.to_str())["model"] == json.loads(plain.to_str())["model"]
+    pairs = zip(tokenizer.encode_batch_fast(documents), plain.encode_batch_fast(documents), strict=True)
+    assert all(ours.ids == theirs.ids for ours, theirs in pairs)
+
+
+@settings(deadline=None)
+@example(["a" * 128, "'s", " " * 129, "a"])
+@example([" " + "a" * 127, " ", "\n" * 127, "a"])
+@given(st.lists(runs, max_size=6))
+def test_pieces_are_gpt_2s_where_all_of_those_are_within_the_bound(tokenizer, texts):
+    text = "".join(texts)
+    ours = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert all(end - start <= 1 + LONGEST_RUN for _, (start, end) in ours)
+    assert "".join(text[start:end] for _, (start, end) in ours) == text
+    theirs = GPT_2_CUT.pre_tokenize_str(text)
+    if all(end - start <= LONGEST_RUN for _, (start, end) in theirs):
+        assert ours == theirs
+
+
+@settings(deadline=None)
+@given(st.lists(runs, max_size=6))
+def test_long_runs_survive_encoding_and_decoding(tokenizer, texts):
+    text = "".join(texts)
+    token_W = tokenise([text], tokenizer)
+    assert tokenizer.decode(token_W.tolist(), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("unit", ["ACGT", "的一是", "a", "!", "1", " ", "\n", "\0", "e\u0301", "👩"])
+def test_text_without_spaces_gives_no_token_longer_than_the_bound(unit):
+    text = unit * (100_000 // len(unit))
+    tokenizer = train_tokenizer([text], vocab_size=400)
+    token_W = tokenise([text], tokenizer)
+    assert tokenizer.decode(token_W.tolist(), skip_special_tokens=False) == text
+    longest = max(len(tokenizer.decode([token])) for token in set(token_W.tolist()))
+    assert longest <= 1 + LONGEST_RUN
 
 
 def test_text_full_of_the_end_of_text_does_not_merge_into_it():
