@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ STEPS = 4000
 
 
 def start(folder: Path, *options: str, out: str = "run", **streams: object) -> subprocess.Popen[str]:
-    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, **streams}
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, **streams}
     return subprocess.Popen([*command(folder, out), *options], text=True, **streams)  # type: ignore[call-overload]
 
 
@@ -105,7 +106,8 @@ def test_a_log_reader_that_goes_away_ends_the_run_with_a_checkpoint(tmp_path: Pa
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert saved_steps(tmp_path) == [steps_made(tmp_path)]
     again = start(tmp_path, "--steps", str(steps_made(tmp_path) + 3))
-    assert again.wait(timeout=60) == 0
+    again.communicate(timeout=60)
+    assert again.returncode == 0
 
 
 def test_of_two_starts_at_once_one_runs_and_one_is_told(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_of_two_starts_at_once_one_runs_and_one_is_told(tmp_path: Path) -> None:
         # The second may also come after the first has ended, and then finds nothing left to do.
         for code, words in zip(codes, said, strict=True):
             assert code in (0, 2)
-            assert code == 0 or "another process is writing there" in words
+            assert code == 0 or re.search("another process is writing there|exists already", words)
         assert 0 in codes
         assert digests(tmp_path / name) == expected
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
