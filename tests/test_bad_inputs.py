@@ -479,7 +479,7 @@ def test_a_variable_of_the_environment_is_refused(
     [
         {"COLUMNS": "x", "LINES": "²", "TMPDIR": "/nonexistent"},
         {"COLUMNS": "0", "TERM": "", "HOME": "/nonexistent", "XDG_CACHE_HOME": "/dev/null"},
-        {"NUMBA_CPU_NAME": "", "NUMBA_CPU_FEATURES": "", "MHMOE_NP_ISA": ""},
+        {"MHMOE_NP_ISA": "", "NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"},
     ],
 )
 def test_odd_surroundings_do_not_matter(
