@@ -150,5 +150,5 @@ def test_a_temperature_at_either_end_of_the_floats_has_probabilities(temperature
 )
 def test_sampling_that_is_none_is_refused_before_anything_is_computed(sampling: Sampling) -> None:
     anything: Any = None
-    with pytest.raises(UserError, match="temperature: |top_p: "):
+    with pytest.raises(UserError, match=r"temperature: |top_p: "):
         generate(anything, anything, "a", max_new_tokens=1, sampling=sampling, ops=anything)
