@@ -63,7 +63,7 @@ def _read_json_tokens(path: Path) -> IntArray:
     limits = np.iinfo(np.int64)
     if not all(limits.min <= token <= limits.max for row in rows for token in row):
         raise UserError(f"{path}: holds an integer beyond 64 bits; give token ids")
-    return np.array(rows, np.int64).reshape(len(rows), -1)
+    return np.array(rows, np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def _map_tokens(path: Path) -> IntArray:

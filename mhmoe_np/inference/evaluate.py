@@ -19,6 +19,7 @@ from mhmoe_np.data.store import tokenise
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.language_model import Model, last_hidden
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
 
 BATCH_TOKENS = 4096  # that go through the model at once
@@ -92,8 +93,8 @@ def evaluate(
 ) -> DomainScore:
     """Score a domain in windows of the model's `max_position_embeddings`.
 
-    Raises UserError: the text is a single token, its tokenizer knows ids the model lacks, or the NLL is
-    not finite.
+    Raises UserError: the text is a single token, its tokenizer knows ids the model lacks, so many
+    tokens at once do not fit into memory, or the NLL is not finite.
     """
     token_W = tokenise(domain.documents, tokenizer)
     if len(token_W) < 2:
@@ -104,6 +105,12 @@ def evaluate(
             f"{model.config.vocab_size}; the tokenizer is not the model's"
         )
     window = model.config.max_position_embeddings
+    at_once = min(max(batch_tokens, window), len(token_W))
+    check_memory(
+        2 * 4 * at_once * model.config.hidden_size,  # what enters a layer, and what leaves it
+        f"domain {domain.name}: the activations of {at_once:,} tokens at once need more than",
+        remedy=f"lower --batch-tokens {batch_tokens}, or the model's max_position_embeddings",
+    )
     nll = score_stream(model, token_W, window=window, batch_tokens=batch_tokens, ops=ops)
     if not math.isfinite(nll):
         raise UserError(

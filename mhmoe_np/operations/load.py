@@ -63,7 +63,9 @@ def load_operations(
         return NumbaOperations(threads=threads or available, keep_buffers=keep_buffers)
     except ValueError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{_set('NUMBA_THREADING_LAYER')}: {reason}; unset it") from None
+        raise UserError(
+            f"{reason} (Numba); unset NUMBA_THREADING_LAYER and NUMBA_THREADING_LAYER_PRIORITY"
+        ) from None
 
 
 def import_numba_backend() -> None:
@@ -87,7 +89,7 @@ def import_numba_backend() -> None:
         try:
             importlib.import_module("mhmoe_np.operations.numba_cpu")
         except RuntimeWarning as warning:
-            reason = str(warning).partition("\n")[0]
+            reason = str(warning).partition("\n")[0].rstrip(".")
             raise UserError(f"{reason}; correct or unset it") from None
         except (RuntimeError, OSError) as error:
             if isinstance(error, RuntimeError) and "cannot cache" not in str(error):

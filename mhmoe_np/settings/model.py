@@ -223,6 +223,7 @@ class Fault(NamedTuple):
 
     key: str  # with its table; empty where no single key is at fault
     text: str  # names the key
+    several: bool = False  # whether other keys that the text names may be at fault as well
 
 
 def fault_of(error: ValidationError, known: Iterable[str]) -> Fault:
@@ -241,7 +242,7 @@ def fault_of(error: ValidationError, known: Iterable[str]) -> Fault:
     if fault["type"] == "value_error" and named:
         # A check of several keys: its message begins with the one to change.
         table = f"{key}." if key else ""
-        return Fault(f"{table}{named[0]}", f"{table}{message}")
+        return Fault(f"{table}{named[0]}", f"{table}{message}", several=True)
     if not path:
         return Fault("", f"{message} (got {shown(fault['input'])})")
     return Fault(key, f"{key}: {message} (got {shown(fault['input'])})")

@@ -18,6 +18,7 @@ from mhmoe_np.settings.model import (
     LARGEST_SIZE,
     Count,
     Factor,
+    Fault,
     ModelConfig,
     Natural,
     Positive,
@@ -267,7 +268,7 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
         fault = fault_of(error, [key.partition(".")[2] for key in KEYS])
-        source, key = _origin(fault.key, fault.text, layers)
+        source, key = _origin(fault, layers)
         if source != COMMAND_LINE:
             raise UserError(f"{source}: {fault.text}") from None
         option = f"--set {key}"
@@ -276,19 +277,18 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
         raise UserError(f"{option}: {fault.text.removeprefix(f'{key}: ')}") from None
 
 
-def _origin(fault_key: str, text: str, layers: Sequence[Layer]) -> tuple[str, str]:
+def _origin(fault: Fault, layers: Sequence[Layer]) -> tuple[str, str]:
     """Where the key at fault was set, and the key.
 
     Of several keys that do not go together, it is the one that was set last.
     """
-    table = fault_key.partition(".")[0]
-    words = set(re.findall(r"[\w.]+", text)) if fault_key in KEYS else set()
+    table = fault.key.partition(".")[0]
+    words = set(re.findall(r"[\w.]+", fault.text)) if fault.several else set()
     named = [key for key in KEYS if key in words or key in {f"{table}.{word}" for word in words}]
-    candidates = dict.fromkeys([fault_key, *named])
     for layer in reversed(layers):
-        for key in candidates:
+        for key in [fault.key, *named]:
             name, _, rest = key.partition(".")
             if rest.partition(".")[0] in layer.tables.get(name, {}):
                 return layer.source, f"{name}.{rest.partition('.')[0]}"
     files = [layer.source for layer in layers if layer.source != COMMAND_LINE]
-    return (files or [COMMAND_LINE])[-1], fault_key
+    return (files or [COMMAND_LINE])[-1], fault.key

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.inference.generate import Sampling, next_token
+from mhmoe_np.errors import UserError
+from mhmoe_np.inference.generate import Sampling, generate, next_token
 from tests.operations.cases import SEEDS, Inputs, quick
 
 
@@ -131,3 +132,23 @@ def test_a_seed_gives_its_tokens_again() -> None:
 def test_logits_of_any_size_have_probabilities(size: float) -> None:
     found = drawn_from(np.array([-size, size, 0.0]), Sampling())
     assert found == {1: 1.0, 2: 0.0, 0: 0.0}
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e308])
+def test_a_temperature_at_either_end_of_the_floats_has_probabilities(temperature: float) -> None:
+    found = drawn_from([0.5, 2.0, -1.0, 1e30], Sampling(temperature=temperature))
+    assert found[3] == pytest.approx(1.0 if temperature < 1 else 0.25)
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *(Sampling(temperature=t) for t in (float("nan"), float("inf"), -1.0)),
+        *(Sampling(top_p=p) for p in (float("nan"), float("inf"), 0.0, 1.5)),
+    ],
+)
+def test_sampling_that_is_none_is_refused_before_anything_is_computed(sampling: Sampling) -> None:
+    anything: Any = None
+    with pytest.raises(UserError, match=r"temperature: |top_p: "):
+        generate(anything, anything, "a", max_new_tokens=1, sampling=sampling, ops=anything)
