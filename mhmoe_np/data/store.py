@@ -107,7 +107,9 @@ def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, n
     sidecar_path = _sidecar_path(path)
     sidecar_path.unlink(missing_ok=True)
     files.write_atomically(_token_path(path), token_W.tofile)
-    files.write_json(sidecar_path, header.model_dump())
+    files.write_atomically(
+        sidecar_path, lambda temporary: files.write_json(temporary, header.model_dump())
+    )
     return open_store(path, tokenizer_sha256=header.tokenizer_sha256)
 
 

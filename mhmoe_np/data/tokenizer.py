@@ -89,7 +89,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a `tokenizer.json` atomically; its folder must exist."""
+    """Write a `tokenizer.json`; its folder must exist."""
     files.write_text(path, tokenizer.to_str(pretty=True) + "\n")
 
 

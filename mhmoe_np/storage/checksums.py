@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from mhmoe_np.errors import Damaged, UserError
-from mhmoe_np.storage.files import sync_path, write_text
+from mhmoe_np.storage.files import sync_path, write_atomically, write_text
 from mhmoe_np.storage.reading import read_json, read_text
 
 CHECKSUMS = "checksums.json"
@@ -35,10 +35,9 @@ def checksum(path: Path) -> str:
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write `checksums.json` for these files of `folder`, and flush them to the disk.
+    """Write `checksums.json` for these files of a directory in the making, and flush them to the disk.
 
-    Files that it spoke of before stay in it. The disk is waited for in a thread of its own: the sums
-    are ready before it is.
+    The disk is waited for in a thread of its own: the sums are ready before it is.
 
     Raises OSError: the disk is full or refuses.
     """
@@ -48,17 +47,32 @@ def seal(folder: Path, names: Iterable[str]) -> None:
         sums = {name: checksum(path) for name, path in paths.items()}
         for future in flushed:
             future.result()
-    path = folder / CHECKSUMS
-    write_text(path, _text({**(_sums(path) if path.exists() else {}), **sums}))
+    write_text(folder / CHECKSUMS, _text(sums))
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Let `checksums.json` speak of one more file, as it is now.
+
+    Raises OSError: the disk is full or refuses; `checksums.json` is as it was.
+    """
+    sums = _sums(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
+    _replace(folder, {**sums, name: checksum(folder / name)})
 
 
 def unseal(folder: Path, name: str) -> None:
-    """Let `checksums.json` no longer speak of a file that is about to change."""
-    path = folder / CHECKSUMS
+    """Let `checksums.json` no longer speak of a file that is about to change.
+
+    Raises OSError: as `reseal`.
+    """
     if name in sealed_files(folder):
-        sums = _sums(path)
+        sums = _sums(folder / CHECKSUMS)
         del sums[name]
-        write_text(path, _text(sums))
+        _replace(folder, sums)
+
+
+def _replace(folder: Path, sums: Mapping[str, str]) -> None:
+    text = _text(sums)
+    write_atomically(folder / CHECKSUMS, lambda temporary: write_text(temporary, text))
 
 
 def sealed_files(folder: Path) -> set[str]:

@@ -40,24 +40,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         sync_path(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     sync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
+    """Write `text` as UTF-8; for a directory in the making, which is flushed and named as a whole.
+
+    Raises OSError: the disk is full or refuses.
+    """
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        error.filename = str(path)  # a write that fails does not say where
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final newline, atomically.
+    """`write_text` of indented JSON with a final newline.
 
-    Raises ValueError: a number is not finite, which JSON has no word for.
+    Raises ValueError: a number is not finite, which JSON has no word for; OSError: see `write_text`.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_directory_atomically(path: Path, fill: Callable[[Path], None]) -> None:

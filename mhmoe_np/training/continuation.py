@@ -100,10 +100,10 @@ class OpenRun(NamedTuple):
 
 
 def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
-    """Lock a run folder, look at every byte it was made with, and load its newest whole checkpoint.
+    """Lock a run folder, look at every byte that is in it, and load its newest whole checkpoint.
 
     lock: of the folder, where it is held already.
-    A newer checkpoint that is damaged is set aside under another name.
+    A checkpoint that is damaged is set aside under another name.
 
     Raises UserError: it is in use, a file that it was made with is missing or damaged, or there are
     checkpoints and none of them is whole.
@@ -121,29 +121,32 @@ def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
 def _newest_whole_checkpoint(
     run: Path, started_with: RunConfig
 ) -> tuple[TrainingCheckpoint | None, list[str]]:
+    newest: tuple[Path, TrainingCheckpoint] | None = None
     damaged: list[tuple[Path, UserError]] = []
     for path in reversed(checkpoints_of(run)):
         try:
-            checkpoint = load_training_checkpoint(path, started_with)
+            if newest is None:
+                newest = path, load_training_checkpoint(path, started_with)
+            else:
+                verify(path)
         except UserError as error:
             damaged.append((path, error))
-            continue
-        for other, _ in damaged:
-            aside = other.with_name(SET_ASIDE + other.name)
-            if aside.exists():
-                remove_directory(aside)
-            other.rename(aside)
-        notices = [
-            f"{error}; set aside as {SET_ASIDE}{other.name}, going on from {path.name} before it"
-            for other, error in damaged
-        ]
-        return checkpoint, notices
-    if damaged:
-        raise Damaged(
-            f"{damaged[0][1]}; no checkpoint of {run} is whole: remove its folder {CHECKPOINTS} to "
-            "start again from step 0"
-        )
-    return None, []
+    if newest is None:
+        if damaged:
+            raise Damaged(
+                f"{damaged[0][1]}; no checkpoint of {run} is whole: remove its folder {CHECKPOINTS} to "
+                "start again from step 0"
+            )
+        return None, []
+    path, checkpoint = newest
+    notices = []
+    for other, fault in damaged:
+        aside = other.with_name(SET_ASIDE + other.name)
+        if aside.exists():
+            remove_directory(aside)
+        other.rename(aside)
+        notices.append(f"{fault}; set aside as {aside.name}, going on from {path.name}")
+    return checkpoint, notices
 
 
 def resumed_config(opened: OpenRun, over: Tables, *, base: Sequence[Layer] | None = None) -> RunConfig:

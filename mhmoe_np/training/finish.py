@@ -8,8 +8,8 @@ from typing import NamedTuple
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.inference.evaluate import DomainScore, evaluate
 from mhmoe_np.inference.generate import Sampling, generate
-from mhmoe_np.storage.checksums import seal, unseal
-from mhmoe_np.storage.files import write_json
+from mhmoe_np.storage.checksums import reseal, unseal
+from mhmoe_np.storage.files import write_atomically, write_json
 from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
 from mhmoe_np.training.trainer import Trainer
 
@@ -62,5 +62,5 @@ def write_evaluation(run: Path, result: RunResult) -> None:
     """
     values = {name: score.as_dict() for name, score in result.scores.items()}
     unseal(run, EVALUATION)
-    write_json(run / EVALUATION, {"domains": values})
-    seal(run, [EVALUATION])
+    write_atomically(run / EVALUATION, lambda path: write_json(path, {"domains": values}))
+    reseal(run, EVALUATION)

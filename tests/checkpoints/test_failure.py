@@ -18,7 +18,7 @@ from mhmoe_np.checkpoints.failure import Failure, FailureRecord, load_failure, s
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.operations.table import AdamWSettings
-from mhmoe_np.storage.checksums import seal
+from mhmoe_np.storage.checksums import reseal
 from tests.conftest import Run
 from tests.operations.cases import BACKENDS
 from tests.strict_backend import strict_operations
@@ -124,7 +124,7 @@ def test_an_edited_record_is_refused_by_its_key(
 ) -> None:
     path = written(tmp_path / "failure") / "failure.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    seal(path.parent, [path.name])
+    reseal(path.parent, path.name)
     assert words in said(path.parent)
 
 
@@ -148,7 +148,7 @@ def test_a_batch_that_does_not_fit_the_model_is_refused(
 ) -> None:
     directory = written(tmp_path / "failure")
     save_file(batch, directory / "batch.safetensors")
-    seal(directory, ["batch.safetensors"])
+    reseal(directory, "batch.safetensors")
     assert words in said(directory)
 
 
@@ -159,7 +159,7 @@ def test_a_batch_of_numbers_that_numpy_lacks_is_refused(tmp_path: Path, dtype: s
     header = json.dumps(described).encode()
     path = written(tmp_path / "failure") / "batch.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
-    seal(path.parent, [path.name])
+    reseal(path.parent, path.name)
     assert "batch.safetensors: not a readable safetensors file" in said(path.parent)
 
 

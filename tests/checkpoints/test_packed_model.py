@@ -29,7 +29,7 @@ from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, available
 from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import Operations, PackedWeight
 from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.storage.checksums import seal
+from mhmoe_np.storage.checksums import reseal
 from tests.conftest import Run
 
 TOKENS = np.random.default_rng(9).integers(0, 37, (5, 33))
@@ -355,7 +355,7 @@ def test_a_damaged_or_foreign_file_is_refused(mhmoe: Run, model: Path, damage: A
     if path.read_bytes() != before:
         assert "packed.safetensors: damaged" in mhmoe("inspect", "packed", code=2).stderr
         # As if somebody had made it so: what the file itself says is looked at, too.
-        seal(path.parent, [path.name])
+        reseal(path.parent, path.name)
     result = mhmoe("inspect", "packed", code=2)
     assert result.stderr.count("\n") == 1
     assert word in result.stderr, result.stderr
@@ -379,7 +379,7 @@ def test_a_packed_file_beside_a_float_configuration_is_refused(mhmoe: Run, model
     path = model / "packed" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization": "none", "use_sub_norm": False}))
-    seal(path.parent, [path.name])
+    reseal(path.parent, path.name)
     assert "'none'" in mhmoe("inspect", "packed", code=2).stderr
 
 

@@ -24,7 +24,7 @@ from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.settings.run import RunConfig, merge, parse_run_config
-from mhmoe_np.storage.checksums import CHECKSUMS, seal
+from mhmoe_np.storage.checksums import CHECKSUMS, reseal
 
 TABLES = {
     "model": settings("mh2-shared"),
@@ -77,7 +77,7 @@ def edit_state(directory: Path, values: dict[str, object], *, without: str = "")
     edited = json.loads(path.read_text()) | values
     edited.pop(without, None)
     path.write_text(json.dumps(edited))
-    seal(directory, [path.name])
+    reseal(directory, path.name)
 
 
 def older(directory: Path, values: dict[str, object]) -> Path:
