@@ -32,14 +32,6 @@ def base_layers(config: Path | None, preset: str | None) -> list[Layer]:
     return layers if config is None else [*layers, Layer(read_toml(config), str(config))]
 
 
-def base_tables(config: Path | None, preset: str | None) -> Tables:
-    """The layers of `base_layers` as one.
-
-    Raises UserError: as `base_layers`.
-    """
-    return merge(*(layer.tables for layer in base_layers(config, preset)))
-
-
 def resolved_config(config: Path | None, preset: str | None, over: Tables) -> RunConfig:
     """The run's configuration: `over`, from `option_tables`, over CONFIG over --preset.
 

@@ -9,6 +9,7 @@ does not depend on how many windows go at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -83,6 +84,24 @@ def _add_nll(
         ops.add_sum(ops.token_nll(x_ND, model.weights.output_VD, target_N), nll_1)
 
 
+def scored_tokens(
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, *, vocab_size: int
+) -> IntArray:
+    """The stream of a domain's tokens, token_W.
+
+    Raises UserError: there are fewer than two, or one that the model lacks.
+    """
+    token_W = tokenise(documents, tokenizer)
+    if len(token_W) < 2:
+        raise UserError(f"domain {name}: one token alone cannot be scored; give more text")
+    if int(token_W.max()) >= vocab_size:
+        raise UserError(
+            f"domain {name}: token id {int(token_W.max())} is beyond the model's vocab_size "
+            f"{vocab_size}; the tokenizer is not the model's"
+        )
+    return token_W
+
+
 def evaluate(
     model: Model,
     domain: Domain,
@@ -96,14 +115,9 @@ def evaluate(
     Raises UserError: the text is a single token, its tokenizer knows ids the model lacks, so many
     tokens at once do not fit into memory, or the NLL is not finite.
     """
-    token_W = tokenise(domain.documents, tokenizer)
-    if len(token_W) < 2:
-        raise UserError(f"domain {domain.name}: one token alone cannot be scored; give more text")
-    if int(token_W.max()) >= model.config.vocab_size:
-        raise UserError(
-            f"domain {domain.name}: token id {int(token_W.max())} is beyond the model's vocab_size "
-            f"{model.config.vocab_size}; the tokenizer is not the model's"
-        )
+    token_W = scored_tokens(
+        domain.name, domain.documents, tokenizer, vocab_size=model.config.vocab_size
+    )
     window = model.config.max_position_embeddings
     at_once = min(max(batch_tokens, window), len(token_W))
     check_memory(

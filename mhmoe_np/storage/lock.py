@@ -6,6 +6,7 @@ crash cannot leave one behind, and it stays with the folder when that is renamed
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import weakref
@@ -28,11 +29,13 @@ class Lock:
 def lock_folder(path: Path) -> Lock:
     """Lock a folder that exists.
 
+    Where the file system has no locks, nobody is kept out.
+
     Raises UserError: another process, or another lock of this one, holds it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(descriptor)
         # Between opening and locking its owner may have renamed it: then it is no longer ours to take.
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise BlockingIOError
@@ -46,6 +49,14 @@ def lock_folder(path: Path) -> Lock:
         os.close(descriptor)
         raise
     return Lock(descriptor)
+
+
+def _flock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
 
 
 def is_locked(path: Path) -> bool:

@@ -28,10 +28,9 @@ from mhmoe_np.settings.run import (
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.storage.files import remove_directory, remove_leftovers, temporary_of
 from mhmoe_np.storage.lock import Lock, is_locked, lock_folder
-from mhmoe_np.training.run_folder import RUN_CONFIG, is_run_folder, read_run_tables
+from mhmoe_np.training.run_folder import RUN_CONFIG, SET_ASIDE, is_run_folder, read_run_tables
 
 RUNS = Path("runs")  # where a run goes that was told no folder
-SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 
 
 def fresh_folder(name: str) -> Path:

@@ -22,7 +22,7 @@ from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.files import remove_directory
 from mhmoe_np.training.log_file import LogFile, mark_of_older
-from mhmoe_np.training.run_folder import METRICS, QUANTIZATION
+from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, SET_ASIDE
 from mhmoe_np.training.step import Learner
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -125,13 +125,16 @@ class Keeper:
         self.saved_step = step
 
     def _save_on_a_full_disk(self, error: OSError) -> NoReturn:
-        """Save this step where the oldest checkpoints were, as long as one is left, and end the run.
+        """Save this step where damaged or older checkpoints were, as long as one is left; end the run.
 
         Raises TrainingFailure: it says what became of the steps since the newest checkpoint.
         """
         said = f"{error.filename}: {error.strerror}"
-        while error.errno in NO_ROOM and len(checkpoints := checkpoints_of(self._run)) > 1:
-            remove_directory(checkpoints[0])
+        damaged = (self._run / CHECKPOINTS).glob(f"{SET_ASIDE}*")
+        for dispensable in [*damaged, *checkpoints_of(self._run)[:-1]]:
+            if error.errno not in NO_ROOM:
+                break
+            remove_directory(dispensable)
             try:
                 self._write_checkpoint()
             except OSError as again:

@@ -13,8 +13,15 @@ from mhmoe_np.checkpoints.training_state import TrainingCheckpoint, write_traini
 from mhmoe_np.data.documents import chosen_domains
 from mhmoe_np.data.split import split_documents
 from mhmoe_np.data.store import write_store
-from mhmoe_np.data.tokenizer import id_count, load_tokenizer, save_tokenizer, train_tokenizer
+from mhmoe_np.data.tokenizer import (
+    MINIMUM_VOCAB_SIZE,
+    id_count,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from mhmoe_np.errors import UserError
+from mhmoe_np.inference.evaluate import scored_tokens
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.checksums import seal
 from mhmoe_np.storage.files import new_locked_directory, write_json, write_text
@@ -60,7 +67,9 @@ def create_run_folder(
     training = [document for kept, _ in parts.values() for document in kept]
     vocab_size = config.model.vocab_size
     if config.data.tokenizer is None:
-        tokenizer = train_tokenizer(training, vocab_size=vocab_size)
+        # No text has more pairs to merge than bytes, and the library makes room for what it is told.
+        most = MINIMUM_VOCAB_SIZE + sum(len(document.encode()) for document in training)
+        tokenizer = train_tokenizer(training, vocab_size=min(vocab_size, most))
     else:
         tokenizer = load_tokenizer(config.data.tokenizer)
     if id_count(tokenizer) > vocab_size:
@@ -73,7 +82,11 @@ def create_run_folder(
         (folder / "data").mkdir()
         (folder / VALIDATION).mkdir()
         store = write_store(folder / STORE, training, tokenizer, name="train")
-        batches_of(store, config)  # refuses a text that is too short for them
+        # Refused now and not after the last step: a text that is too short to train on, or to score.
+        batches_of(store, config)
+        for name, (_, held_out) in parts.items():
+            documents = [document for document in held_out if document.strip()]
+            scored_tokens(name, documents, tokenizer, vocab_size=vocab_size)
         for name, (_, held_out) in parts.items():
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
             write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))

@@ -31,6 +31,7 @@ RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokeniz
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
 STORE, VALIDATION = "data/train", "validation"
+SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 
 
 def is_run_folder(path: Path) -> bool:
