@@ -58,6 +58,7 @@ def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe: Run, tmp_path: Path) 
     options = ("--data", "my_texts/", "--out", "runs/mine", "--steps", 2)
     mhmoe("train", "--preset", "small-mh-moe-3", *options)
     mhmoe("train", "--resume", "runs/mine", "--steps", 3)
+    mhmoe("train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1)
 
 
 def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
