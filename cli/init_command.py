@@ -15,10 +15,13 @@ from mhmoe_np.settings.model import LARGEST_COUNT
 @out_option
 @click.option("--seed", required=True, type=click.IntRange(0, LARGEST_COUNT))
 def command(config: Path, out: Path, seed: int) -> None:
-    """Write a checkpoint with random weights: a pure function of the configuration and the seed."""
+    """Write a checkpoint with random weights: a pure function of the configuration and the seed.
+
+    It has no checksums: its files may be replaced by your own.
+    """
     import numpy as np
 
-    from mhmoe_np.checkpoints.checkpoint import save_model
+    from mhmoe_np.checkpoints.checkpoint import write_model_files
     from mhmoe_np.model.parameters import Parameters, initialise
     from mhmoe_np.model.room import check_room
     from mhmoe_np.settings.model import read_model_config
@@ -28,5 +31,5 @@ def command(config: Path, out: Path, seed: int) -> None:
     check_room(model, copies=1, source=str(config))
     parameters = Parameters(model, np.float32)
     initialise(parameters, seed)
-    write_directory_atomically(out, lambda folder: save_model(folder, parameters, None))
+    write_directory_atomically(out, lambda folder: write_model_files(folder, parameters, None))
     click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

@@ -97,13 +97,13 @@ def _train(trainer: Trainer) -> None:
 
     run, steps = trainer.run, trainer.config.training.steps
     for notice in trainer.notices:
-        click.echo(f"mhmoe-np: {printable(notice)}", err=True)
+        _tell(f"mhmoe-np: {printable(notice)}")
     if trainer.finished and is_evaluated(run):
-        click.echo(f"{run} is finished: {trainer.step} steps were made", err=True)
+        _tell(f"{run} is finished: {trainer.step} steps were made")
         return
     size = sum(tensor.size for tensor in trainer.learner.parameters.tensors.values())
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
-    click.echo(f"{verb} {run}: {size:,} parameters, {steps} steps", err=True)
+    _tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:
         with _Progress(trainer) as progress:
             stopped = trainer.train(progress.show, _acknowledge)
@@ -112,10 +112,7 @@ def _train(trainer: Trainer) -> None:
     except Interrupted as second:
         _end_run(f"stopped at once: {trainer.keeper.kept()}", 128 + second.signal)
     if stopped is not None:
-        click.echo(
-            f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}",
-            err=True,
-        )
+        _tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
     result = score_run(trainer)
     unwritten = None
@@ -131,6 +128,19 @@ def _train(trainer: Trainer) -> None:
     click.echo(f"\nsample:\n{result.sample}")
     if unwritten is not None:
         _end_run(unwritten, 1)
+
+
+def _tell(line: str) -> None:
+    """Say something on standard error.
+
+    Only a reader that went away ends the run; one that writes to a full disk does not.
+    """
+    try:
+        click.echo(line, err=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def _acknowledge(kind: int) -> None:
@@ -178,18 +188,11 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.stop()
 
     def show(self, report: StepReport) -> None:
-        """Show one step. Only a reader that went away ends the run; a log on a full disk does not."""
-        try:
-            self._show(report)
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass
-
-    def _show(self, report: StepReport) -> None:
+        """Show one step."""
         made = report.step - self._first
         rate = made / (time.perf_counter() - self._started)
         text = f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s"
@@ -197,9 +200,8 @@ class _Progress:
             self._bar.update(self._task, completed=report.step, description=text)
         elif made == 1 or report.step % self._training.log_every == 0:
             left = (self._training.steps - report.step) / rate
-            click.echo(
+            _tell(
                 f"step {report.step}/{self._training.steps}  {text}  "
                 f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}  "
-                f"{left:.0f} s left",
-                err=True,
+                f"{left:.0f} s left"
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +111,42 @@ def test_a_log_reader_that_goes_away_ends_the_run_with_a_checkpoint(tmp_path: Pa
     again = start(tmp_path, "--steps", str(steps_made(tmp_path) + 3))
     again.communicate(timeout=60)
     assert again.returncode == 0
+
+
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=STEPS)
+    ours, theirs = pty.openpty()
+
+    def take_the_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = start(
+        tmp_path,
+        *("--checkpoint-every", "100000"),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        preexec_fn=take_the_terminal,
+    )
+    os.close(theirs)
+    wait(process, lambda: steps_made(tmp_path) > 20)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert saved_steps(tmp_path) == [steps_made(tmp_path)]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=20)
+    # A log that may not grow, as one on a full disk.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+    arguments = command(tmp_path, "run")
+    arguments[2] = f"{limit}{arguments[2]}"
+    with (tmp_path / "log").open("wb") as log:
+        log.truncate(1 << 20)
+        log.seek(1 << 20)
+        done = subprocess.run(arguments, stderr=log, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "sample:" in done.stdout
+    assert (tmp_path / "log").stat().st_size == 1 << 20
 
 
 def test_of_two_starts_at_once_one_runs_and_one_is_told(tmp_path: Path) -> None:
