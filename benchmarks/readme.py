@@ -32,6 +32,7 @@ it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip in
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
     python -m benchmarks.decode        the cost of a generated token
+    python -m benchmarks.checkpoint    what checksums cost when a checkpoint is written
 """
 
 COMPARISON = """
