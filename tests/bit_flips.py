@@ -64,14 +64,14 @@ def evaluate(checkpoint: Path) -> str:
 READERS: dict[str, Callable[[Path], str]] = {"run": resume, "packed": evaluate}
 
 
-def found(kind: str, original: Path, file: Path, place: int, bit: int) -> str:
-    """What is said of a copy with one bit flipped; nothing: it was not noticed."""
+def found(kind: str, original: Path, file: Path, place: int, mask: int) -> str:
+    """What is said of a copy in which one byte's bits of `mask` are flipped; nothing: all is well."""
     copy = original.with_name("copy")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(original, copy)
     path = copy / file
     content = bytearray(path.read_bytes())
-    content[place] ^= 1 << bit
+    content[place] ^= mask
     path.write_bytes(content)
     try:
         return READERS[kind](copy)
@@ -88,6 +88,9 @@ def flips(folders: list[tuple[str, Path]], count: int, seed: int) -> tuple[Count
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.stat().st_size
     ]
+    for kind, folder, file in files:
+        said = found(kind, folder, file, 0, 0)
+        assert not said, f"without a flip: {said}"
     seen: Counter[str] = Counter()
     missed = []
     for number in range(count):
@@ -95,7 +98,7 @@ def flips(folders: list[tuple[str, Path]], count: int, seed: int) -> tuple[Count
         size = (folder / file).stat().st_size
         place = rng.randrange(min(size, HEADER) if rng.random() < 0.1 else size)
         bit = rng.randrange(8)
-        if found(kind, folder, file, place, bit):
+        if found(kind, folder, file, place, 1 << bit):
             seen[file.name] += 1
         else:
             missed.append(f"{folder.name}/{file}: byte {place}, bit {bit}")
