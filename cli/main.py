@@ -111,7 +111,8 @@ def main() -> None:
     except click.Abort:
         _end("interrupted", 130)
     except Interrupted as stop:
-        _end(f"stopped by {signal.Signals(stop.signal).name}", 128 + stop.signal)
+        name = signal.Signals(stop.signal).name
+        _end("interrupted" if name == "SIGINT" else f"stopped by {name}", 128 + stop.signal)
     except UserError as error:
         _end(str(error), 2)
     except BrokenPipeError:
@@ -127,14 +128,18 @@ def main() -> None:
 def _unwind_on_signals() -> None:
     """End by an exception where a signal would end the process: half-written files are removed then.
 
-    A signal that is ignored, as SIGHUP by nohup, stays ignored.
+    A signal that is ignored, as SIGHUP by nohup, stays ignored; and once the program is on its way out,
+    all are, so that it gets there.
     """
 
     def unwind(kind: int, _frame: FrameType | None) -> None:
+        for other in kinds:
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(kind)
 
-    for kind in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(kind) is signal.SIG_DFL:
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for kind in kinds:
+        if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, unwind)
 
 

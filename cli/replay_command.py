@@ -55,8 +55,8 @@ def command(directory: Path, as_json: bool, threads: int | None, backend: Backen
             "gradient_norm": found.step.result.gradient_norm,
         }
         click.echo(
-            f"the step is finite when repeated: {_listed(losses)}; try the backend and the processor "
-            "that it failed on"
+            f"the step is finite when repeated: {_listed(losses)}"
+            + ("" if found.state else "; try the backend and the processor that it failed on")
         )
 
 

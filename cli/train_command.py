@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,7 +16,7 @@ import click
 from mhmoe_cli.backend import announce_compilation, backend_option, threads_option
 from mhmoe_cli.printing import printable
 from mhmoe_cli.run_settings import base_layers, option_tables
-from mhmoe_np.errors import Interrupted
+from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import read_model_config
 from mhmoe_np.settings.presets import DEFAULT_PRESET
@@ -61,10 +63,12 @@ def command(
     CONFIG.toml has tables [model], [data], [training] and [optimizer]; --preset lies under it,
     --set and the named options over it.
     """
-    from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG, find_checkpoint
-    from mhmoe_np.training.continuation import folder_to_resume, fresh_folder
-    from mhmoe_np.training.run import resume_run, start_run
+    from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG
+    from mhmoe_np.training.continuation import folder_to_resume
+    from mhmoe_np.training.run import init_source, resume_run, start_run
 
+    if init is not None and resume not in (None, "auto"):
+        raise UserError("--init: starts a new run; give either --init or --resume")
     over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
@@ -73,20 +77,28 @@ def command(
     given = base_layers(config, preset) if config or preset else None
     if run is None:
         base = given or base_layers(None, None)
-        found = None if init is None else find_checkpoint(init)
-        if found is not None and given is None:
-            model = read_model_config(found / MODEL_CONFIG).model_dump()
+        if init is not None and given is None:
+            model = read_model_config(init_source(init) / MODEL_CONFIG).model_dump()
             base = [*base, Layer({"model": model}, f"--init {init}")]
-        trainer = start_run(
-            out or fresh_folder(name),
-            resolve([*base, Layer(over, COMMAND_LINE)]),
-            init=found,
-            backend=backend,
-            threads=threads,
-        )
+        resolved = resolve([*base, Layer(over, COMMAND_LINE)])
+        start = partial(start_run, config=resolved, init=init, backend=backend, threads=threads)
+        trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
     else:
         trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
     _train(trainer)
+
+
+def _start_in_a_fresh_folder(start: Callable[[Path], Trainer], name: str) -> Trainer:
+    """In runs/NAME or the next free one; another process may be faster, then it is the one after."""
+    from mhmoe_np.training.continuation import fresh_folder
+
+    while True:
+        folder = fresh_folder(name)
+        try:
+            return start(folder)
+        except Taken:
+            if not folder.exists() and fresh_folder(name) == folder:
+                raise
 
 
 def _train(trainer: Trainer) -> None:
@@ -114,7 +126,14 @@ def _train(trainer: Trainer) -> None:
     if stopped is not None:
         _tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
-    result = score_run(trainer)
+    try:
+        result = score_run(trainer)
+    except Interrupted as stop:
+        _end_run(
+            f"stopped: the trained model is saved in {run}, only not scored; go on with: "
+            f"mhmoe-np train --resume {run}",
+            128 + stop.signal,
+        )
     unwritten = None
     try:
         write_evaluation(run, result)

@@ -17,6 +17,10 @@ class Damaged(UserError):
     """
 
 
+class Taken(UserError):
+    """A name or a folder that another process has, or had first: another one may be free."""
+
+
 class Interrupted(BaseException):
     """A signal ended the program: like KeyboardInterrupt, for any signal."""
 

@@ -128,6 +128,8 @@ def kill_preparation(folder: Path, kills: int, rng: random.Random) -> int:
 
 def kill_evaluation(folder: Path, kills: int, rng: random.Random) -> int:
     """After the last step, each time as if the scores had not been written."""
+    finish(command(folder, "killed"))
+    unseal(folder / "killed", "evaluation.json")
     seconds = finish(command(folder, "killed"))
     hits = 0
     while hits < kills:

@@ -77,7 +77,12 @@ def _write_companions(directory: Path, config: ModelConfig, tokenizer: Tokenizer
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name[5:])
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -61,7 +61,8 @@ class FailureRecord(StrictModel):
 class Failure(NamedTuple):
     """All that the step depends on, on the host, and what it came to."""
 
-    parameters: Parameters  # before the step
+    # Before the step; where parameters were left out of its update, all others after it.
+    parameters: Parameters
     moments: Moments
     windows: list[IntArray]  # of each micro-batch: [B, T+1]
     record: FailureRecord

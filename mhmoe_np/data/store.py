@@ -106,7 +106,7 @@ def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, n
     )
     sidecar_path = _sidecar_path(path)
     sidecar_path.unlink(missing_ok=True)
-    files.write_atomically(_token_path(path), token_W.tofile)
+    files.write_atomically(_token_path(path), lambda temporary: temporary.write_bytes(token_W.data))
     files.write_atomically(
         sidecar_path, lambda temporary: files.write_json(temporary, header.model_dump())
     )

@@ -7,6 +7,7 @@ same `RouterSums`, and the losses are formed from the totals. Their gradients en
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +43,21 @@ class RouterStatistics(NamedTuple):
         """
         return cls(
             sub_tokens,
-            sums.first_choice_E.astype(np.int64),
-            sums.choice_E.astype(np.int64),
+            _counts_of(sums.first_choice_E),
+            _counts_of(sums.choice_E),
             sums.p_E.astype(dtype),
             float(sums.squared_log_sum_exp_1[0]),
-            int(sums.dropped_E.sum()),
+            count_of(float(sums.dropped_E.sum())),
         )
+
+
+def count_of(number: float) -> int:
+    """A count that was added up as a float; 0 where it is none, which is found out elsewhere."""
+    return int(number) if math.isfinite(number) else 0
+
+
+def _counts_of(number_E: FloatArray) -> IntArray:
+    return np.where(np.isfinite(number_E), number_E, 0).astype(np.int64)
 
 
 def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:

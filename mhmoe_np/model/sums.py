@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.layers.balance import RouterStatistics, Tally, balance_loss, router_losses, z_loss
+from mhmoe_np.layers.balance import (
+    RouterStatistics,
+    Tally,
+    balance_loss,
+    count_of,
+    router_losses,
+    z_loss,
+)
 from mhmoe_np.model.parameters import parameter_table
 from mhmoe_np.model.weights import MatrixCounts
 from mhmoe_np.operations.table import Operations, RouterLosses, RouterSums
@@ -39,6 +46,7 @@ class StepResult(NamedTuple):
     gradient_norm: float  # before clipping
     matrices: dict[str, MatrixCounts]  # of each quantised tensor, after the update
     left_out: int  # parameters whose update would not have been finite
+    finite_sums: bool  # all of them; where one is not, a count may be 0 in its place
 
     @property
     def is_finite(self) -> bool:
@@ -46,7 +54,7 @@ class StepResult(NamedTuple):
 
         Where a sum is not finite it is left out altogether; else those it left out are counted.
         """
-        return math.isfinite(self.losses.loss + self.gradient_norm) and not self.left_out
+        return self.finite_sums and not self.left_out
 
 
 class _Views(NamedTuple):
@@ -133,17 +141,21 @@ class StepSums:
         """
         config = self._config
         flat: NDArray[np.float64] = self._ops.to_host(self._flat)
+        finite = bool(np.isfinite(flat).all())
         sums = _Views.of(flat, config, len(self._names))
         statistics = [
             RouterStatistics.of(layer, targets * config.moe_heads, dtype) for layer in sums.router
         ]
         losses = losses_of(float(sums.nll_1[0]), targets, statistics, config)
-        norm = math.sqrt(sums.squares_1[0])
+        squares = float(sums.squares_1[0])
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
         matrices = {
-            name: MatrixCounts(row[0], *map(int, row[1:]))
+            name: MatrixCounts(row[0], *map(count_of, row[1:]))
             for name, row in zip(self._names, sums.report_X5.tolist(), strict=True)
         }
-        return StepResult(losses, statistics, norm, matrices, int(sums.left_out_1[0]))
+        left_out = count_of(float(sums.left_out_1[0]))
+        finite = finite and math.isfinite(losses.loss + norm)
+        return StepResult(losses, statistics, norm, matrices, left_out, finite)
 
 
 def losses_of(

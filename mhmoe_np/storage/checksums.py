@@ -41,13 +41,22 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
     Raises OSError: the disk is full or refuses.
     """
+    write_text(folder / CHECKSUMS, _text(_flushed_sums(folder, names)))
+
+
+def seal_in_place(folder: Path, names: Iterable[str]) -> None:
+    """`seal` for a directory in use: `checksums.json` is there whole or not at all."""
+    _replace(folder, _flushed_sums(folder, names))
+
+
+def _flushed_sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     paths = {name: folder / name for name in names}
     with ThreadPoolExecutor(1) as thread:
         flushed = [thread.submit(sync_path, path) for path in paths.values()]
         sums = {name: checksum(path) for name, path in paths.items()}
         for future in flushed:
             future.result()
-    write_text(folder / CHECKSUMS, _text(sums))
+    return sums
 
 
 def reseal(folder: Path, name: str) -> None:
@@ -96,7 +105,7 @@ def verify(folder: Path) -> bool:
     for name, wanted in expected.items():
         file = folder / name
         if not file.is_file():
-            raise Damaged(f"{file}: no such file, but {CHECKSUMS} beside it speaks of it")
+            raise Damaged(f"{file}: no such file, but {CHECKSUMS} speaks of it; put a copy back")
         if checksum(file) != wanted:
             raise Damaged(
                 f"{file}: damaged: its checksum is not that of {path}; take another copy (or, if it "

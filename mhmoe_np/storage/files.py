@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Taken
 from mhmoe_np.storage.lock import Lock, lock_folder
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -73,7 +73,7 @@ def write_directory_atomically(path: Path, fill: Callable[[Path], None]) -> None
 
     `path` must not exist yet. On any exception the temporary directory is removed.
 
-    Raises UserError: see `new_locked_directory`.
+    Raises Taken: see `new_locked_directory`.
     """
     new_locked_directory(path, fill).release()
 
@@ -83,19 +83,22 @@ def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
 
     So nobody else fills the same one meanwhile, and what a crash left behind is known by being free.
 
-    Raises UserError: `path` exists, or another process is making it.
+    Raises Taken: `path` exists, or another process is making it.
     """
     made = _make_parents(path.parent)
     temporary = temporary_of(path)
     try:
-        lock = _empty_locked_directory(temporary)
+        try:
+            lock = _empty_locked_directory(temporary)
+        except Taken:
+            raise Taken(f"{path}: another process is making it; choose another name") from None
         try:
             fill(temporary)
             for entry in temporary.rglob("*"):
                 sync_path(entry)
             sync_path(temporary)
             if path.exists():
-                raise UserError(f"{path}: exists already; choose another name")
+                raise Taken(f"{path}: exists already; choose another name")
             temporary.rename(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,22 +124,29 @@ def _empty_locked_directory(path: Path) -> Lock:
     path.mkdir(exist_ok=True)
     lock = lock_folder(path)
     for entry in path.iterdir():  # of a writer that was killed
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _remove(entry)
     return lock
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that an interruption never leaves a half-deleted one under its name."""
+    """Delete a directory so that an interruption never leaves a half-deleted one under its name.
+
+    Of a link, the link goes; a plain file goes too.
+    """
     doomed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:
     """Delete what an interrupted writer left in `directory`."""
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)

@@ -12,7 +12,7 @@ import os
 import weakref
 from pathlib import Path
 
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Taken
 
 
 class Lock:
@@ -31,7 +31,7 @@ def lock_folder(path: Path) -> Lock:
 
     Where the file system has no locks, nobody is kept out.
 
-    Raises UserError: another process, or another lock of this one, holds it.
+    Raises Taken: another process, or another lock of this one, holds it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -41,7 +41,7 @@ def lock_folder(path: Path) -> Lock:
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError):
         os.close(descriptor)
-        raise UserError(
+        raise Taken(
             f"{path}: another process is writing there; wait until it ends or stop it "
             f"(`fuser -v {path}` shows it)"
         ) from None
@@ -63,7 +63,7 @@ def is_locked(path: Path) -> bool:
     """Whether somebody writes to this folder just now; one that is not there nobody does."""
     try:
         lock_folder(path).release()
-    except UserError:
+    except Taken:
         return True
     except OSError:
         return False

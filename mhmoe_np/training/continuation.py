@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,18 @@ from mhmoe_np.settings.run import (
     parse_run_config,
     resolve,
 )
-from mhmoe_np.storage.checksums import verify
+from mhmoe_np.storage.checksums import CHECKSUMS, seal_in_place, verify
 from mhmoe_np.storage.files import remove_directory, remove_leftovers, temporary_of
 from mhmoe_np.storage.lock import Lock, is_locked, lock_folder
-from mhmoe_np.training.run_folder import RUN_CONFIG, SET_ASIDE, is_run_folder, read_run_tables
+from mhmoe_np.storage.reading import read_json
+from mhmoe_np.training.run_folder import (
+    ENVIRONMENT,
+    RUN_CONFIG,
+    SET_ASIDE,
+    is_run_folder,
+    prepared_files,
+    read_run_tables,
+)
 
 RUNS = Path("runs")  # where a run goes that was told no folder
 
@@ -108,13 +116,21 @@ def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
     checkpoints and none of them is whole.
     """
     lock = lock or lock_folder(run)
-    verify(run)
+    notices = []
+    if not verify(run):  # of an older release, or somebody removed them
+        seal_in_place(run, prepared_files(run))
+        notices.append(f"{run / CHECKSUMS}: made anew, of the files as they are: there was none")
     remove_leftovers(run)
     started_with = parse_run_config(read_run_tables(run), source=str(run / RUN_CONFIG))
     if (run / CHECKPOINTS).is_dir():
         remove_leftovers(run / CHECKPOINTS)
-    checkpoint, notices = _newest_whole_checkpoint(run, started_with)
-    return OpenRun(run, lock, started_with, checkpoint, notices)
+    checkpoint, more = _newest_whole_checkpoint(run, started_with)
+    if checkpoint is None and (init := read_json(run / ENVIRONMENT).get("init")):
+        raise UserError(
+            f"{run}: was started with --init {init} and its checkpoints are gone; put one back, or "
+            "start another run with --init"
+        )
+    return OpenRun(run, lock, started_with, checkpoint, notices + more)
 
 
 def _newest_whole_checkpoint(
@@ -133,8 +149,8 @@ def _newest_whole_checkpoint(
     if newest is None:
         if damaged:
             raise Damaged(
-                f"{damaged[0][1]}; no checkpoint of {run} is whole: remove its folder {CHECKPOINTS} to "
-                "start again from step 0"
+                f"{damaged[0][1]}; no checkpoint of {run} is whole: put a copy back (or, to start "
+                f"again from step 0, remove its folder {CHECKPOINTS})"
             )
         return None, []
     path, checkpoint = newest
@@ -151,12 +167,16 @@ def _newest_whole_checkpoint(
 def resumed_config(opened: OpenRun, over: Tables, *, base: Sequence[Layer] | None = None) -> RunConfig:
     """The configuration that a run goes on with: `over` laid over the one that it has.
 
-    base: what `over` lies over instead, where that was given again.
+    base: what the run was started with, where that was given again. What it says as it said then is
+    no wish to take back what was changed since.
     Raises UserError: a key is unfit, or differs that would make it another run (see `may_change`).
     """
-    before = opened.config
-    layers = [Layer(before.model_dump(), str(opened.run))] if base is None else base
-    now = resolve([*layers, Layer(over, COMMAND_LINE)])
+    before, top = opened.config, Layer(over, COMMAND_LINE)
+    layers = [Layer(before.model_dump(), str(opened.run))]
+    if base is not None:
+        new = differences(opened.started_with, resolve([*base, top]))
+        layers = [*base, Layer(_without(before.model_dump(), new), str(opened.run))]
+    now = resolve([*layers, top])
     for key, (old, new) in differences(before, now).items():
         if not may_change(key):
             raise UserError(
@@ -164,6 +184,14 @@ def resumed_config(opened: OpenRun, over: Tables, *, base: Sequence[Layer] | Non
                 "run with another --out (--init takes the weights of this one over)"
             )
     return now
+
+
+def _without(tables: Tables, keys: Iterable[str]) -> Tables:
+    dropped = set(keys)
+    return {
+        table: {key: value for key, value in values.items() if f"{table}.{key}" not in dropped}
+        for table, values in tables.items()
+    }
 
 
 def changes(opened: OpenRun, now: RunConfig) -> list[Change]:

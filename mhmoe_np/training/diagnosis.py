@@ -34,6 +34,15 @@ def diagnose(
 
     result: what the learner's last step came to, which was not finite. The gradient is 0 afterwards.
     """
+    try:
+        return _diagnosed(learner, result, micro_batches, ops)
+    finally:
+        learner.gradient.flat_P[...] = 0
+
+
+def _diagnosed(
+    learner: Learner, result: StepResult, micro_batches: Sequence[Batch], ops: Operations
+) -> str:
     found = state_fault(learner, ops)
     if found is not None:
         return str(found)
@@ -57,12 +66,13 @@ def _update_left_out(gradient: Parameters, parameters: int) -> str:
 
 
 def _first_seen(learner: Learner, result: StepResult) -> str:
-    """The first router that met numbers which are not finite, else the loss."""
+    """The first router or quantised matrix whose sums are not finite, else the loss."""
     config = learner.model.config
     layers = filter(config.is_moe_layer, range(config.num_hidden_layers))
-    for layer, statistics in zip(layers, result.statistics, strict=True):
-        if not (
-            np.isfinite(statistics.p_sum_E).all() and math.isfinite(statistics.squared_log_sum_exp)
-        ):
+    for layer, router in zip(layers, result.statistics, strict=True):
+        if not (np.isfinite(router.p_sum_E).all() and math.isfinite(router.squared_log_sum_exp)):
             return f"layer {layer}, the router's logits"
-    return "the loss"
+    for name, matrix in result.matrices.items():
+        if not math.isfinite(matrix.scale):
+            return f"the scale of {name}"
+    return "a count of experts or weights" if math.isfinite(result.losses.loss) else "the loss"

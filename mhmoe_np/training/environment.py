@@ -12,8 +12,11 @@ from typing import Any
 PACKAGES = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
 
 
-def environment(*, threads: int, backend: str) -> dict[str, Any]:
-    """What a run is started with, for whoever reads its figures later."""
+def environment(*, threads: int, backend: str, init: Path | None) -> dict[str, Any]:
+    """What a run is started with, for whoever reads its figures later.
+
+    init: the checkpoint whose weights it starts from.
+    """
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -21,6 +24,7 @@ def environment(*, threads: int, backend: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "backend": backend,
+        "init": None if init is None else os.fsencode(init).decode(errors="backslashreplace"),
         "packages": {name: version(name) for name in PACKAGES},
     }
 

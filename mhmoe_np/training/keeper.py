@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import xxhash
 from tokenizers import Tokenizer
 
-from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
+from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of, step_of
 from mhmoe_np.checkpoints.training_state import (
     Change,
     LogMark,
@@ -38,7 +39,7 @@ class Keeper:
 
     Attributes:
         saved_step: of the newest checkpoint; 0 where there is none, as the start needs none.
-        notices: a line for each log that is not as it was written.
+        notices: a line for each log that is not as it was written, and on steps made again.
     """
 
     def __init__(
@@ -64,6 +65,10 @@ class Keeper:
         self._logs = {name: LogFile(run / name, self._mark(name, start)) for name in names}
         self._pending: list[tuple[str, dict[str, Any]]] = []  # lines that no log has yet
         self.notices = [log.notice for log in self._logs.values() if log.notice is not None]
+        if again := self._logs[METRICS].cut:
+            self.notices.append(
+                f"{run}: the {again} steps that {METRICS} has after step {start.step} are made again"
+            )
 
     def _mark(self, name: str, state: TrainerState) -> LogMark:
         if state.logs is None:
@@ -78,13 +83,10 @@ class Keeper:
     def log(self, name: str, value: dict[str, Any]) -> None:
         """Append a line to a log.
 
-        Raises TrainingFailure: the disk is full or refuses; the step was saved if it could be.
+        Raises OSError: the disk is full or refuses; the line waits for the next `save`.
         """
         self._pending.append((name, value))
-        try:
-            self._write_pending()
-        except OSError as error:
-            self._save_on_a_full_disk(error)
+        self._write_pending()
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -92,15 +94,21 @@ class Keeper:
             self._logs[name].write(value)
             del self._pending[0]
 
-    def save(self) -> None:
+    def save(self, lines: Mapping[str, dict[str, Any]], *, trouble: OSError | None = None) -> None:
         """Write a checkpoint, unless there is one of this step, and drop the oldest.
 
+        lines: for each log, a line that belongs to it.
+        trouble: what the disk said just before: then the run ends, saved or not.
         Raises TrainingFailure: the disk is full or refuses; the newest checkpoint stays.
         """
-        try:
-            self._write_checkpoint()
-        except OSError as error:
-            self._save_on_a_full_disk(error)
+        self._pending += lines.items()
+        if trouble is None:
+            try:
+                self._write_checkpoint()
+            except OSError as error:
+                trouble = error
+        if trouble is not None:
+            self._save_on_a_full_disk(trouble)
         for old in checkpoints_of(self._run)[: -self._config.training.keep_checkpoints]:
             remove_directory(old)
 
@@ -125,33 +133,45 @@ class Keeper:
         self.saved_step = step
 
     def _save_on_a_full_disk(self, error: OSError) -> NoReturn:
-        """Save this step where damaged or older checkpoints were, as long as one is left; end the run.
+        """Save this step where damaged or older checkpoints were, if these make room; end the run.
 
         Raises TrainingFailure: it says what became of the steps since the newest checkpoint.
         """
         said = f"{error.filename}: {error.strerror}"
-        damaged = (self._run / CHECKPOINTS).glob(f"{SET_ASIDE}*")
-        for dispensable in [*damaged, *checkpoints_of(self._run)[:-1]]:
-            if error.errno not in NO_ROOM:
-                break
+        for dispensable in self._dispensable() if error.errno in NO_ROOM else []:
             remove_directory(dispensable)
             try:
                 self._write_checkpoint()
-            except OSError as again:
-                error = again
-            else:
-                raise TrainingFailure(
-                    f"{said}; step {self.saved_step} is saved in the place of an older checkpoint, "
-                    "nothing is lost; free some space and go on with: "
-                    f"mhmoe-np train --resume {self._run}"
-                )
+            except OSError:
+                continue
+            raise TrainingFailure(
+                f"{said}; step {self.saved_step} is saved in the place of an older checkpoint, "
+                f"nothing is lost; free some space and go on with: mhmoe-np train --resume {self._run}"
+            )
         raise TrainingFailure(f"{said}; {self.kept()}, after freeing some space")
+
+    def _dispensable(self) -> list[Path]:
+        """What may go to make room for a checkpoint, first first; nothing if it would not be enough."""
+        checkpoints = checkpoints_of(self._run)
+        if not checkpoints:
+            return []
+        *older, newest = checkpoints
+        found = [*(self._run / CHECKPOINTS).glob(f"{SET_ASIDE}*"), *older]
+        room = shutil.disk_usage(self._run).free + sum(map(_size, found))
+        return found if room >= _size(newest) else []
 
     def kept(self) -> str:
         """What is lost if the run ends now, and from where it goes on."""
-        step = self._learner.updates
+        step, saved = self._learner.updates, self.saved_step
+        # A signal may have come between a checkpoint's renaming and our taking note of it.
+        saved = max([saved, *(step_of(path) for path in checkpoints_of(self._run))])
         lost = {0: "no step is", 1: f"step {step} is"}.get(
-            step - self.saved_step, f"steps {self.saved_step + 1} to {step} are"
+            step - saved, f"steps {saved + 1} to {step} are"
         )
-        start = f"the checkpoint of step {self.saved_step}" if self.saved_step else "the start"
+        start = f"the checkpoint of step {saved}" if saved else "the start"
         return f"{lost} lost; go on from {start} with: mhmoe-np train --resume {self._run}"
+
+
+def _size(folder: Path) -> int:
+    """Bytes on the disk."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))

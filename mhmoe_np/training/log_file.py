@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from mhmoe_np.checkpoints.training_state import LogMark
+from mhmoe_np.storage.reading import check_regular
 
 
 class LogFile:
@@ -19,18 +20,26 @@ class LogFile:
     def __init__(self, path: Path, mark: LogMark) -> None:
         """Go on from `mark`: what stands after it is about to come again, and goes.
 
-        Attributes: notice: one line if what stands before it is not what was written, else None; it is
-        kept as it is.
+        Attributes:
+            notice: one line if what stands before it is not what was written, else None; it is kept.
+            cut: how many lines went.
+
+        Raises UserError: it is no regular file.
         """
         self._path = path
+        if path.exists():
+            check_regular(path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._end = weakref.finalize(self, os.close, self._descriptor)
-        content = path.read_bytes()[: mark.bytes]
+        whole = path.read_bytes()
+        content, self.cut = whole[: mark.bytes], whole[mark.bytes :].count(b"\n")
         self._sum, self._length = xxhash.xxh3_128(content), len(content)
         self.notice = None
         if self.mark != mark:
             self.notice = f"{path}: damaged: not as it was written; what is left of it is kept"
         os.ftruncate(self._descriptor, self._length)
+        if content and not content.endswith(b"\n"):
+            self._append(b"\n")  # the next line is not part of a torn one
 
     @property
     def mark(self) -> LogMark:
@@ -42,7 +51,9 @@ class LogFile:
 
         Raises OSError: the disk is full or refuses; the log is as it was.
         """
-        line = (json.dumps(value, allow_nan=False) + "\n").encode()
+        self._append((json.dumps(value, allow_nan=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> None:
         written = 0
         try:
             while written < len(line):

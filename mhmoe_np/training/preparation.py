@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tomli_w
+from tokenizers import Tokenizer
 
 from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS
-from mhmoe_np.checkpoints.training_state import TrainingCheckpoint, write_training_checkpoint
+from mhmoe_np.checkpoints.training_state import (
+    TrainerState,
+    TrainingCheckpoint,
+    write_training_checkpoint,
+)
 from mhmoe_np.data.documents import chosen_domains
 from mhmoe_np.data.split import split_documents
 from mhmoe_np.data.store import write_store
@@ -20,8 +26,10 @@ from mhmoe_np.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from mhmoe_np.errors import UserError
+from mhmoe_np.errors import Taken, UserError
 from mhmoe_np.inference.evaluate import scored_tokens
+from mhmoe_np.model.moments import Moments
+from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.checksums import seal
 from mhmoe_np.storage.files import new_locked_directory, write_json, write_text
@@ -34,27 +42,37 @@ from mhmoe_np.training.run_folder import (
     TOKENIZER,
     VALIDATION,
     batches_of,
+    prepared_files,
 )
+
+
+class InitialWeights(NamedTuple):
+    """What another checkpoint gives a run to start from."""
+
+    source: Path
+    parameters: Parameters  # float32, on the host
+    tokenizer: Tokenizer
 
 
 def create_run_folder(
     path: Path,
     config: RunConfig,
-    start: TrainingCheckpoint | None = None,
+    start: InitialWeights | None = None,
     *,
     threads: int,
     backend: str,
 ) -> Lock:
     """Read the text, split it, train or load the tokenizer, and write all that a run starts from.
 
-    start: the checkpoint of step 0, where the weights are not random ones.
+    start: where the weights of step 0 are not random ones; its tokenizer is the run's, too, unless the
+    configuration names one.
 
     Returns the folder's lock: nobody else writes there while it is held.
 
     Raises UserError: `path` exists, or the text or the tokenizer is unfit; then nothing is left behind.
     """
     if path.exists():
-        raise UserError(f"{path}: exists already; choose another --out, or continue with --resume auto")
+        raise Taken(f"{path}: exists already; choose another --out, or continue with --resume auto")
     domains = chosen_domains(config.data.paths)
     parts = {
         domain.name: split_documents(
@@ -66,12 +84,14 @@ def create_run_folder(
     }
     training = [document for kept, _ in parts.values() for document in kept]
     vocab_size = config.model.vocab_size
-    if config.data.tokenizer is None:
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    elif start is not None:
+        tokenizer = start.tokenizer
+    else:
         # No text has more pairs to merge than bytes, and the library makes room for what it is told.
         most = MINIMUM_VOCAB_SIZE + sum(len(document.encode()) for document in training)
         tokenizer = train_tokenizer(training, vocab_size=min(vocab_size, most))
-    else:
-        tokenizer = load_tokenizer(config.data.tokenizer)
     if id_count(tokenizer) > vocab_size:
         raise UserError(
             f"{config.data.tokenizer or 'the trained tokenizer'}: has {id_count(tokenizer)} ids, more "
@@ -91,15 +111,20 @@ def create_run_folder(
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
             write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))
         save_tokenizer(tokenizer, folder / TOKENIZER)
-        write_json(folder / ENVIRONMENT, environment(threads=threads, backend=backend))
+        write_json(
+            folder / ENVIRONMENT,
+            environment(threads=threads, backend=backend, init=start and start.source),
+        )
         write_text(folder / RUN_CONFIG, tomli_w.dumps(_without_none(config.model_dump())))
-        files = [place for place in folder.rglob("*") if place.is_file()]
-        seal(folder, sorted(place.relative_to(folder).as_posix() for place in files))
+        seal(folder, prepared_files(folder))
         (folder / CHECKPOINTS).mkdir()
         if start is not None:
             first = folder / CHECKPOINTS / "step-00000000"
             first.mkdir()
-            write_training_checkpoint(first, start, tokenizer)
+            state = TrainerState(step=0, config=config, logs={})
+            moments = Moments.zeros(config.model, np.float32)
+            checkpoint = TrainingCheckpoint(start.parameters, moments, state)
+            write_training_checkpoint(first, checkpoint, tokenizer)
 
     return new_locked_directory(path, fill)
 

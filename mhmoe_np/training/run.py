@@ -7,17 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from mhmoe_np.checkpoints.checkpoint import TOKENIZER, find_checkpoint, load_weights
-from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
+from mhmoe_np.checkpoints.checkpoint import (
+    TOKENIZER,
+    find_checkpoint,
+    find_tokenizer,
+    is_packed,
+    load_weights,
+)
+from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import open_run, resumed_config
-from mhmoe_np.training.preparation import create_run_folder
+from mhmoe_np.training.preparation import InitialWeights, create_run_folder
 from mhmoe_np.training.trainer import Trainer
 
 
@@ -39,27 +44,33 @@ def start_run(
     """
     ops = load_operations(backend, threads=threads, keep_buffers=True)
     _check_room(config)
-    start = None
-    if init is not None:
-        config, start = _initial_checkpoint(find_checkpoint(init), config)
+    start = None if init is None else _initial_weights(init_source(init), config)
     lock = create_run_folder(run, config, start, threads=threads or cores(), backend=backend)
     return Trainer(run, config, ops, opened=open_run(run, lock=lock))
 
 
-def _initial_checkpoint(path: Path, config: RunConfig) -> tuple[RunConfig, TrainingCheckpoint]:
-    """Step 0 with the weights of a checkpoint, and the configuration with its tokenizer."""
+def init_source(init: Path) -> Path:
+    """The checkpoint that `--init` means: `init` itself, or the last one of that run folder.
+
+    Raises UserError: there is none, it is packed, or it is damaged.
+    """
+    path = find_checkpoint(init)
     verify(path)
-    if config.data.tokenizer is None:
-        if not (path / TOKENIZER).is_file():
+    if is_packed(path):
+        raise UserError(f"--init {path}: is packed; unpack it first")
+    return path
+
+
+def _initial_weights(path: Path, config: RunConfig) -> InitialWeights:
+    tokenizer = find_tokenizer(path)
+    if tokenizer is None:
+        if config.data.tokenizer is None:
             raise UserError(
                 f"--init {path}: has no {TOKENIZER}; give the one that its ids are of with "
                 "--set data.tokenizer=PATH"
             )
-        data = config.data.model_copy(update={"tokenizer": str(path / TOKENIZER)})
-        config = config.model_copy(update={"data": data})
-    parameters = load_weights(path, config.model, np.float32)
-    moments = Moments.zeros(config.model, np.float32)
-    return config, TrainingCheckpoint(parameters, moments, TrainerState(step=0, config=config, logs={}))
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    return InitialWeights(path, load_weights(path, config.model, np.float32), tokenizer)
 
 
 def resume_run(

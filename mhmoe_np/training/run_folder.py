@@ -78,7 +78,14 @@ def batches_of(store: TokenStore, config: RunConfig) -> Batches:
     )
 
 
+def prepared_files(run: Path) -> list[str]:
+    """The names of the files that a run is made with."""
+    inside = [*(run / STORE).parent.iterdir(), *(run / VALIDATION).iterdir()]
+    names = [path.relative_to(run).as_posix() for path in inside]
+    return sorted([RUN_CONFIG, ENVIRONMENT, TOKENIZER, *names])
+
+
 def validation_domains(run: Path) -> list[Domain]:
-    """The run's held-out text, by domain."""
-    order = sorted((run / VALIDATION).glob("*.jsonl"))
-    return [read_domain(path.stem, path) for path in order]
+    """The run's held-out text, by domain: what it was made with, and nothing that came there since."""
+    sealed = [run / name for name in sealed_files(run) if name.startswith(f"{VALIDATION}/")]
+    return [read_domain(path.stem, path) for path in sorted(sealed)]

@@ -25,6 +25,8 @@ def collected_signals(on_signal: Callable[[int], None] | None) -> Iterator[list[
     def note(kind: int, _frame: FrameType | None) -> None:
         received.append(kind)
         if len(received) > 1:
+            for other in previous:
+                signal.signal(other, signal.SIG_IGN)  # on the way out nothing holds it up
             raise Interrupted(kind)
         if on_signal is not None:
             on_signal(kind)
@@ -36,5 +38,6 @@ def collected_signals(on_signal: Callable[[int], None] | None) -> Iterator[list[
     try:
         yield received
     finally:
-        for kind, handler in previous.items():
-            signal.signal(kind, handler)
+        if len(received) < 2:
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)

@@ -6,7 +6,6 @@ run, bit for bit.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,8 +120,11 @@ class Trainer:
         self.notices = [
             *opened.notices,
             *self.keeper.notices,
-            *(f"{run}: from step {c.step} on {c.key} is {c.now}; it was {c.before}" for c in changed),
         ]
+        if not self.finished:
+            self.notices += [
+                f"{run}: from step {c.step} on {c.key} is {c.now}; it was {c.before}" for c in changed
+            ]
 
     @property
     def step(self) -> int:
@@ -156,19 +158,25 @@ class Trainer:
         """
         if not self.finished:
             unseal(self.run, EVALUATION)
-        every = self.config.training.checkpoint_every
-        with collected_signals(on_signal) as received:
+            (self.run / EVALUATION).unlink(missing_ok=True)  # of fewer steps
+        # What is not finite is found by the step's own sums; NumPy need not warn of it as well.
+        with collected_signals(on_signal) as received, np.errstate(all="ignore"):
             while not self.finished:
                 report, matrices = self._train_step()
-                self.keeper.log(METRICS, report.as_dict())
+                trouble = None
+                try:
+                    self.keeper.log(METRICS, report.as_dict())
+                except OSError as error:
+                    trouble = error
                 try:
                     if on_step is not None:
                         on_step(report)
                 except Exception:
-                    self._save(matrices)
+                    self._save(matrices, trouble)
                     raise
-                if self.step % every == 0 or self.finished or received:
-                    self._save(matrices)
+                due = self.step % self.config.training.checkpoint_every == 0 or self.finished
+                if due or received or trouble:
+                    self._save(matrices, trouble)
                 if received:
                     return received[0]
         return None
@@ -181,7 +189,7 @@ class Trainer:
         result = self.learner.step([Batch.of(part) for part in windows], settings)
         if not result.is_finite:
             raise self._failure(f"step {self.step + 1}", result, windows)
-        losses, statistics, norm, matrices, _ = result
+        losses, statistics, norm, matrices, *_ = result
         batch_tokens = training.batch_size * training.sequence_length
         report = StepReport(
             step=self.step,
@@ -258,21 +266,20 @@ class Trainer:
             self.ops.add_sum_of_squares(group.flat_P, sum_3[i : i + 1])
         windows = self._next_windows()
         result = loss(self.learner.model, [Batch.of(part) for part in windows], ops=self.ops)
-        if not math.isfinite(result.losses.loss + sum(self.ops.to_host(sum_3))):
+        if not (result.is_finite and np.isfinite(self.ops.to_host(sum_3)).all()):
             raise self._failure(f"after step {self.step}", result, windows)
 
-    def _save(self, matrices: Mapping[str, MatrixCounts]) -> None:
-        """Keep the step that was just made; matrices: its quantised ones.
+    def _save(self, matrices: Mapping[str, MatrixCounts], trouble: OSError | None) -> None:
+        """Keep the step that was just made; matrices: its quantised ones; trouble: the disk's, with it.
 
         Raises TrainingFailure: the disk is full or refuses, or the weights are good for nothing.
         """
-        if self.keeper.saved_step == self.step:
-            return
         self._check_state()
+        lines = {}
         if matrices:
             values = {name: counts._asdict() for name, counts in matrices.items()}
-            self.keeper.log(QUANTIZATION, {"step": self.step, "matrices": values})
-        self.keeper.save()
+            lines[QUANTIZATION] = {"step": self.step, "matrices": values}
+        self.keeper.save(lines, trouble=trouble)
 
 
 def _beginning(config: RunConfig) -> TrainingCheckpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_line_without_room_saves_the_step_where_an_older_checkpoint_was(
     trainer, disk = started(tmp_path), Disk(monkeypatch, removals=1)
 
     def fill(report: Any) -> None:
-        disk.is_full = report.step == 7
+        disk.is_full |= report.step == 7
 
     with pytest.raises(TrainingFailure, match="step 8 is saved in the place of an older checkpoint"):
         trainer.train(fill)
@@ -108,12 +109,45 @@ def test_without_room_for_another_one_the_newest_checkpoint_stays(
     trainer, disk = started(tmp_path), Disk(monkeypatch, removals, code)
 
     def fill(report: Any) -> None:
-        disk.is_full = report.step == 7
+        disk.is_full |= report.step == 7
 
     words = r"a file: .*; steps 7 to 8 are lost; go on from the checkpoint of step 6 with"
     with pytest.raises(TrainingFailure, match=words):
         trainer.train(fill)
     assert steps(trainer.run) == left
+
+
+def test_weights_that_no_step_can_follow_take_no_good_checkpoint_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, disk = started(tmp_path), Disk(monkeypatch, removals=1)
+
+    def fill(report: Any) -> None:
+        disk.is_full |= report.step == 7
+        if report.step == 8:
+            trainer.learner.parameters.tensors["model.norm.weight"][0] = float("nan")
+
+    with pytest.raises(TrainingFailure, match=r"after step 8: not finite: weight model\.norm"):
+        trainer.train(fill)
+    assert steps(trainer.run) == [3, 6]
+
+
+def test_nothing_is_removed_where_that_would_not_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, disk = started(tmp_path), Disk(monkeypatch, removals=1)
+    no_room = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: no_room)
+    (trainer.run / "checkpoints").mkdir(exist_ok=True)
+
+    def fill(report: Any) -> None:
+        disk.is_full |= report.step == 7
+        if report.step == 7:  # an older checkpoint that is hardly there
+            (trainer.run / "checkpoints" / "step-00000003" / "optimizer.safetensors").write_bytes(b"")
+
+    with pytest.raises(TrainingFailure, match="steps 7 to 8 are lost"):
+        trainer.train(fill)
+    assert steps(trainer.run) == [3, 6]
 
 
 def test_a_set_aside_checkpoint_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +156,7 @@ def test_a_set_aside_checkpoint_goes_first(tmp_path: Path, monkeypatch: pytest.M
     aside.mkdir()
 
     def fill(report: Any) -> None:
-        disk.is_full = report.step == 7
+        disk.is_full |= report.step == 7
 
     with pytest.raises(TrainingFailure, match="nothing is lost"):
         trainer.train(fill)

@@ -191,6 +191,62 @@ def test_an_activation_that_is_not_finite_is_named(
     check_what_is_left(run, config, 3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("operation", "which", "words"),
+    [
+        ("add_router_statistics", "first_choice_E", "a count of experts or weights"),
+        ("add_router_statistics", "choice_E", "a count of experts or weights"),
+        ("add_router_statistics", "p_E", "layer 1, the router's logits"),
+        ("add_router_statistics", "dropped_E", "a count of experts or weights"),
+        ("add_router_statistics", "squared_log_sum_exp_1", "layer 1, the router's logits"),
+        ("add_sum_of_squares", "", "the gradient's norm|memory or the processor"),
+        ("quantise_weight", "report_X5", "the scale of model.layers"),
+    ],
+)
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_sum_that_is_not_finite_ends_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    which: str,
+    words: str,
+    at: int,
+    bad: float,
+) -> None:
+    run, config = started(tmp_path, quantization="bitnet_b158")
+    ops = load_operations("numba", threads=1, keep_buffers=True)
+    trainer = Trainer(run, config, ops)
+    plain = getattr(ops, operation)
+    armed = []
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        result = plain(*arguments, **options)
+        if armed:
+            armed.clear()
+            target = options.get("report_X5", arguments[-1])
+            target = getattr(target, which, target)
+            target.reshape(-1)[0] = bad
+        return result
+
+    monkeypatch.setattr(ops, operation, spoilt)
+
+    def arm(report: Any) -> None:
+        if report.step == at:
+            armed.append(True)
+
+    with pytest.raises(TrainingFailure, match=words):
+        trainer.train(arm)
+    assert not trainer.learner.gradient.flat_P.any()
+    monkeypatch.undo()
+    trainer.close()
+    for path in checkpoints_of(run):
+        load_training_checkpoint(path, config)
+    again = resume_run(run, {"optimizer": {"learning_rate": 1e-5}}, threads=1)
+    again.train()
+    assert again.finished
+
+
 def test_an_update_that_overflows_is_not_saved(tmp_path: Path) -> None:
     run, config = started(tmp_path)
     trainer = resume_run(run, {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}}, threads=1)

@@ -19,7 +19,7 @@ import pytest
 
 from mhmoe_np.checkpoints.checkpoint import checkpoints_of
 from tests.conftest import Run
-from tests.resume import command, digests, prepare, straight
+from tests.resume import MAIN, command, digests, prepare, straight
 
 STEPS = 4000
 
@@ -97,6 +97,41 @@ def test_a_signal_during_preparation_leaves_nothing_behind(
     assert said.count("mhmoe-np: ") == 1
     assert "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "kinds", [(signal.SIGINT,) * 2, (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+)
+def test_more_signals_on_the_way_out_change_nothing(
+    tmp_path: Path, kinds: tuple[signal.Signals, ...]
+) -> None:
+    prepare(tmp_path, steps=10)
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
+    before = sorted(tmp_path.iterdir())
+    process = start(tmp_path, out="runs/run")
+    wait(process, lambda: (tmp_path / "runs" / ".tmp-run").exists())
+    for kind in kinds:
+        process.send_signal(kind)
+        time.sleep(0.003)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in {128 + kind for kind in kinds}
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_starts_without_a_name_of_their_own_all_run(tmp_path: Path) -> None:
+    prepare(tmp_path, steps=3)
+    arguments = [*MAIN, "train", "config.toml", "--data", "text.txt"]
+    processes = [
+        subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    names = ["config", "config-2", "config-3"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
 
 
 def test_a_log_reader_that_goes_away_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
@@ -213,7 +248,8 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(mhmoe: Run, tmp_path: 
     assert "step-00000012/model.safetensors: damaged" in lines[0]
     assert "set aside as damaged-step-00000012, going on from step-00000006" in lines[0]
     assert "step-00000009/optimizer.safetensors: damaged" in lines[1]
-    assert "continuing at step 6" in lines[2]
+    assert "the 6 steps that metrics.jsonl has after step 6 are made again" in lines[2]
+    assert "continuing at step 6" in lines[3]
     assert digests(tmp_path / "run") == expected
     assert sorted(path.name for path in checkpoints.glob("damaged-*")) == [
         "damaged-step-00000009",
@@ -227,9 +263,7 @@ def test_without_a_whole_checkpoint_nothing_is_started_silently(mhmoe: Run, tmp_
     for checkpoint in checkpoints_of(tmp_path / "run"):
         flip(checkpoint / "model.safetensors")
     refused = mhmoe("train", "--resume", "run", "--steps", 9, code=2)
-    assert (
-        "no checkpoint of run is whole: remove its folder checkpoints to start again" in refused.stderr
-    )
+    assert "no checkpoint of run is whole: put a copy back (or, to start again from" in refused.stderr
     assert saved_steps(tmp_path) == [3, 6]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     mhmoe("train", "--resume", "run")
@@ -250,7 +284,7 @@ def test_a_damaged_log_is_told_of_and_kept(mhmoe: Run, tmp_path: Path, content: 
     assert "metrics.jsonl: damaged: not as it was written; what is left of it is kept" in again.stderr
     lines = metrics.read_bytes()
     assert lines.startswith(kept)
-    new = lines[len(kept) :].splitlines()
+    new = [line for line in lines[len(kept) :].splitlines() if line]
     assert [json.loads(line)["step"] for line in new] == [7, 8]
     quiet = mhmoe("train", "--resume", "run", "--steps", 9)
     assert "damaged" not in quiet.stderr
@@ -263,4 +297,57 @@ def test_evaluation_is_made_again_where_it_is_not_whole(mhmoe: Run, tmp_path: Pa
     flip(tmp_path / "run" / "evaluation.json")
     assert "evaluation.json: damaged" in mhmoe("train", "--resume", "run", code=2).stderr
     os.remove(tmp_path / "run" / "checksums.json")
-    assert "bits/byte" in mhmoe("train", "--resume", "run").stdout
+    again = mhmoe("train", "--resume", "run")
+    assert "checksums.json: made anew, of the files as they are: there was none" in again.stderr
+    assert "bits/byte" in again.stdout
+    assert "is finished" in mhmoe("train", "--resume", "run").stderr
+    flip(tmp_path / "run" / "data" / "train.bin")
+    assert "train.bin: damaged" in mhmoe("train", "--resume", "run", code=2).stderr
+
+
+def test_only_the_text_that_was_held_out_is_scored(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=3)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    (tmp_path / "run" / "validation" / "other.jsonl").write_text('{"text": "the whale a ship"}\n')
+    (tmp_path / "run" / "validation" / "bad.jsonl").write_text("no JSON")
+    mhmoe("train", "--resume", "run", "--steps", 4)
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())["domains"]
+    assert list(scores) == ["text"]
+
+
+def test_the_first_command_again_keeps_what_was_changed_since(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=4)
+    first = ("train", "config.toml", "--data", "text.txt", "--out", "run", "--resume", "auto")
+    mhmoe(*first)
+    mhmoe("train", "--resume", "run", "--steps", 6, "--set", "learning_rate=1e-4")
+    again = mhmoe(*first)
+    assert "is finished: 6 steps were made" in again.stderr
+    further = mhmoe(*first, "--steps", 7)
+    assert "learning_rate" not in further.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 7
+    assert last["learning_rate"] < 1e-4
+    back = mhmoe(*first, "--steps", 8, "--set", "learning_rate=6e-4")
+    assert "from step 7 on optimizer.learning_rate is 0.0006; it was 0.0001" in back.stderr
+
+
+def test_checkpoints_that_are_links_or_files_do_not_stop_a_run(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=6)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    elsewhere = shutil.move(checkpoints / "step-00000003", tmp_path / "elsewhere")
+    (checkpoints / "step-00000003").symlink_to(elsewhere)
+    (checkpoints / "step-00000009").write_text("no folder")
+    (tmp_path / "run" / "failure").write_text("no folder")
+    mhmoe("train", "--resume", "run", "--steps", 12)
+    assert saved_steps(tmp_path) == [9, 12]
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_log_that_is_a_pipe_is_refused(mhmoe: Run, tmp_path: Path) -> None:
+    prepare(tmp_path, steps=3)
+    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    refused = mhmoe("train", "--resume", "run", "--steps", 4, code=2)
+    assert "metrics.jsonl: is a pipe; give a file" in refused.stderr

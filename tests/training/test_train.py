@@ -229,6 +229,14 @@ def test_a_new_run_starts_from_a_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
     mhmoe("train", "--resume", "again")
     assert digests(again) == digests(tmp_path / "tuned")
 
+    shutil.rmtree(again / "checkpoints")
+    assert "its checkpoints are gone" in mhmoe("train", "--resume", "again", code=2).stderr
+    repeated = ("train", "config.toml", "--init", "first", "--data", "text.txt", "--out", "new")
+    mhmoe(*repeated, "--resume", "auto")
+    assert "is finished" in mhmoe(*repeated, "--resume", "auto").stderr
+    both = mhmoe("train", "--init", "first", "--resume", "tuned", code=2)
+    assert "give either --init or --resume" in both.stderr
+
     other = mhmoe(
         *("train", "config.toml", "--init", "first", "--data", "text.txt", "--out", "wider"),
         *("--set", "hidden_size=64"),
