@@ -17,6 +17,7 @@ import click
 
 from mhmoe_cli.printing import printable
 from mhmoe_np.errors import Interrupted, UserError
+from mhmoe_np.training.stopping import ignore_from_here
 
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
@@ -133,8 +134,7 @@ def _unwind_on_signals() -> None:
     """
 
     def unwind(kind: int, _frame: FrameType | None) -> None:
-        for other in kinds:
-            signal.signal(other, signal.SIG_IGN)
+        ignore_from_here(kinds)
         raise Interrupted(kind)
 
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -24,6 +24,6 @@ class Taken(UserError):
 class Interrupted(BaseException):
     """A signal ended the program: like KeyboardInterrupt, for any signal."""
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
+    def __init__(self, kind: int) -> None:
+        super().__init__(kind)
+        self.signal = kind

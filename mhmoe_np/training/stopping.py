@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,8 +25,7 @@ def collected_signals(on_signal: Callable[[int], None] | None) -> Iterator[list[
     def note(kind: int, _frame: FrameType | None) -> None:
         received.append(kind)
         if len(received) > 1:
-            for other in previous:
-                signal.signal(other, signal.SIG_IGN)  # on the way out nothing holds it up
+            ignore_from_here(previous)
             raise Interrupted(kind)
         if on_signal is not None:
             on_signal(kind)
@@ -41,3 +40,12 @@ def collected_signals(on_signal: Callable[[int], None] | None) -> Iterator[list[
         if len(received) < 2:
             for kind, handler in previous.items():
                 signal.signal(kind, handler)
+
+
+def ignore_from_here(signals: Iterable[int]) -> None:
+    """Let nothing hold up a program that is on its way out.
+
+    By a handler that does nothing: Python complains aloud of a signal that came before it was ignored.
+    """
+    for kind in signals:
+        signal.signal(kind, lambda *_: None)

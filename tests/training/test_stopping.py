@@ -115,7 +115,8 @@ def test_more_signals_on_the_way_out_change_nothing(
         process.send_signal(kind)
         time.sleep(0.003)
     _, said = process.communicate(timeout=60)
-    assert process.returncode in {128 + kind for kind in kinds}
+    # At its very end the interpreter gives signals back to the system; a shell sees the same code.
+    assert process.returncode in {code for kind in kinds for code in (128 + kind, -kind)}
     assert said.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
@@ -195,7 +196,7 @@ def test_of_two_starts_at_once_one_runs_and_one_is_told(tmp_path: Path) -> None:
         # The second may also come after the first has ended, and then finds nothing left to do.
         for code, words in zip(codes, said, strict=True):
             assert code in (0, 2)
-            assert code == 0 or re.search("another process is writing there|exists already", words)
+            assert code == 0 or re.search("another process is|exists already", words)
         assert 0 in codes
         assert digests(tmp_path / name) == expected
         lines = [
