@@ -88,6 +88,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _prepared(tokenizer)
 
 
+def check_saves(tokenizer: Tokenizer, source: str) -> None:
+    """Make sure that a tokenizer is the same one when it is written and read again.
+
+    The library reads files whose own copy of them it then refuses: a merge of tokens that the
+    vocabulary lacks, for one.
+
+    Raises UserError: it is not; the line names `source`.
+    """
+    try:
+        same = tokenizer_sha256(Tokenizer.from_str(tokenizer.to_str())) == tokenizer_sha256(tokenizer)
+    except Exception as error:  # The library raises nothing narrower.
+        raise UserError(
+            f"{source}: cannot be written and read again: {' '.join(str(error).split())}; "
+            "give another tokenizer.json"
+        ) from None
+    if not same:
+        raise UserError(
+            f"{source}: is not the same when it is written and read again; give another tokenizer.json"
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write a `tokenizer.json`; its folder must exist."""
     files.write_text(path, tokenizer.to_str(pretty=True) + "\n")

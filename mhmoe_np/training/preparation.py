@@ -21,6 +21,7 @@ from mhmoe_np.data.split import split_documents
 from mhmoe_np.data.store import write_store
 from mhmoe_np.data.tokenizer import (
     MINIMUM_VOCAB_SIZE,
+    check_saves,
     id_count,
     load_tokenizer,
     save_tokenizer,
@@ -86,6 +87,7 @@ def create_run_folder(
     vocab_size = config.model.vocab_size
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
+        check_saves(tokenizer, config.data.tokenizer)
     elif start is not None:
         tokenizer = start.tokenizer
     else:

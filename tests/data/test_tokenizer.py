@@ -13,6 +13,7 @@ from mhmoe_np.data.store import tokenise
 from mhmoe_np.data.tokenizer import (
     END_OF_TEXT,
     LONGEST_RUN,
+    check_saves,
     end_of_text_id,
     id_count,
     load_tokenizer,
@@ -230,3 +231,17 @@ def test_ids_are_counted_to_the_highest_one_past_any_hole(tokenizer):
     extended = Tokenizer.from_str(tokenizer.to_str())
     extended.add_special_tokens([AddedToken("<|user|>")])
     assert id_count(extended) == 501
+
+
+def test_a_tokenizer_that_is_not_the_same_when_written_and_read_is_refused(tokenizer, tmp_path):
+    check_saves(tokenizer, "good.json")
+    values = json.loads(tokenizer.to_str())
+    vocabulary = values["model"]["vocab"]
+    merged = max(vocabulary, key=vocabulary.get)
+    # Two tokens of one id: the library reads them, and writes one of them.
+    vocabulary[merged] = vocabulary["a"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    loaded = load_tokenizer(path)
+    with pytest.raises(UserError, match=r"bad\.json: cannot be written and read again: Token"):
+        check_saves(loaded, "bad.json")
