@@ -7,7 +7,6 @@ same `RouterSums`, and the losses are formed from the totals. Their gradients en
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -47,16 +46,12 @@ class RouterStatistics(NamedTuple):
             _counts_of(sums.choice_E),
             sums.p_E.astype(dtype),
             float(sums.squared_log_sum_exp_1[0]),
-            count_of(float(sums.dropped_E.sum())),
+            int(_counts_of(sums.dropped_E).sum()),
         )
 
 
-def count_of(number: float) -> int:
-    """A count that was added up as a float; 0 where it is none, which is found out elsewhere."""
-    return int(number) if math.isfinite(number) else 0
-
-
 def _counts_of(number_E: FloatArray) -> IntArray:
+    """Counts that were added up as floats; 0 where one is not finite, which the step's sums tell."""
     return np.where(np.isfinite(number_E), number_E, 0).astype(np.int64)
 
 

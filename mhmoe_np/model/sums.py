@@ -18,7 +18,6 @@ from mhmoe_np.layers.balance import (
     RouterStatistics,
     Tally,
     balance_loss,
-    count_of,
     router_losses,
     z_loss,
 )
@@ -150,12 +149,11 @@ class StepSums:
         squares = float(sums.squares_1[0])
         norm = math.sqrt(squares) if squares >= 0 else math.nan
         matrices = {
-            name: MatrixCounts(row[0], *map(count_of, row[1:]))
-            for name, row in zip(self._names, sums.report_X5.tolist(), strict=True)
+            name: MatrixCounts(scale, *map(int, np.where(np.isfinite(counts), counts, 0)))
+            for name, (scale, *counts) in zip(self._names, sums.report_X5.tolist(), strict=True)
         }
-        left_out = count_of(float(sums.left_out_1[0]))
         finite = finite and math.isfinite(losses.loss + norm)
-        return StepResult(losses, statistics, norm, matrices, left_out, finite)
+        return StepResult(losses, statistics, norm, matrices, int(sums.left_out_1[0]), finite)
 
 
 def losses_of(

@@ -12,7 +12,7 @@ from typing import Any
 PACKAGES = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
 
 
-def environment(*, threads: int, backend: str, init: Path | None) -> dict[str, Any]:
+def environment(*, threads: int, backend: str, init: Path | None = None) -> dict[str, Any]:
     """What a run is started with, for whoever reads its figures later.
 
     init: the checkpoint whose weights it starts from.
