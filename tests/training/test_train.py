@@ -51,6 +51,19 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_run(tmp_path: Path) -> No
     assert "is finished" in finished.stderr
 
 
+def test_a_run_that_compiles_its_kernels_has_the_bits_of_later_ones(
+    mhmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, steps=3)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
+    options = ("--preset", "quick", "--steps", 4, "--data", "text.txt", "--set", "batch_size=4")
+    compiled = mhmoe("train", *options, "--out", "first")
+    assert "compiling kernels" in compiled.stderr
+    read = mhmoe("train", *options, "--out", "second")
+    assert "compiling kernels" not in read.stderr
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+
+
 @pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
 def test_a_quantised_run_logs_its_weights_and_resumes_with_the_same_bits(
     mhmoe: Run, tmp_path: Path, quantization: str

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
-from mhmoe_np.operations.numba_cpu.compiling import reduction
+from mhmoe_np.operations.numba_cpu.compiling import exact, reduction
 from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, block, blocks, run, tasks_of
 from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.types import FloatArray
@@ -50,7 +50,9 @@ class AdamW(NamedTuple):
     left_out: Any  # [chunks]
 
 
-@tasks_of(AdamW)
+# Rounds as written: what may be contracted is contracted otherwise in a kernel that was just compiled
+# than in the same one read from the cache, and a run's first sitting would not have the later ones' bits.
+@tasks_of(AdamW, exact)
 def _adamw(i: int, a: Any) -> None:
     real = a.parameter_P.dtype.type
     rate, beta1, beta2, epsilon, decay, _ = a.settings
