@@ -51,7 +51,7 @@ class AdamW(NamedTuple):
 
 
 # Rounds as written: what may be contracted is contracted otherwise in a kernel that was just compiled
-# than in the same one read from the cache, and a run's first sitting would not have the later ones' bits.
+# than in the same one read from the cache: a run's first sitting would not have the bits of later ones.
 @tasks_of(AdamW, exact)
 def _adamw(i: int, a: Any) -> None:
     real = a.parameter_P.dtype.type
