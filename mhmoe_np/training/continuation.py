@@ -14,6 +14,7 @@ from mhmoe_np.checkpoints.training_state import (
     load_training_checkpoint,
 )
 from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.settings.run import (
     COMMAND_LINE,
     FREE_KEYS,
@@ -106,22 +107,43 @@ class OpenRun(NamedTuple):
         return self.checkpoint.state.config if self.checkpoint else self.started_with
 
 
+def check_training_room(config: RunConfig) -> None:
+    """Refuse a run that the free memory cannot hold, before any of it is written or loaded.
+
+    Raises UserError: see `mhmoe_np.model.room`.
+    """
+    training = config.training
+    sequences = training.batch_size // training.gradient_accumulation_steps
+    check_room(config.model, copies=4, source="model")
+    tokens = sequences * training.sequence_length
+    check_batch_room(config.model, tokens=tokens, source="training.batch_size")
+
+
 def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
     """Lock a run folder, look at every byte that is in it, and load its newest whole checkpoint.
 
     lock: of the folder, where it is held already.
     A checkpoint that is damaged is set aside under another name.
 
-    Raises UserError: it is in use, a file that it was made with is missing or damaged, or there are
-    checkpoints and none of them is whole.
+    Raises UserError: it is in use, a file that it was made with is missing or damaged, the free memory
+    cannot hold it, or there are checkpoints and none of them is whole.
     """
     lock = lock or lock_folder(run)
+    try:
+        return _opened(run, lock)
+    except BaseException:
+        lock.release()  # a traceback that is kept, as in a notebook, would keep it too
+        raise
+
+
+def _opened(run: Path, lock: Lock) -> OpenRun:
     notices = []
     if not verify(run):  # of an older release, or somebody removed them
         seal_in_place(run, prepared_files(run))
         notices.append(f"{run / CHECKSUMS}: made anew, of the files as they are: there was none")
     remove_leftovers(run)
     started_with = parse_run_config(read_run_tables(run), source=str(run / RUN_CONFIG))
+    check_training_room(started_with)  # what it looks at may not change when a run is resumed
     if (run / CHECKPOINTS).is_dir():
         remove_leftovers(run / CHECKPOINTS)
     checkpoint, more = _newest_whole_checkpoint(run, started_with)

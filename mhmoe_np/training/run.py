@@ -16,12 +16,11 @@ from mhmoe_np.checkpoints.checkpoint import (
 )
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
-from mhmoe_np.training.continuation import open_run, resumed_config
+from mhmoe_np.training.continuation import check_training_room, open_run, resumed_config
 from mhmoe_np.training.preparation import InitialWeights, create_run_folder
 from mhmoe_np.training.trainer import Trainer
 
@@ -43,9 +42,14 @@ def start_run(
     is unfit; then nothing was written.
     """
     ops = load_operations(backend, threads=threads, keep_buffers=True)
-    _check_room(config)
-    start = None if init is None else _initial_weights(init_source(init), config)
-    lock = create_run_folder(run, config, start, threads=threads or cores(), backend=backend)
+    check_training_room(config)
+    lock = create_run_folder(
+        run,
+        config,
+        None if init is None else _initial_weights(init_source(init), config),
+        threads=threads or cores(),
+        backend=backend,
+    )
     return Trainer(run, config, ops, opened=open_run(run, lock=lock))
 
 
@@ -91,18 +95,4 @@ def resume_run(
     """
     ops = load_operations(backend, threads=threads, keep_buffers=True)
     opened = open_run(run)
-    config = resumed_config(opened, over or {}, base=base)
-    _check_room(config)
-    return Trainer(run, config, ops, opened=opened)
-
-
-def _check_room(config: RunConfig) -> None:
-    """Refuse what the free memory cannot hold, before anything is written.
-
-    Raises UserError: see `mhmoe_np.model.room`.
-    """
-    training = config.training
-    sequences = training.batch_size // training.gradient_accumulation_steps
-    check_room(config.model, copies=4, source="model")
-    tokens = sequences * training.sequence_length
-    check_batch_room(config.model, tokens=tokens, source="training.batch_size")
+    return Trainer(run, resumed_config(opened, over or {}, base=base), ops, opened=opened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mhmoe_np.checkpoints.training_state import Change
@@ -18,6 +19,7 @@ from mhmoe_np.training.continuation import (
     resumed_config,
 )
 from mhmoe_np.training.preparation import create_run_folder
+from mhmoe_np.training.run import resume_run
 from tests.resume import prepare
 
 
@@ -137,3 +139,22 @@ def test_a_refusal_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(UserError, match="lower sequence_length or add text"):
         create_run_folder(Path("runs/new/run"), config, threads=1, backend="numpy")
     assert sorted(Path().iterdir()) == before
+
+
+def test_memory_that_does_not_suffice_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is asked for before a checkpoint is loaded, whose arrays are a part of it."""
+    run, _ = started(folder)
+    trainer = resume_run(run, backend="numpy", threads=1)
+    trainer.train()
+    trainer.close()
+    saved = sorted((run / "checkpoints").iterdir())
+    memory, needed = psutil.virtual_memory(), 4 * trainer.learner.parameters.flat_P.nbytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed // 2))
+    with pytest.raises(UserError, match="parameters, with gradient and two moments") as caught:
+        open_run(run)
+    assert "whole" not in str(caught.value)
+    assert sorted((run / "checkpoints").iterdir()) == saved
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2 * needed))
+    open_run(run)
