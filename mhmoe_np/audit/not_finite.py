@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.types import FloatArray
 
@@ -75,3 +76,14 @@ def weights_fault(parameters: Parameters, what: str) -> TensorFault | None:
         if spot is not None:
             return TensorFault(what, name, spot)
     return None
+
+
+def state_faults(parameters: Parameters, moments: Moments) -> list[TensorFault]:
+    """The first tensor of the weights, and of each moment, that is not finite; all are the host's."""
+    groups = {
+        "weight": parameters,
+        "first moment of": moments.first,
+        "second moment of": moments.second,
+    }
+    faults = (weights_fault(group, what) for what, group in groups.items())
+    return [fault for fault in faults if fault is not None]

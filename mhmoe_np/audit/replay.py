@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_np.audit.first_fault import Repetition, repeat_step
-from mhmoe_np.audit.not_finite import TensorFault, weights_fault
+from mhmoe_np.audit.not_finite import TensorFault, state_faults
 from mhmoe_np.checkpoints.failure import Failure
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.loss import Batch
@@ -34,13 +34,7 @@ class Replay(NamedTuple):
 
 def replay(failure: Failure, *, ops: Operations) -> Replay:
     """Look through the state, then repeat the step's forward and backward under observation."""
-    groups = {
-        "weight": failure.parameters,
-        "first moment of": failure.moments.first,
-        "second moment of": failure.moments.second,
-    }
-    found = (weights_fault(group, what) for what, group in groups.items())
-    state = [fault for fault in found if fault is not None]
+    state = state_faults(failure.parameters, failure.moments)
     parameters = failure.parameters.to_device(ops)
     # What is not finite in the weights is reported already: their quantisers need not warn of it.
     with np.errstate(all="ignore"):

@@ -31,7 +31,6 @@ from mhmoe_np.storage.tensors import check_finite, read_into, write_tensors
 MODEL_CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 GENERATION = "generation_config.json"
 PACKED_WEIGHTS = "packed.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER = "optimizer.safetensors"  # of a training checkpoint
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
 

@@ -70,16 +70,12 @@ class _Views(NamedTuple):
     def of(cls, flat: Any, config: ModelConfig, matrices: int) -> _Views:
         """Views of one array of `length` numbers."""
         E, router, first = config.num_experts, [], 2
-        for _ in range(_moe_layers(config)):
+        for _ in range(config.moe_layers):
             chosen_first, chosen, p, dropped = (flat[first + i * E :][:E] for i in range(4))
             first += 4 * E + 1
             router.append(RouterSums(chosen_first, chosen, p, dropped, flat[first - 1 : first]))
         left_out_1, report = flat[first : first + 1], flat[first + 1 :]
         return cls(flat[:1], flat[1:2], router, flat[:first], left_out_1, report.reshape(matrices, 5))
-
-
-def _moe_layers(config: ModelConfig) -> int:
-    return sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
 
 
 class StepSums:
@@ -100,7 +96,7 @@ class StepSums:
         self._names = [
             part.tensor for entry in parameter_table(config) if entry.quantised for part in entry.parts
         ]
-        length = 3 + _moe_layers(config) * (4 * config.num_experts + 1) + 5 * len(self._names)
+        length = 3 + config.moe_layers * (4 * config.num_experts + 1) + 5 * len(self._names)
         self._flat = ops.zeros((length,), np.float64)
         views = _Views.of(self._flat, config, len(self._names))
         self.nll_1, self.squares_1, self.router, self.guard, self.left_out_1, self.report_X5 = views

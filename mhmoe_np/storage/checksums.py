@@ -64,8 +64,7 @@ def reseal(folder: Path, name: str) -> None:
 
     Raises OSError: the disk is full or refuses; `checksums.json` is as it was.
     """
-    sums = _sums(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
-    _replace(folder, {**sums, name: checksum(folder / name)})
+    _replace(folder, {**_known(folder), name: checksum(folder / name)})
 
 
 def unseal(folder: Path, name: str) -> None:
@@ -73,9 +72,8 @@ def unseal(folder: Path, name: str) -> None:
 
     Raises OSError: as `reseal`.
     """
-    if name in sealed_files(folder):
-        sums = _sums(folder / CHECKSUMS)
-        del sums[name]
+    sums = _known(folder)
+    if sums.pop(name, None) is not None:
         _replace(folder, sums)
 
 
@@ -89,8 +87,12 @@ def sealed_files(folder: Path) -> set[str]:
 
     Raises Damaged: it is not one.
     """
+    return set(_known(folder))
+
+
+def _known(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
-    return set(_sums(path)) if path.exists() else set()
+    return _sums(path) if path.exists() else {}
 
 
 def verify(folder: Path) -> bool:

@@ -8,23 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from mhmoe_np.audit.first_fault import first_fault
-from mhmoe_np.audit.not_finite import TensorFault, weights_fault
+from mhmoe_np.audit.not_finite import state_faults, weights_fault
 from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.sums import StepResult
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.training.step import Learner
-
-
-def state_fault(learner: Learner, ops: Operations) -> TensorFault | None:
-    """The first tensor of the weights, else of the moments, that is not finite, if any is."""
-    groups = {
-        "weight": learner.parameters,
-        "first moment of": learner.moments.first,
-        "second moment of": learner.moments.second,
-    }
-    faults = (weights_fault(group.to_host(ops), what) for what, group in groups.items())
-    return next((fault for fault in faults if fault is not None), None)
 
 
 def diagnose(
@@ -43,9 +32,9 @@ def diagnose(
 def _diagnosed(
     learner: Learner, result: StepResult, micro_batches: Sequence[Batch], ops: Operations
 ) -> str:
-    found = state_fault(learner, ops)
-    if found is not None:
-        return str(found)
+    found = state_faults(learner.parameters.to_host(ops), learner.moments.to_host(ops))
+    if found:
+        return str(found[0])
     gradient = learner.gradient.to_host(ops)
     spoilt = weights_fault(gradient, "gradient of")
     if result.left_out:

@@ -66,6 +66,9 @@ class Disk:
         monkeypatch.setattr(keeper, "save_training_checkpoint", save)
         monkeypatch.setattr(keeper, "remove_directory", removed)
 
+    def fills_after_step_7(self, report: Any) -> None:
+        self.is_full |= report.step == 7
+
     def check(self) -> None:
         if self.is_full and self._removals > 0:
             raise OSError(self._code, os.strerror(self._code), "a file")
@@ -80,11 +83,8 @@ def test_a_line_without_room_saves_the_step_where_an_older_checkpoint_was(
 ) -> None:
     trainer, disk = started(tmp_path), Disk(monkeypatch, removals=1)
 
-    def fill(report: Any) -> None:
-        disk.is_full |= report.step == 7
-
     with pytest.raises(TrainingFailure, match="step 8 is saved in the place of an older checkpoint"):
-        trainer.train(fill)
+        trainer.train(disk.fills_after_step_7)
     assert steps(trainer.run) == [6, 8]
     assert (trainer.run / "metrics.jsonl").read_text().count("\n") == 8
     trainer.close()
@@ -108,12 +108,9 @@ def test_without_room_for_another_one_the_newest_checkpoint_stays(
 ) -> None:
     trainer, disk = started(tmp_path), Disk(monkeypatch, removals, code)
 
-    def fill(report: Any) -> None:
-        disk.is_full |= report.step == 7
-
     words = r"a file: .*; steps 7 to 8 are lost; go on from the checkpoint of step 6 with"
     with pytest.raises(TrainingFailure, match=words):
-        trainer.train(fill)
+        trainer.train(disk.fills_after_step_7)
     assert steps(trainer.run) == left
 
 
@@ -123,7 +120,7 @@ def test_weights_that_no_step_can_follow_take_no_good_checkpoint_s_place(
     trainer, disk = started(tmp_path), Disk(monkeypatch, removals=1)
 
     def fill(report: Any) -> None:
-        disk.is_full |= report.step == 7
+        disk.fills_after_step_7(report)
         if report.step == 8:
             trainer.learner.parameters.tensors["model.norm.weight"][0] = float("nan")
 
@@ -141,7 +138,7 @@ def test_nothing_is_removed_where_that_would_not_make_room(
     (trainer.run / "checkpoints").mkdir(exist_ok=True)
 
     def fill(report: Any) -> None:
-        disk.is_full |= report.step == 7
+        disk.fills_after_step_7(report)
         if report.step == 7:  # an older checkpoint that is hardly there
             (trainer.run / "checkpoints" / "step-00000003" / "optimizer.safetensors").write_bytes(b"")
 
@@ -155,11 +152,8 @@ def test_a_set_aside_checkpoint_goes_first(tmp_path: Path, monkeypatch: pytest.M
     aside = trainer.run / "checkpoints" / "damaged-step-00000003"
     aside.mkdir()
 
-    def fill(report: Any) -> None:
-        disk.is_full |= report.step == 7
-
     with pytest.raises(TrainingFailure, match="nothing is lost"):
-        trainer.train(fill)
+        trainer.train(disk.fills_after_step_7)
     assert steps(trainer.run) == [3, 6, 8]
     assert not aside.exists()
 

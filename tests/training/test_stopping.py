@@ -81,16 +81,22 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def in_preparation(folder: Path) -> tuple[subprocess.Popen[str], list[Path]]:
+    """A run of a text so long that it is still being prepared, and what was in the folder before."""
+    prepare(folder, steps=10)
+    text = (folder / "text.txt").read_text()
+    (folder / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
+    before = sorted(folder.iterdir())
+    process = start(folder, out="runs/run")
+    wait(process, lambda: (folder / "runs" / ".tmp-run").exists())
+    return process, before
+
+
 @pytest.mark.parametrize("kind", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_preparation_leaves_nothing_behind(
     tmp_path: Path, kind: signal.Signals
 ) -> None:
-    prepare(tmp_path, steps=10)
-    text = (tmp_path / "text.txt").read_text()
-    (tmp_path / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
-    before = sorted(tmp_path.iterdir())
-    process = start(tmp_path, out="runs/run")
-    wait(process, lambda: (tmp_path / "runs" / ".tmp-run").exists())
+    process, before = in_preparation(tmp_path)
     process.send_signal(kind)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + kind
@@ -105,12 +111,7 @@ def test_a_signal_during_preparation_leaves_nothing_behind(
 def test_more_signals_on_the_way_out_change_nothing(
     tmp_path: Path, kinds: tuple[signal.Signals, ...]
 ) -> None:
-    prepare(tmp_path, steps=10)
-    text = (tmp_path / "text.txt").read_text()
-    (tmp_path / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
-    before = sorted(tmp_path.iterdir())
-    process = start(tmp_path, out="runs/run")
-    wait(process, lambda: (tmp_path / "runs" / ".tmp-run").exists())
+    process, before = in_preparation(tmp_path)
     for kind in kinds:
         process.send_signal(kind)
         time.sleep(0.003)
