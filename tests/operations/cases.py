@@ -12,6 +12,7 @@ from hypothesis import example, settings
 from hypothesis import strategies as st
 
 from mhmoe_np.audit import operation_checks
+from mhmoe_np.audit.host_facing import on_host
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import FormatName, pack
 from mhmoe_np.operations.table import (
@@ -23,10 +24,15 @@ from mhmoe_np.operations.table import (
     RouterLosses,
     RouterSums,
 )
+from tests.cuda.backend import cuda_operations
+from tests.cuda.emulator import has_gpu
 
 NUMPY = load_operations("numpy")
 NUMBA = load_operations("numba")
-BACKENDS = {"numpy": NUMPY, "numba": NUMBA}
+CUDA = on_host(cuda_operations())
+CUDA_NAME = "cuda" if has_gpu() else "cuda-emulated"
+FAST = {"numba": NUMBA, CUDA_NAME: CUDA}
+BACKENDS = {"numpy": NUMPY, **FAST}
 DTYPES = [np.float64, np.float32]
 ACTIVATIONS = ["silu", "relu2"]
 VALUES = {"ternary-2bit": [-1, 0, 1], "ternary-base3": [-1, 0, 1], "sign-1bit": [-1, 1]}
@@ -36,7 +42,16 @@ ADAMW = AdamWSettings(
 )
 
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
-of_each_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+def _named(backends: dict[str, Operations]) -> list[Any]:
+    """The names of backends; what runs on a GPU is marked."""
+    marks = {"cuda": pytest.mark.gpu}
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in backends]
+
+
+of_each_backend = pytest.mark.parametrize("name", _named(BACKENDS))
+of_each_fast_backend = pytest.mark.parametrize("name", _named(FAST))
 of_each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

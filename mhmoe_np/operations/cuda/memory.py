@@ -1,0 +1,89 @@
+"""Memory of the device, and the two doors to the host's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.cuda.workspace import Workspace
+from mhmoe_np.operations.packing import FormatName, PackedMatrices, code_shape
+
+
+class Memory:
+    """See `Operations`: memory. Every group of operations stands on it.
+
+    All work goes through one stream. Packed weights lie as in files.
+    """
+
+    def __init__(self, *, keep_buffers: bool) -> None:
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._stream.use()
+        self._workspace = Workspace(_allocated) if keep_buffers else None
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Operations.empty`."""
+        if self._workspace is None:
+            return _allocated(shape, dtype)
+        return self._workspace.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Operations.zeros`."""
+        array = _allocated(shape, dtype)
+        array[...] = 0
+        return array
+
+    def empty_packed(
+        self, experts: int, outputs: int, inputs: int, format: FormatName
+    ) -> PackedMatrices:
+        """See `Operations.empty_packed`: the layout is that of files."""
+        code = _allocated((experts, *code_shape(outputs, inputs, format)), np.uint8)
+        return PackedMatrices(code, outputs, inputs, format)
+
+    def scope(self) -> AbstractContextManager[None]:
+        """See `Operations.scope`."""
+        return nullcontext() if self._workspace is None else self._workspace.scope()
+
+    def buffer_bytes(self) -> int:
+        """See `Operations.buffer_bytes`."""
+        return 0 if self._workspace is None else self._workspace.used_bytes
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        """See `Operations.to_device`: a copy that stays."""
+        copy = _allocated(array.shape, array.dtype)
+        copy.set(np.ascontiguousarray(array))
+        return copy
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """See `Operations.to_host`."""
+        host: NDArray[Any] = array.get()
+        return host
+
+    def packed_to_device(self, packed: PackedMatrices) -> PackedMatrices:
+        """See `Operations.packed_to_device`."""
+        return packed._replace(code=self.to_device(packed.code))
+
+    def packed_to_host(self, packed: PackedMatrices) -> PackedMatrices:
+        """See `Operations.packed_to_host`."""
+        return packed._replace(code=self.to_host(packed.code))
+
+
+def _allocated(shape: int | tuple[int, ...], dtype: DTypeLike = np.uint8) -> Any:
+    """Uninitialised memory of the device.
+
+    Raises UserError: there is not so much.
+    """
+    try:
+        return cupy.empty(shape, dtype)
+    except cupy.cuda.memory.OutOfMemoryError:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        free, total = cupy.cuda.runtime.memGetInfo()
+        raise UserError(
+            f"--backend cuda: {size / 1e9:,.2f} GB more of the device's memory are needed, and "
+            f"{free / 1e9:,.2f} of its {total / 1e9:,.2f} GB are free; make the model or the batch smaller, "
+            "or raise training.gradient_accumulation_steps"
+        ) from None

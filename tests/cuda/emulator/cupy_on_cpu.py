@@ -1,0 +1,347 @@
+"""A stand-in for CuPy without a GPU: device memory that only kernels may compute with.
+
+It offers the small part of CuPy that the backend uses, under CuPy's own names and rules, and refuses what
+CuPy refuses (NumPy arrays in kernels, implicit conversion, waiting or allocating while a graph is
+captured) and what would hide a mistake (arithmetic, NumPy functions on device arrays, a kernel's argument
+of another type than its parameter). Memory that nobody wrote yet holds NaN, or -1. Kernels run on the CPU
+behind `cuda_on_cpu.hpp`. Counted: launches, graphs played, waits of the host, copies to the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
+COMPILER = [
+    *("g++", "-std=c++20", "-O2", "-g1", "-march=native", "-fPIC", "-shared", "-pthread", "-x", "c++", "-"),
+    *("-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused"),
+]
+POISON = 0xFF  # of memory that nobody wrote: NaN, or -1
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+
+class Emulation:
+    """What tests set, and what is counted."""
+
+    def __init__(self) -> None:
+        self.order_seed = 0  # of the threads in every launch: 0 as numbered, 1 reversed, else shuffled
+        self.device_bytes = 80 << 30
+        self.clear()
+
+    def clear(self) -> None:
+        """Count anew."""
+        self.launches: Counter[str] = Counter()  # by kernel or cuBLAS function; those of graphs apart
+        self.graphs_played = self.waits = self.uploads = 0
+
+
+emulation = Emulation()
+
+
+def enqueue(name: str, work: Callable[[], None]) -> None:
+    """Do it now, or record it where a graph is being captured."""
+    recording = cuda.Stream.current._recording
+    if recording is not None:
+        recording.append(work)
+        return
+    emulation.launches[name] += 1
+    work()
+
+
+def _not_while_capturing(what: str) -> None:
+    if cuda.Stream.current._recording is not None:
+        raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a graph is captured")
+
+
+class MemoryPointer:
+    """A place in the device's memory, as `cupy.cuda.MemoryPointer`."""
+
+    def __init__(self, array: np.ndarray, offset: int = 0) -> None:
+        self._array, self._offset = array, offset
+        self.ptr = array.ctypes.data + offset
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self._array, self._offset + offset)
+
+
+class ndarray:  # noqa: N801
+    """Memory of the device, as `cupy.ndarray`; made with `memptr` it is as if nobody wrote it yet."""
+
+    __array_ufunc__ = None  # NumPy's operators and functions raise TypeError
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None) -> None:
+        if memptr is None:
+            memory = np.empty(shape, dtype)
+        else:
+            memory = np.ndarray(shape, dtype, memptr._array.data, memptr._offset)
+        _poison(memory)
+        self._adopt(memory)
+
+    def _adopt(self, memory: np.ndarray) -> None:
+        self._memory = memory
+        self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
+        self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
+        self.itemsize, self.flags = memory.itemsize, memory.flags
+        self.data = MemoryPointer(memory)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def __array_function__(self, function: Any, *_: Any) -> Any:
+        raise TypeError(f"numpy.{function.__name__} on an array of the device")
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a value of the device decides on the host: a hidden wait")
+
+    def reshape(self, *shape: Any) -> ndarray:
+        view = self._memory.reshape(*shape)
+        if self.size and not np.shares_memory(view, self._memory):
+            raise ValueError("a reshape that copies")
+        return _array(view)
+
+    def view(self, dtype: Any) -> ndarray:
+        return _array(self._memory.view(dtype))
+
+    def __getitem__(self, where: Any) -> ndarray:
+        for part in _tuple(where):
+            if not (part is None or part is Ellipsis or isinstance(part, slice | int)):
+                raise TypeError(f"indexing by {type(part).__name__}: a kernel's work")
+        view = self._memory[where]
+        return _array(view if isinstance(view, np.ndarray) else self._memory[(*_tuple(where), None)].reshape(()))
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        target = self[where]._memory
+        if isinstance(value, ndarray):
+            if (value.shape, value.dtype) != (target.shape, target.dtype):
+                raise ValueError(f"{value.dtype}{value.shape} into {target.dtype}{target.shape}")
+            source = value._memory
+        elif isinstance(value, int | float):
+            source = value
+        else:
+            raise TypeError(f"Unsupported type {type(value)}")
+
+        def copy() -> None:
+            target[...] = source
+
+        enqueue("copy", copy)
+
+    def get(self) -> np.ndarray:
+        _not_while_capturing("a copy to the host")
+        emulation.waits += 1
+        return self._memory.copy()
+
+    def set(self, array: np.ndarray) -> None:
+        if array.dtype != self.dtype or array.shape != self.shape:
+            raise ValueError(f"{array.dtype}{array.shape} into {self.dtype}{self.shape}")
+        _not_while_capturing("a copy to the device")
+        emulation.uploads += 1
+        self._memory[...] = array
+
+
+def _array(memory: np.ndarray) -> ndarray:
+    array = ndarray.__new__(ndarray)
+    array._adopt(memory)
+    return array
+
+
+def _tuple(where: Any) -> tuple[Any, ...]:
+    return where if isinstance(where, tuple) else (where,)
+
+
+def _poison(memory: np.ndarray) -> None:
+    if memory.size:
+        memory.view(np.uint8).reshape(-1)[...] = 1 if memory.dtype == np.bool_ else POISON
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    _not_while_capturing("an allocation")
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size > emulation.device_bytes:
+        raise cuda.memory.OutOfMemoryError(size)
+    return ndarray(shape, dtype)
+
+
+def _pinned(size: int) -> Any:
+    return memoryview(bytearray(size))
+
+
+# ---- kernels ---------------------------------------------------------------------------------
+
+
+class RawModule:
+    """As `cupy.RawModule(code=...)`; compiled by g++ at the first kernel asked for."""
+
+    def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
+        self._code, self._options, self._library = code, options, None
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        if self._library is None:
+            self._library = ctypes.CDLL(str(compiled(self._code, self._options)))
+        return _Kernel(self._library, name)
+
+
+def compiled(code: str, options: tuple[str, ...]) -> Path:
+    """The library of a module; from the cache where the same was compiled before."""
+    names = re.findall(
+        r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', code
+    )
+    unit = f'#include "{HEADER}"\n#line 1 "kernel.cu"\n{code}\n' + "".join(f"EMULATED({n})\n" for n in names)
+    flags = [o for o in options if o.startswith("-D")] + os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
+    return library_of(unit, [*COMPILER, *flags], HEADER.read_text(encoding="utf-8"))
+
+
+def library_of(unit: str, command: list[str], also: str = "") -> Path:
+    """Compile C++ into a library, once for all processes."""
+    key = hashlib.sha256("\0".join([unit, also, *command]).encode()).hexdigest()[:20]
+    folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{key}.so"
+    with open(folder / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            part = library.with_suffix(".part")
+            subprocess.run([*command, "-o", str(part)], input=unit.encode(), check=True)
+            part.replace(library)
+    return library
+
+
+class _Kernel:
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self._launch, signature = getattr(library, f"launch_{name}"), getattr(library, f"signature_{name}")
+        self._launch.restype = signature.restype = ctypes.c_char_p
+        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p]
+        self._name, self._parameters = name, signature().decode().split()
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
+        if len(args) != len(self._parameters):
+            raise TypeError(f"{self._name}: {len(args)} arguments for {len(self._parameters)} parameters")
+        if any(not 1 <= n <= most for n, most in zip(grid, MAX_GRID, strict=False)):
+            raise ValueError(f"{self._name}: a grid of {grid}")
+        values = []
+        for i, (argument, wanted) in enumerate(zip(args, self._parameters, strict=True)):
+            if isinstance(argument, ndarray):
+                found, value = "p" + _letter(argument.dtype), np.uint64(argument.data.ptr)
+            elif isinstance(argument, np.generic):
+                found, value = _letter(argument.dtype), argument
+            else:
+                raise TypeError(f"{self._name}: argument {i} is {type(argument)}")
+            if found != wanted:
+                raise TypeError(f"{self._name}: argument {i} is {found!r}, the parameter {wanted!r}")
+            values.append(np.array([value]))
+        pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
+        size = [(ctypes.c_uint * 3)(*(max(1, n) for n in (*s, 1, 1)[:3])) for s in (grid, block)]
+
+        def work(values: Any = (values, args)) -> None:  # which keeps the memory
+            error = self._launch(*size, shared_mem, emulation.order_seed, pointers)
+            if error:
+                raise RuntimeError(f"{self._name}: {error.decode()}")
+
+        enqueue(self._name, work)
+
+
+def _letter(dtype: np.dtype[Any]) -> str:
+    return {"l": "q", "L": "Q"}.get(dtype.char, dtype.char)
+
+
+# ---- cupy.cuda -------------------------------------------------------------------------------
+
+
+class _Graph:
+    """As `cupy.cuda.Graph`."""
+
+    def __init__(self, recorded: list[Callable[[], None]]) -> None:
+        self._recorded = recorded
+
+    def launch(self, stream: Any = None) -> None:
+        emulation.graphs_played += 1
+        for work in self._recorded:
+            work()
+
+
+class _Stream:
+    """As `cupy.cuda.Stream`."""
+
+    current: Any
+
+    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+        self._recording: list[Callable[[], None]] | None = None
+        self.ptr = 0
+
+    def use(self) -> _Stream:
+        _Stream.current = self
+        return self
+
+    def synchronize(self) -> None:
+        _not_while_capturing("a wait")
+        emulation.waits += 1
+
+    def begin_capture(self, mode: Any = None) -> None:
+        self._recording = []
+
+    def end_capture(self) -> _Graph:
+        recorded, self._recording = self._recording, None
+        assert recorded is not None
+        return _Graph(recorded)
+
+
+class _Event:
+    """As `cupy.cuda.Event`: what it marks is always done."""
+
+    done = True
+
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        emulation.waits += 1
+
+
+class _Device:
+    """As `cupy.cuda.Device`."""
+
+    compute_capability = "90"
+    attributes = {"MultiProcessorCount": 132}  # noqa: RUF012
+
+
+class _OutOfMemoryError(MemoryError):
+    pass
+
+
+cuda = SimpleNamespace(
+    Stream=_Stream,
+    Event=_Event,
+    Device=_Device,
+    Graph=_Graph,
+    MemoryPointer=MemoryPointer,
+    alloc_pinned_memory=_pinned,
+    memory=SimpleNamespace(OutOfMemoryError=_OutOfMemoryError),
+    runtime=SimpleNamespace(
+        memGetInfo=lambda: (emulation.device_bytes, emulation.device_bytes),
+        getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 13000,
+        getDeviceProperties=lambda device: {"name": b"emulated"},
+    ),
+)
+_Stream.current = _Stream()
