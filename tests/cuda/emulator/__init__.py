@@ -6,6 +6,7 @@ modelled.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from functools import cache
@@ -16,9 +17,10 @@ from tests.cuda.emulator import cupy_on_cpu
 @cache
 def has_gpu() -> bool:
     """Whether there is a GPU and the real CuPy to run on it."""
-    if importlib.util.find_spec("cupy") is None or isinstance(sys.modules.get("cupy"), type(None)):
+    if sys.modules.get("cupy") is cupy_on_cpu or importlib.util.find_spec("cupy") is None:
         return False
     try:
+        ctypes.CDLL("libcuda.so.1")  # without a driver CuPy need not be asked
         import cupy
 
         return bool(cupy.cuda.is_available())
