@@ -45,6 +45,16 @@ def test_rows_are_added_in_their_order(
     same_bits(actual, expected)
 
 
+def test_a_vocabulary_is_sorted_in_long_segments() -> None:
+    r, N, V = Inputs(74, np.float32), 2100, 5000
+    ids, dx, expected = r.rng.integers(0, V, N), r(N, 3), r(V, 3)
+    ids[::5] = 4999  # in every segment
+    actual = expected.copy()
+    NUMPY.embedding_backward(dx, ids, expected)
+    CUDA.embedding_backward(dx, ids, actual)
+    same_bits(actual, expected)
+
+
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 40, 65, 600])
 def test_an_id_may_have_all_rows(N: int) -> None:
     r = Inputs(72, np.float32)

@@ -26,18 +26,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The sum over the threads before this one, of PLACES * WARP.
-__device__ int sum_of_threads_before(int x, int* room) {
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  int sum = x;
+// The sum over a warp's lanes up to this one.
+__device__ int sum_up_to_lane(int x) {
   for (int by = 1; by < WARP; by <<= 1) {
-    const int other = __shfl_up_sync(ALL_LANES, sum, by);
-    if (lane >= by) sum += other;
+    const int other = __shfl_up_sync(ALL_LANES, x, by);
+    if ((int)threadIdx.x >= by) x += other;
   }
-  if (lane == WARP - 1) room[warp] = sum;
-  __syncthreads();
-  for (int before = 0; before < warp; ++before) sum += room[before];
-  return sum - x;
+  return x;
 }
 
 // The second part: each count becomes that of the segments before, and start_Z the sum of what the experts before keep.
@@ -46,7 +41,7 @@ __device__ int sum_of_threads_before(int x, int* room) {
 extern "C" __global__ void __launch_bounds__(PLACES * WARP)
     place_segments(int* counts, int segments, int E, int capacity, unsigned* blocks_done_1, long long* start_Z) {
   __shared__ int part[PLACES][WARP];
-  __shared__ int room[PLACES];
+  __shared__ int kept_of_warp[PLACES];
   __shared__ bool is_last;
   const int lane = threadIdx.x, y = threadIdx.y, e = blockIdx.x * WARP + lane;
   const int share = (segments + PLACES - 1) / PLACES, first = min(y * share, segments), last = min(first + share, segments);
@@ -73,13 +68,20 @@ extern "C" __global__ void __launch_bounds__(PLACES * WARP)
   if (!is_last) return;
   __threadfence();
   volatile long long* kept_Z = start_Z;  // other blocks wrote it: not from this one's cache
-  const int experts = (E + PLACES * WARP - 1) / (PLACES * WARP);  // of a thread
-  const long long begin = min((long long)(y * WARP + lane) * experts, (long long)E);
-  const long long end = min(begin + experts, (long long)E);
+  const int experts = (E + PLACES - 1) / PLACES, begin = min(y * experts, E), end = min(begin + experts, E);  // of a warp
   int kept = 0;
-  for (long long i = begin; i < end; ++i) kept += (int)kept_Z[i + 1];
-  long long start = sum_of_threads_before(kept, room);
-  for (long long i = begin; i < end; ++i) kept_Z[i + 1] = start += kept_Z[i + 1];
+  for (int i = begin + lane; i < end; i += WARP) kept += (int)kept_Z[i + 1];
+  kept = sum_of_lanes(kept);
+  if (lane == 0) kept_of_warp[y] = kept;
+  __syncthreads();
+  int start = 0;
+  for (int before = 0; before < y; ++before) start += kept_of_warp[before];
+  for (int i = begin; i < end; i += WARP) {
+    const bool mine = i + lane < end;
+    const int up_to = start + sum_up_to_lane(mine ? (int)kept_Z[i + lane + 1] : 0);
+    if (mine) kept_Z[i + lane + 1] = up_to;
+    start = __shfl_sync(ALL_LANES, up_to, WARP - 1);
+  }
   if (lane == 0 && y == 0) kept_Z[0] = 0;
 }
 

@@ -11,6 +11,7 @@ from mhmoe_np.types import IntArray
 
 THREADS, WARP = 256, 32
 SEGMENT = 256  # choices that one warp places, in order
+LONG_SEGMENT, MANY = 1024, 4096  # of that many experts, as a vocabulary has: fewer counts of each
 KERNELS = Kernels("dispatch")
 
 
@@ -29,8 +30,9 @@ class DispatchOperations(Memory):
         route_R = self.empty((rows,), np.int64)
         slot_MK = self.empty((M, K), np.int64)
         start_Z = self.empty((experts + 1,), np.int64)
-        segments = max(1, blocks(M * K, SEGMENT))
-        given = expert_MK, M, K, experts, SEGMENT
+        segment = SEGMENT if experts < MANY else LONG_SEGMENT
+        segments = max(1, blocks(M * K, segment))
+        given = expert_MK, M, K, experts, segment
         with self.scope():
             counts = self.empty((segments, experts), np.int32)
             blocks_done_1 = self.empty((1,), np.uint32)

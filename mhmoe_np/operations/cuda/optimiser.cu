@@ -39,15 +39,12 @@ enum { FACTOR = CLIP_NORM, REST1 = UNBIAS2 + 1, REST2, FACTORS };
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw_begins(const double* squares_1, const double* guard, long long guards, const double* update_8, REAL* factors,
                  bool* goes_on_1, unsigned long long* left_out_1) {
-  __shared__ int bad[THREADS];
-  int mine = 0;
-  for (long long i = threadIdx.x; i < guards; i += THREADS) mine += !isfinite(guard[i]);
-  bad[threadIdx.x] = mine;
-  __syncthreads();
+  __shared__ int room[THREADS / WARP];
+  int bad = 0;
+  for (long long i = threadIdx.x; i < guards; i += THREADS) bad |= !isfinite(guard[i]);
+  bad = sum_of_block(bad, room);
   if (threadIdx.x) return;
-  int all = 0;
-  for (int i = 0; i < THREADS; ++i) all += bad[i] != 0;
-  goes_on_1[0] = all == 0;
+  goes_on_1[0] = bad == 0;
   left_out_1[0] = 0;
   for (int i = 0; i <= UNBIAS2; ++i) factors[i] = REAL(update_8[i]);
   const double norm = sqrt(squares_1[0]), factor = update_8[CLIP_NORM] / (norm < 1e-30 ? 1e-30 : norm);

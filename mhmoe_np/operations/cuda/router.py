@@ -51,7 +51,7 @@ class Router(Memory):
             BLOCK,
             *(dgate_MK, *routing, counted_M, count_E, M, E, K, normalise),
             np.float64(daux * E / choices / sub_tokens),  # Switch eq. 4
-            2 * dz / sub_tokens,  # ST-MoE eq. 5
+            float(2 * dz / sub_tokens),  # ST-MoE eq. 5
             dlogits_ME,
         )
         return dlogits_ME
