@@ -324,6 +324,14 @@ inline unsigned __ballot_sync(unsigned mask, int p) {
   }
   return votes;
 }
+template <class T> unsigned __match_any_sync(unsigned mask, T v) {
+  unsigned peers = 0;
+  for (unsigned l = 0; l < 32; ++l) {  // as `__ballot_sync`
+    const bool asked = mask >> l & 1 && l < emulator::block->warps[emulator::self->warp].lanes;
+    if (emulator::exchange(v, mask, asked ? static_cast<int>(l) : -1) == v && asked) peers |= 1u << l;
+  }
+  return peers;
+}
 inline float __uint_as_float(unsigned x) { return emulator::as_float(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
