@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
-from mhmoe_np.operations.cuda.sums import Sums
+from mhmoe_np.operations.cuda.feed_forward import FeedForward
+from mhmoe_np.operations.cuda.linear import Linear
+from mhmoe_np.operations.cuda.loss import Loss
+from mhmoe_np.operations.cuda.norm import Norm
 
 
-class CudaOperations(Sums):
+class CudaOperations(Linear, Norm, FeedForward, Loss):
     """The table of operations on the GPU."""
 
     prefers_packed = True
