@@ -22,8 +22,8 @@ from mhmoe_np.errors import UserError
 Matmul = Literal["float32", "tf32", "tf32x3"]
 """How products of float32 are computed; those of float64 are float64's."""
 
-# What NVIDIA recommends for Hopper; smaller devices need less. Given by us, and for one stream, it makes
-# results the same bits in every run, and a recorded product finds it where it was.
+# What NVIDIA recommends for Hopper; smaller devices need less. Given by us, and used by one stream, it
+# makes results the same bits in every run, and a recorded product finds it where it was.
 WORKSPACE_BYTES = 32 << 20
 
 SUCCESS, ALLOC_FAILED = 0, 3
@@ -86,11 +86,11 @@ class Cublas:
 
         Raises UserError: there is no library; the environment has tf32 where float32 is wanted.
         """
-        # Under DEFAULT_MATH cuBLAS multiplies float32 by float32, unless this variable says otherwise.
-        if matmul != "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE", "0") not in ("", "0"):
+        # Under DEFAULT_MATH cuBLAS multiplies float32 as float32, unless this variable says otherwise.
+        override = os.environ.get("NVIDIA_TF32_OVERRIDE", "0")
+        if matmul != "tf32" and override != "0":
             raise UserError(
-                f"NVIDIA_TF32_OVERRIDE={os.environ['NVIDIA_TF32_OVERRIDE'][:60]} makes products of float32 "
-                "those of tf32; unset it, or ask for tf32 by --matmul tf32"
+                f"NVIDIA_TF32_OVERRIDE={override[:60]}: float32 would be multiplied as tf32; unset it"
             )
         self._library = open_library()
         for name, types in FUNCTIONS.items():
@@ -173,7 +173,7 @@ class Cublas:
         reason = self._library.cublasGetStatusString(status).decode()
         if status == ALLOC_FAILED:
             raise UserError(
-                f"--backend cuda: {reason}: cuBLAS has not enough of the device's memory; make the model or "
+                f"--backend cuda: {reason}: the device's memory does not suffice; make the model or "
                 "the batch smaller, or raise training.gradient_accumulation_steps"
             )
         raise RuntimeError(f"{name}: {reason}")

@@ -87,5 +87,5 @@ def blocks(items: int, per_block: int) -> int:
 
 
 def threads_of_row(columns: int) -> int:
-    """Of a block that has one row: whole warps, with four numbers a thread while 256 threads suffice."""
+    """Of a block that has one row: whole warps, up to 256, with four numbers a thread at least."""
     return min(256, blocks(columns, 4 * 32) * 32)

@@ -5,26 +5,24 @@ constexpr int COLUMNS = 32, ROWS = 8;  // of a block: a warp has 32 neighbours o
 struct Activated { REAL value, slope; };
 
 // silu(g) = g s with s = sigmoid(g);  silu'(g) = s + g s (1 - s).
-struct Silu {
-  static __device__ Activated of(REAL g) {
-    const REAL s = 1 / (1 + exp(-g)), value = g * s;
-    return {value, s + value * (1 - s)};
-  }
-};
+struct Silu {};
+__device__ Activated activated(Silu, REAL g) {
+  const REAL s = 1 / (1 + exp(-g)), value = g * s;
+  return {value, s + value * (1 - s)};
+}
 
 // relu2(g) = max(g, 0)^2;  relu2'(g) = 2 max(g, 0).
-struct Relu2 {
-  static __device__ Activated of(REAL g) {
-    const REAL positive = larger(g, REAL(0));
-    return {positive * positive, 2 * positive};
-  }
-};
+struct Relu2 {};
+__device__ Activated activated(Relu2, REAL g) {
+  const REAL positive = larger(g, REAL(0));
+  return {positive * positive, 2 * positive};
+}
 
 template <class Activation> __device__ void gate(const REAL* gate_up_N2F, int N, int F, REAL* h_NF) {
   const int n = blockIdx.x * ROWS + threadIdx.y, f = blockIdx.y * COLUMNS + threadIdx.x;
   if (n >= N || f >= F) return;
   const REAL* gate_up_2F = gate_up_N2F + 2LL * n * F;
-  h_NF[(long long)n * F + f] = Activation::of(gate_up_2F[f]).value * gate_up_2F[F + f];
+  h_NF[(long long)n * F + f] = activated(Activation(), gate_up_2F[f]).value * gate_up_2F[F + f];
 }
 
 template <class Activation>
@@ -32,7 +30,7 @@ __device__ void gate_backward(const REAL* dh_NF, const REAL* gate_up_N2F, int N,
   const int n = blockIdx.x * ROWS + threadIdx.y, f = blockIdx.y * COLUMNS + threadIdx.x;
   if (n >= N || f >= F) return;
   const long long row = 2LL * n * F;
-  const Activated act = Activation::of(gate_up_N2F[row + f]);
+  const Activated act = activated(Activation(), gate_up_N2F[row + f]);
   const REAL dh = dh_NF[(long long)n * F + f];
   dgate_up_N2F[row + f] = dh * gate_up_N2F[row + F + f] * act.slope;
   dgate_up_N2F[row + F + f] = dh * act.value;

@@ -16,8 +16,8 @@ from mhmoe_np.types import FloatArray
 
 THREADS = 256
 BLOCK = 32, 8  # columns and rows
-# With fewer rows a product is bound by reading the weights, and splitting them costs more than it saves:
-# a pass of 3 numbers and three of 1, against one.
+# Up to so many rows a product is bound by reading the weights. Splitting them costs more than it saves:
+# three numbers moved for each, and three products that read one.
 FEW_ROWS = 32
 KERNELS = Kernels("linear")
 
@@ -84,8 +84,8 @@ class Linear(Products, Sums):
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`.
 
-        Work 2 N I O FLOP; moves 4 (N I + O I + N O) bytes: with N rows below some 40 on an H100 bound by
-        reading the weights, above by arithmetic.
+        Work 2 N I O FLOP; moves 4 (N I + O I + N O) bytes: on an H100 bound by reading the weights with
+        fewer than some 40 rows, by arithmetic with more.
         """
         if isinstance(w_OI, BitWeight | PackedWeight):
             y_NO = self.bit_linear(x_NI, w_OI)  # type: ignore[attr-defined]

@@ -8,8 +8,8 @@ from mhmoe_np.operations.cuda.device import Kernels, threads_of_row
 from mhmoe_np.operations.cuda.linear import Products
 from mhmoe_np.types import FloatArray, IntArray
 
-# Of the logits of a chunk. Every chunk reads and writes dw once more: its products with some hundred rows,
-# and more, are far above what that costs.
+# Of the logits of a chunk. Every chunk reads and writes dw once more, which takes less time than its
+# products once it has some hundred rows.
 CHUNK_BYTES = 256 << 20
 CHUNK_ROWS = 128  # a chunk has a multiple of these: whole tiles
 KERNELS = Kernels("loss")
@@ -76,9 +76,7 @@ def _chunks(x_ND: FloatArray, logits_NV: FloatArray) -> Iterator[slice]:
         yield slice(first, first + len(logits_NV))
 
 
-def _nll(
-    logits_NV: FloatArray, target_N: IntArray, nll_N: FloatArray, *, dnll: float | None
-) -> None:
+def _nll(logits_NV: FloatArray, target_N: IntArray, nll_N: FloatArray, *, dnll: float | None) -> None:
     """The NLL of each row; with a `dnll`, logits become their own gradient."""
     N, V = logits_NV.shape
     gradient, dnll = dnll is not None, dnll or 0.0

@@ -1,9 +1,9 @@
 """A stand-in for cuBLAS without a GPU: the functions that the backend calls, by NumPy on raw addresses.
 
 They are C functions, declared here as NVIDIA's header has them, so that the backend's own declarations
-and the order of its arguments count. They hold to BLAS: matrices by columns, leading dimensions checked,
-C not read where beta is 0. With tf32's math mode inputs are rounded to it. A graph may record a product
-only with a workspace that was given, on the stream that was given before it.
+and the order of its arguments count. They hold to BLAS: matrices by columns, leading dimensions as they
+must be, C not read where beta is 0. With tf32's math mode inputs are rounded to it. A graph may record a
+product only with a workspace that was given, and given after the stream.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Library:
             )
             def function(handle: int, *arguments: Any) -> int:
                 try:
-                    return self.fails_with.get(f"{name}_v2") or self._gemm(name, real, handle, *arguments)
+                    return self.fails_with.get(f"{name}_v2") or self._gemm(
+                        name, real, handle, *arguments
+                    )
                 except Exception:
                     return INTERNAL_ERROR
 
