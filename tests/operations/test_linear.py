@@ -176,6 +176,17 @@ def test_a_gradient_can_be_added_to_another(dtype: Any, name: str, N: int, D: in
     agree(onto, around + dx, np.abs(dy) @ np.abs(w) + np.abs(around))
 
 
+@of_each_fast_backend
+@of_each_dtype
+@pytest.mark.parametrize("rows", [1, 256, 257, 511, 65_536, 65_537])
+def test_a_bias_receives_the_gradients_of_any_number_of_rows(name: str, dtype: Any, rows: int) -> None:
+    r = Inputs(21, dtype)
+    x, w, dy, dw, db = r(rows, 1), r(3, 1), r(rows, 3), r(3, 1), r(3)
+    expected, size = db.astype(float) + dy.sum(axis=0, dtype=float), np.abs(dy).sum(axis=0) + np.abs(db)
+    FAST[name].linear_backward(dy, x, w, dw, db)
+    agree(db, expected.astype(dtype), size)
+
+
 # ---- gradients -------------------------------------------------------------------------------
 
 

@@ -122,7 +122,7 @@ class Cublas:
     ) -> None:
         """out = alpha * a @ b + beta * out, a and b transposed where so said; beta 0: out is not read.
 
-        Rows may lie further apart than they are long. tf32: products of float32 may be tf32's.
+        Rows may lie further apart than they are long. tf32: float32 may be multiplied as tf32.
 
         To cuBLAS a matrix lies by columns, and ours are their own transposes: what it computes is
         out^T = b^T @ a^T.
@@ -141,7 +141,7 @@ class Cublas:
                 raise ValueError("a sum of nothing can only be added")
             return
         name, real = GEMM_OF[out.dtype.name]
-        self._set_math(TF32_MATH if tf32 else DEFAULT_MATH)
+        self._set_math(TF32_MATH if tf32 and real is c_float else DEFAULT_MATH)
         self._call(
             name,
             self._handle,

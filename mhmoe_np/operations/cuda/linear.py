@@ -121,10 +121,13 @@ class Linear(Products, Sums):
             raise TypeError("packed weights have no gradient")
         dx_NI = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
-            if isinstance(w_OI, BitWeight):
-                x_NI, w_OI = self.straight_through(x_NI, w_OI)  # type: ignore[attr-defined]
+            acting: tuple[FloatArray, FloatArray] = (
+                self.straight_through(x_NI, w_OI)  # type: ignore[attr-defined]
+                if isinstance(w_OI, BitWeight)
+                else (x_NI, w_OI)
+            )
             split = self._splits(x_NI)
-            dy, x, w = (self._operand(array, split=split) for array in (dy_NO, x_NI, w_OI))
+            dy, x, w = (self._operand(array, split=split) for array in (dy_NO, *acting))
             self._multiply(dy, x, dw_OI, transpose_a=True, add=True)
             self._multiply(dy, w, dx_NI, add=onto_NI is not None)
             if db_O is not None:

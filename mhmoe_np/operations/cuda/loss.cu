@@ -19,7 +19,7 @@ __device__ REAL largest_of_block(REAL x, REAL* room) {
 // times 0 where uncounted: which no NaN survives as a number.
 // Work 2 N V exponentials (1 without gradient); the row is read three times (once from memory, then from cache) and
 // written once: N V (+ N V) numbers, 8 bytes of float32 for some 40 instructions: bound by memory.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 4)
 nll(REAL* logits_NV, const long long* target_N, int V, REAL dnll, bool gradient, REAL* nll_N) {
   __shared__ REAL room[MOST_THREADS / WARP];
   REAL* l_V = logits_NV + (long long)blockIdx.x * V;

@@ -43,7 +43,7 @@ constexpr int THREADS = 256, ROWS = 16;  // rows of a block
 // First each warp takes the mean of two rows, then each thread a column of all of them, which are in the cache by now.
 // Work 12 N D operations; 3 N D (4 where `add`) + N D / 16 numbers, 12 bytes of float32 for 12 operations: bound by
 // memory.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 rms_norm_backward(const REAL* __restrict__ dy_ND, const REAL* __restrict__ x_ND, const REAL* __restrict__ w_D,
                   const REAL* __restrict__ rstd_N, int N, int D, bool add, REAL* dx_ND, REAL* dw_BD) {
   __shared__ REAL r_ROWS[ROWS], mean_ROWS[ROWS];

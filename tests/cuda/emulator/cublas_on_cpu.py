@@ -1,9 +1,9 @@
 """A stand-in for cuBLAS without a GPU: the functions that the backend calls, by NumPy on raw addresses.
 
 They are C functions, declared here as NVIDIA's header has them, so that the backend's own declarations
-and the order of its arguments count. They hold to BLAS: matrices by columns, leading dimensions as they
-must be, C not read where beta is 0. With tf32's math mode inputs are rounded to it. A graph may record a
-product only with a workspace that was given, and given after the stream.
+and the order of its arguments count. They hold to BLAS: matrices by columns, leading dimensions that
+suffice, C not read where beta is 0. With tf32's math mode inputs are rounded to it. A graph may record
+a product only with a workspace that was given, and given after the stream.
 """
 
 from __future__ import annotations
@@ -166,10 +166,12 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
 
 
 LIBRARY = Library()
+real_open_library: list[Any] = []  # what opens NVIDIA's
 
 
 def install() -> None:
     """Let the backend open this one; once CuPy's stand-in is in its place."""
     from mhmoe_np.operations.cuda import cublas
 
+    real_open_library.append(cublas.open_library)
     cublas.open_library = lambda: LIBRARY
