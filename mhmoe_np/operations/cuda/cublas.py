@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cupy
 
 from mhmoe_np.errors import UserError
-
-Matmul = Literal["float32", "tf32", "tf32x3"]
-"""How products of float32 are computed; those of float64 are float64's."""
+from mhmoe_np.settings.run import Matmul
 
 # What NVIDIA recommends for Hopper; smaller devices need less. Given by us, and used by one stream, it
 # makes results the same bits in every run, and a recorded product finds it where it was.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.operations.cuda.cublas import WORKSPACE_BYTES, Cublas, Matmul
+from mhmoe_np.operations.cuda.cublas import WORKSPACE_BYTES, Cublas
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.memory import Memory
 from mhmoe_np.operations.cuda.sums import Sums
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
+from mhmoe_np.settings.run import Matmul
 from mhmoe_np.types import FloatArray
 
 THREADS = 256
@@ -30,14 +30,11 @@ class Operand(NamedTuple):
 
 
 class Products(Memory):
-    """Products of matrices, in the way that `matmul` says."""
+    """Products of matrices, in the way that `matmul` says: float32's; float64 is itself always."""
 
-    matmul: Matmul = "float32"
-
-    @cached_property
-    def cublas(self) -> Cublas:
-        """The library, opened at its first use: which must not be while a graph is recorded."""
-        return Cublas(self._stream, self.zeros((WORKSPACE_BYTES,), np.uint8), matmul=self.matmul)
+    def __init__(self, *, keep_buffers: bool, matmul: Matmul) -> None:
+        super().__init__(keep_buffers=keep_buffers, matmul=matmul)
+        self._cublas = Cublas(self._stream, self.zeros((WORKSPACE_BYTES,), np.uint8), matmul=matmul)
 
     def _splits(self, x_NI: FloatArray) -> bool:
         """Whether products of this matrix are to be three of tf32."""
@@ -67,7 +64,7 @@ class Products(Memory):
         if a.low is not None:
             pairs = [(a.low, b.high), (a.high, b.low), *pairs]  # the small ones first
         for i, (left, right) in enumerate(pairs):
-            self.cublas.gemm(
+            self._cublas.gemm(
                 left,
                 right,
                 out,
