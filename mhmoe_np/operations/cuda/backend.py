@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from mhmoe_np.operations.cuda.sums import Sums
+from mhmoe_np.operations.cuda.feed_forward import FeedForward
+from mhmoe_np.operations.cuda.linear import Linear
+from mhmoe_np.operations.cuda.loss import Loss
+from mhmoe_np.operations.cuda.norm import Norm
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import Matmul
 
 
-class CudaOperations(Sums):
+class CudaOperations(Linear, Norm, FeedForward, Loss):
     """See `Operations`.
 
     keep_buffers: hand results out of a workspace that is reused, and record what `repeated` is given:
