@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from mhmoe_np.operations.cuda.pack import Pack
+from mhmoe_np.operations.cuda.quantise import Quantise
+from mhmoe_np.operations.cuda.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.cuda.sums import Sums
 
 
-class CudaOperations(Sums):
+class CudaOperations(Sums, Quantise, QuantiseWeight, Pack):
     """The table of operations on the GPU."""
 
     prefers_packed = True
