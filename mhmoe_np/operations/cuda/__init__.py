@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from mhmoe_np.operations.cuda.pack import Pack
-from mhmoe_np.operations.cuda.quantise import Quantise
+from mhmoe_np.operations.cuda.packed import PackedProducts
 from mhmoe_np.operations.cuda.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.cuda.sums import Sums
 
 
-class CudaOperations(Sums, Quantise, QuantiseWeight, Pack):
+class CudaOperations(Sums, QuantiseWeight, PackedProducts):
     """The table of operations on the GPU."""
 
     prefers_packed = True
+    compute_capability = 80
