@@ -5,7 +5,7 @@ Which kernel multiplies depends on sizes that the host knows, never on data; all
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.pack import Pack
@@ -14,15 +14,40 @@ from mhmoe_np.operations.packing import FORMATS, PackedMatrices, code_shape
 from mhmoe_np.operations.table import BitWeight, PackedWeight
 from mhmoe_np.types import FloatArray, IntArray
 
-INT8_TENSOR_CORES = 80  # the compute capability from which there are ours
-FEW_ROWS = 8  # that one block of `product_of_rows` takes
-FEW_THREADS = 128
-PANEL = 16
-FEW = 32  # up to so many rows, weights are read once for every FEW_ROWS of them
-FEW_OF_EXPERT = 4  # rows that an expert has on average
+INT8_TENSOR_CORES = 80  # the compute capability from which a device has those that are used here
+FEW = 32  # up to so many rows the weights, unpacked anew for every 8, are what takes time
+FEW_OF_EXPERT = 4  # the same, of each expert on average
+MANY_OF_EXPERT = 96  # from so many on, tiles of 128 rows are full enough
 ENOUGH_BLOCKS = 132  # one for each multiprocessor of an H100
-GROUPS_OF_STEP = 4
+GROUPS_OF_STEP = 4  # of inputs, in the kernels for tiles
 KERNELS = Kernels("packed")
+
+
+class Tiling(NamedTuple):
+    """A kernel, how many results its blocks have, and their threads."""
+
+    kernel: str
+    rows: int
+    outputs: int
+    threads: int
+
+
+ROW = Tiling("product_of_row", 1, 16, 128)
+ROWS = Tiling("product_of_rows", 8, 16, 128)
+SMALL_TILES = Tiling("product_of_small_tiles", 32, 64, 128)
+TILES = Tiling("product_of_tiles", 128, 128, 256)
+
+
+def tiling_for(rows: int, outputs: int, *, experts: int | None, tensor_cores: bool) -> Tiling:
+    """The kernel that is expected to be fastest; experts: None for a single matrix."""
+    if rows == 1 and experts is None:
+        return ROW
+    E = experts or 1
+    if rows <= max(FEW, FEW_OF_EXPERT * E) or not tensor_cores:
+        return ROWS
+    if rows < MANY_OF_EXPERT * E or blocks(rows, 128) * blocks(outputs, 128) < ENOUGH_BLOCKS:
+        return SMALL_TILES
+    return TILES
 
 
 class PackedProducts(Quantise, Pack):
@@ -33,19 +58,16 @@ class PackedProducts(Quantise, Pack):
     def bit_linear(self, x_NI: FloatArray, w: BitWeight | PackedWeight) -> FloatArray:
         """y = (q @ w^T) * (beta * gamma/127) of one matrix, see `numpy_ref.linear`."""
         weight = self.as_packed(w)
-        q = self._bytes_for(x_NI, weight.w)
-        N, O = len(x_NI), weight.w.outputs
-        y_NO: FloatArray = self.empty((N, O), x_NI.dtype)
-        if N == 1:
-            kernel, rows, outputs, threads = "product_of_row", 1, PANEL, FEW_THREADS
-        elif N <= FEW or not self._has_tensor_cores:
-            kernel, rows, outputs, threads = "product_of_rows", FEW_ROWS, PANEL, FEW_THREADS
-        elif blocks(N, 128) * blocks(O, 128) < ENOUGH_BLOCKS:
-            kernel, rows, outputs, threads = "product_of_small_tiles", 32, 64, 128
-        else:
-            kernel, rows, outputs, threads = "product_of_tiles", 128, 128, 256
-        grid = blocks(N, rows), blocks(O, outputs)
-        KERNELS.launch(kernel, x_NI.dtype, grid, (threads,), *_operands(weight, q), N, y_NO)
+        return self.product_of_bytes(self.bytes_for(x_NI, weight.w), weight)
+
+    def product_of_bytes(self, q: ByteRows, weight: PackedWeight) -> FloatArray:
+        """The same of rows that are quantised already (`bytes_for`)."""
+        N, O, real = len(q.q_NI), weight.w.outputs, q.scale_N.dtype
+        y_NO: FloatArray = self.empty((N, O), real)
+        tiling = tiling_for(N, O, experts=None, tensor_cores=self._has_tensor_cores)
+        grid = blocks(N, tiling.rows), blocks(O, tiling.outputs)
+        operands = *_operands(weight, q), N, y_NO
+        KERNELS.launch(tiling.kernel, real, grid, (tiling.threads,), *operands)
         return y_NO
 
     def grouped_bit_linear(
@@ -64,19 +86,15 @@ class PackedProducts(Quantise, Pack):
             once, however often it is taken); -1: none, and y is 0 there.
         """
         weight = self.as_packed(w)
-        q = self._bytes_for(x_RI, weight.w)
+        q = self.bytes_for(x_RI, weight.w)
         E, O, _ = weight.shape
         y_RO: FloatArray = self.empty((rows, O), x_RI.dtype)
-        if rows <= FEW or rows <= FEW_OF_EXPERT * E or not self._has_tensor_cores:
-            kernel, tile, outputs, threads = "grouped_product_of_rows", FEW_ROWS, PANEL, FEW_THREADS
-        elif rows < 96 * E or blocks(rows, 128) * blocks(O, 128) < ENOUGH_BLOCKS:
-            kernel, tile, outputs, threads = "grouped_product_of_small_tiles", 32, 64, 128
-        else:
-            kernel, tile, outputs, threads = "grouped_product_of_tiles", 128, 128, 256
+        tiling = tiling_for(rows, O, experts=E, tensor_cores=self._has_tensor_cores)
         # Each expert that has rows has one tile at most that is not full.
-        grid = rows // tile + min(E, rows), blocks(O, outputs)
+        grid = rows // tiling.rows + min(E, rows), blocks(O, tiling.outputs)
         experts = start_Z, E, start_Z if source_R is None else source_R, int(source_R is not None)
-        KERNELS.launch(kernel, x_RI.dtype, grid, (threads,), *_operands(weight, q), *experts, y_RO)
+        operands = *_operands(weight, q), *experts, y_RO
+        KERNELS.launch(f"grouped_{tiling.kernel}", x_RI.dtype, grid, (tiling.threads,), *operands)
         return y_RO
 
     def as_packed(self, w: BitWeight | PackedWeight) -> PackedWeight:
@@ -93,14 +111,14 @@ class PackedProducts(Quantise, Pack):
         self.pack_in_place(w.w.reshape(E, O, I), packed)
         return PackedWeight(packed, beta_EO)
 
-    @property
-    def _has_tensor_cores(self) -> bool:
-        return self.compute_capability >= INT8_TENSOR_CORES
-
-    def _bytes_for(self, x_NI: FloatArray, packed: PackedMatrices) -> ByteRows:
+    def bytes_for(self, x_NI: FloatArray, packed: PackedMatrices) -> ByteRows:
         """The rows in bytes, padded to what a step of the tensor cores takes."""
         step = GROUPS_OF_STEP * FORMATS[packed.format].group
         return self.quantise_to_bytes(x_NI, blocks(packed.inputs, step) * step)
+
+    @property
+    def _has_tensor_cores(self) -> bool:
+        return self.compute_capability >= INT8_TENSOR_CORES
 
 
 def _operands(weight: PackedWeight, q: ByteRows) -> tuple[Any, ...]:
