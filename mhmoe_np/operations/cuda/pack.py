@@ -19,6 +19,4 @@ class Pack(Memory):
         experts, panels, groups, _ = packed.code.shape
         grid = (experts * panels * blocks(groups, GROUPS_OF_BLOCK),)
         sizes = panels, packed.outputs, packed.inputs, groups, FORMATS[packed.format].depth
-        KERNELS.launch(
-            "pack", q_EOI.dtype, grid, (GROUPS_OF_BLOCK, PANEL), q_EOI, *sizes, packed.code
-        )
+        KERNELS.launch("pack", q_EOI.dtype, grid, (GROUPS_OF_BLOCK, PANEL), q_EOI, *sizes, packed.code)

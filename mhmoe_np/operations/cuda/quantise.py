@@ -1,4 +1,4 @@
-"""BitNet's activations: rows in 8 bits, and what a BitLinear's rows and weights act as (`quantise.cu`)."""
+"""BitNet's activations: rows in 8 bits, and what a BitLinear's inputs act as (`quantise.cu`)."""
 
 from __future__ import annotations
 
