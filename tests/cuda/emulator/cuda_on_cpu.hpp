@@ -281,6 +281,21 @@ inline void multiply_16x8x8_tf32(float (&d)[4], const unsigned (&a)[4], const un
     for (int k = 0; k < 8; ++k) d[q] += A[group + q / 2 * 8][k] * B[k][place * 2 + q % 2];
 }
 
+// mma.m16n8k32 of signed bytes as PTX lays it out, four inputs to a register: with group and place as above, a[q] has
+// A[group + q%2*8][place*4 + q/2*16 ...], b[q] has B[place*4 + q*16 ...][group], d[q] is D[group + q/2*8][place*2 + q%2].
+inline void multiply_16x8x32_s8(int (&d)[4], const int (&a)[4], const int (&b)[2]) {
+  auto raw = [](int x) { return static_cast<unsigned>(x); };
+  const auto& fragment = share(std::array{raw(a[0]), raw(a[1]), raw(a[2]), raw(a[3]), raw(b[0]), raw(b[1])});
+  const int group = self->lane / 4, place = self->lane % 4;
+  for (int q = 0; q < 4; ++q)
+    for (int lane = 0; lane < 4; ++lane)  // of a row of A, and of a column of B
+      for (int half = 0; half < 2; ++half) {
+        const unsigned x = fragment[group * 4 + lane][q / 2 + half * 2];
+        const unsigned y = fragment[(place * 2 + q % 2) * 4 + lane][4 + half];
+        for (int i = 0; i < 32; i += 8) d[q] += static_cast<int8_t>(x >> i) * static_cast<int8_t>(y >> i);
+      }
+}
+
 // What the launcher must hand over, one letter for each parameter: of a pointer's target ('p' before it) or a value.
 template <class T> std::string letter() {
   if constexpr (std::is_pointer_v<T>) return "p" + letter<std::remove_cv_t<std::remove_pointer_t<T>>>();
