@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mhmoe_np.operations.cuda.experts import Experts
 from mhmoe_np.operations.cuda.sums import Sums
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import Matmul
 
 
-class CudaOperations(Sums):
+class CudaOperations(Experts, Sums):
     """See `Operations`.
 
     keep_buffers: hand results out of a workspace that is reused, and record what `repeated` is given:
