@@ -34,9 +34,10 @@
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
 #define __global__
-#define __device__ static
+// Not `static`: member functions have it too. Hidden, so that libraries of several types share nothing.
+#define __device__ inline __attribute__((visibility("hidden")))
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__
 #define __launch_bounds__(...)
 // One block at a time, so a block's shared memory can be static: in a section of its own, to be poisoned at once.
 #define __shared__ static __attribute__((section("shared_memory")))
