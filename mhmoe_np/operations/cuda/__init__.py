@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from mhmoe_np.operations.cuda.attention import Attention
 from mhmoe_np.operations.cuda.sums import Sums
 
 
-class CudaOperations(Sums):
+class CudaOperations(Sums, Attention):
     """The table of operations on the GPU."""
 
     prefers_packed = True
