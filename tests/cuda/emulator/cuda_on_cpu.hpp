@@ -208,7 +208,7 @@ inline void launch(dim3 grid, dim3 size, size_t dynamic, unsigned order_seed, co
   const unsigned threads = size.x * size.y * size.z;
   last_error.clear();
   const size_t fixed = __stop_shared_memory - __start_shared_memory;
-  if (!threads || threads > 1024 || dynamic + fixed > SHARED_BYTES) { last_error = "an impossible launch"; return; }
+  if (!threads || threads > 1024 || dynamic > SHARED_BYTES) { last_error = "an impossible launch"; return; }
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
   if (order_seed == 1) std::reverse(order.begin(), order.end());
