@@ -52,7 +52,7 @@ struct Fiber : Thread {
   const void* shared;  // the result of its last exchange
 };
 
-using Exchange = unsigned char[WARP * EXCHANGED_BYTES];
+struct alignas(16) Exchange { unsigned char byte[WARP * EXCHANGED_BYTES]; };
 
 struct Warp {
   unsigned lanes;    // a bit for each that exists
@@ -94,6 +94,16 @@ void enter_fiber(Fiber* to) {
 #else
 #define RACES(...)
 #endif
+
+// ---- memory that no sanitizer sees written ---------------------------------------------------------------------------
+
+void poison(char* to, size_t bytes) { asm volatile("rep stosb" : "+D"(to), "+c"(bytes) : "a"(POISON) : "memory"); }
+
+void copy(unsigned char* to, const void* from, size_t bytes) {
+  if (bytes == 4) std::memcpy(to, from, 4);  // inline, as the next
+  else if (bytes == 8) std::memcpy(to, from, 8);
+  else asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
+}
 
 // ---- fibers --------------------------------------------------------------------------------------------------------
 extern "C" [[gnu::visibility("hidden")]] void emulator_switch(void** save, void* load);
@@ -198,11 +208,6 @@ void run_block() {
 #endif
 }
 
-void poison(char* from, size_t bytes) {  // which no sanitizer sees
-  int value = POISON;
-  asm volatile("rep stosb" : "+D"(from), "+c"(bytes) : "a"(value) : "memory");
-}
-
 void poison_shared_memory(size_t bytes) {
   if (!bytes) return;
   RACES(mmap(__start_shared_memory, bytes + PADDING_BYTES, PROT_READ | PROT_WRITE,  // what happened to it is forgotten
@@ -251,7 +256,7 @@ const void* share_bytes(const void* value, size_t bytes, unsigned& mask, const c
       fail(("lanes of a warp wait at " + std::string(other.operation) + " and at " + operation).c_str());
     if (other.mask != mask) fail("lanes of a warp wait for each other with different masks");
   }
-  if (bytes) std::memcpy(warp.brought + bytes * mine->lane, value, bytes);
+  copy(warp.brought.byte + bytes * mine->lane, value, bytes);
   mine->mask = mask, mine->operation = operation;
   warp.arrived |= 1u << mine->lane;
   RACES(happens_before(&lane_arrived[mine - fibers]);)
@@ -260,8 +265,8 @@ const void* share_bytes(const void* value, size_t bytes, unsigned& mask, const c
     RACES(happens_after(const_cast<void*>(mine->shared));)
     return mine->shared;
   }
-  auto& kept = warp.kept[warp.exchanges++ % KEPT_EXCHANGES];
-  std::memcpy(kept, warp.brought, bytes * WARP);
+  auto& kept = warp.kept[warp.exchanges++ % KEPT_EXCHANGES].byte;
+  copy(kept, warp.brought.byte, bytes * WARP);
   warp.arrived &= ~mask;
   for (unsigned lane = 0; lane < WARP; ++lane) {
     if (!(mask >> lane & 1)) continue;
