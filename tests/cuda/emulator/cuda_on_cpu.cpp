@@ -287,11 +287,11 @@ const char* launch(const unsigned* grid, const unsigned* size, size_t dynamic, u
   static std::vector<char> room;
   const size_t threads = size_t{size[0]} * size[1] * size[2], blocks = size_t{grid[0]} * grid[1] * grid[2];
   const size_t fixed = __stop_shared_memory - __start_shared_memory;
-  const size_t shared = fixed ? fixed - PADDING_BYTES : 0;
+  const size_t shared = fixed ? fixed - PADDING_BYTES : 0;  // of all kernels of the file; nvcc knows that of each
   error.clear();
   if (!threads || !blocks || threads > MOST_THREADS) error = "an impossible launch";
   if (threads > most_threads) error = "more threads than its __launch_bounds__";
-  if (dynamic + shared > SHARED_BYTES) error = "too much shared memory";
+  if (dynamic > SHARED_BYTES) error = "too much shared memory";
   if (!error.empty()) return error.c_str();
   entry = kernel, entry_arguments = arguments;
   RACES(launcher_fiber = __tsan_get_current_fiber();)

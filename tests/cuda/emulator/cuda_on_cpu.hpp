@@ -22,9 +22,9 @@
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
 #define __global__
-#define __device__ static
+#define __device__ inline  // not `static`: member functions have it too
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__
 #define __launch_bounds__(...)  // `EMULATED` is told them
 // One block at a time, so a block's shared memory can be static: in a section of its own, to be poisoned at once.
 #define __shared__ static __attribute__((section("shared_memory")))
@@ -98,6 +98,21 @@ inline void multiply_16x8x8_tf32(float (&d)[4], const unsigned (&a)[4], const un
     for (int k = 0; k < 8; ++k) d[q] += A[group + q / 2 * 8][k] * B[k][place * 2 + q % 2];
 }
 
+// mma.m16n8k32 of signed bytes as PTX lays it out, four inputs to a register: with group and place as above, a[q] has
+// A[group + q%2*8][place*4 + q/2*16 ...], b[q] has B[place*4 + q*16 ...][group], d[q] is D[group + q/2*8][place*2 + q%2].
+inline void multiply_16x8x32_s8(int (&d)[4], const int (&a)[4], const int (&b)[2]) {
+  auto raw = [](int x) { return static_cast<unsigned>(x); };
+  const auto& fragment = share(Fragment{{raw(a[0]), raw(a[1]), raw(a[2]), raw(a[3]), raw(b[0]), raw(b[1])}});
+  const int group = self->lane / 4, place = self->lane % 4;
+  for (int q = 0; q < 4; ++q)
+    for (int lane = 0; lane < 4; ++lane)  // of a row of A, and of a column of B
+      for (int half = 0; half < 2; ++half) {
+        const unsigned x = fragment[group * 4 + lane].part[q / 2 + half * 2];
+        const unsigned y = fragment[(place * 2 + q % 2) * 4 + lane].part[4 + half];
+        for (int i = 0; i < 32; i += 8) d[q] += static_cast<int8_t>(x >> i) * static_cast<int8_t>(y >> i);
+      }
+}
+
 // What the launcher must hand over, three characters for each parameter: 'p' of a pointer, then a letter of its target
 // or of the value.
 template <class T> constexpr char letter() {
@@ -145,6 +160,13 @@ inline unsigned __ballot_sync(unsigned mask, int p) {
   for (unsigned lane = 0; lane < emulator::WARP; ++lane)
     if (mask >> lane & 1 && votes[lane]) ballot |= 1u << lane;
   return ballot;
+}
+template <class T> unsigned __match_any_sync(unsigned mask, T v) {
+  const auto values = static_cast<const T*>(emulator::share_bytes(&v, sizeof v, mask, "a match"));
+  unsigned peers = 0;
+  for (unsigned lane = 0; lane < emulator::WARP; ++lane)
+    if (mask >> lane & 1 && values[lane] == v) peers |= 1u << lane;
+  return peers;
 }
 inline float __uint_as_float(unsigned x) { return emulator::as_float(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
