@@ -223,6 +223,8 @@ class _Kernel:
             )
         if any(not 1 <= n <= most for n, most in zip(grid, MAX_GRID, strict=False)):
             raise ValueError(f"{self._name}: a grid of {grid}")
+        if min(block) < 1:  # CuPy makes 1 of it
+            raise ValueError(f"{self._name}: a block of {block}")
         values = []
         for i, (argument, wanted) in enumerate(zip(args, self._parameters, strict=True)):
             if isinstance(argument, ndarray):
