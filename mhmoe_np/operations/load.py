@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import warnings
+from contextlib import suppress
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
@@ -49,11 +50,13 @@ def load_operations(
     if threads is not None and not 1 <= threads <= available:
         raise UserError(f"--threads {threads}: this machine offers 1 to {available}")
     if name == "numpy":
-        from threadpoolctl import threadpool_limits
-
         from mhmoe_np.operations import numpy_ref
 
-        threadpool_limits(threads or available, user_api="blas")
+        # In a source tree alone, without the library, BLAS keeps the threads that it has.
+        with suppress(ModuleNotFoundError):
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(threads or available, user_api="blas")
         return numpy_ref
     import_numba_backend()
     from mhmoe_np.operations.numba_cpu import NumbaOperations
