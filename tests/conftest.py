@@ -35,7 +35,9 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report: Any = yield
     if report.outcome == "failed":
         said = str(report.longrepr)
-        missing = [name for name in sorted(ABSENT) if f"ModuleNotFoundError: No module named '{name}" in said]
+        missing = [
+            name for name in sorted(ABSENT) if f"ModuleNotFoundError: No module named '{name}" in said
+        ]
         if missing:
             reason = f"Skipped: {missing[0]} is not installed"
             report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
