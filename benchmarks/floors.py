@@ -2,9 +2,9 @@
 
     python -m benchmarks.floors [--size A|B|paper] [--model mhmoe] [--matmul float32|tf32|tf32x3]
 
-The calls are those of the trainer itself, run on arrays that have a shape and no numbers. A floor counts
-what the table's sections Cost count: each operand read once and each result written once, no matter how
-an operation is made of kernels. It takes at least the longer of its bytes and of its arithmetic.
+The calls are those of the trainer itself, run on arrays that have a shape and no numbers. A floor
+counts what the table's sections Cost count: each operand read once and each result written once, no
+matter of which kernels an operation is made. Time is the longer of its bytes' and its arithmetic's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BANDWIDTH = 3.0e12
 RATES = {"float32": 66.9e12, "tf32": 399e12, "tf32x3": 133e12, "int8": 1600e12}
 
 Sizes = Mapping[str, int]
-"""What each letter of `types.DIMENSIONS` is in one call; `bytes` of a float; `integer`: see `sizes_of`."""
+"""What each letter of `types.DIMENSIONS` is in one call, and what `sizes_of` adds."""
 
 
 class Work(NamedTuple):
@@ -238,8 +238,8 @@ class Call(NamedTuple):
 def sizes_of(values: Mapping[str, Any], promise: Promise) -> dict[str, int]:
     """The letters of a call's arrays by name.
 
-    Besides `bytes` of a float, `weights`: how many there are, `integer`: whether they are quantised, and
-    `onto`: whether the gradient is added to another.
+    Besides `bytes` of a float, `weights`: how many there are, `integer`: whether they are quantised,
+    and `onto`: whether the gradient is added to another.
     """
     sizes = {"bytes": 4, "weights": 0, "integer": 0, "onto": 0}
     for name, value in values.items():
@@ -291,7 +291,7 @@ class Recorder(Door):
 
 
 class ShapesOnly:
-    """Operations on arrays of one number, whatever their shape: nothing is computed, nothing allocated."""
+    """Operations on arrays of one number, whatever their shape: nothing is computed or allocated."""
 
     prefers_packed = False
 
@@ -381,21 +381,28 @@ def total(calls: Sequence[Call], matmul: str = "float32") -> float:
 
 def lines(calls: Sequence[Call], tokens: int, matmul: str) -> list[str]:
     """A table of the calls, equal ones together, and the floor of the whole."""
-    shown = [
-        f"{'operation':72s}{'x':>4s}{'GFLOP':>9s}{'MB':>9s}{'FLOP/B':>8s}{'memory us':>11s}{'math us':>10s}  bound"
-    ]
+    head = ("x", "GFLOP", "MB", "FLOP/B", "memory us", "math us")
+    shown = [f"{'operation':72s}" + "".join(f"{name:>10s}" for name in head) + "  bound"]
     for call, count in Counter(calls).items():
         floor = call.floor
-        memory, math_s = floor.memory_seconds(), floor.arithmetic_seconds(matmul)
+        memory, arithmetic = floor.memory_seconds(), floor.arithmetic_seconds(matmul)
+        numbers = (
+            floor.flops / 1e9,
+            floor.bytes / 1e6,
+            floor.intensity,
+            memory * 1e6,
+            arithmetic * 1e6,
+        )
         shown.append(
-            f"{call!s:72s}{count:4d}{floor.flops / 1e9:9.2f}{floor.bytes / 1e6:9.1f}{floor.intensity:8.1f}"
-            f"{memory * 1e6:11.1f}{math_s * 1e6:10.1f}  {'memory' if memory > math_s else 'arithmetic'}"
+            f"{call!s:72s}{count:10d}"
+            + "".join(f"{number:10.2f}" for number in numbers)
+            + ("  memory" if memory > arithmetic else "  arithmetic")
         )
     work = sum((call.floor for call in calls), Work())
     seconds = total(calls, matmul)
     shown.append(
-        f"a step of {tokens:,} tokens: {work.flops / 1e12:.2f} TFLOP, {work.bytes / 1e9:.1f} GB; at least "
-        f"{seconds * 1e3:.2f} ms in {matmul}, {tokens / seconds / 1e3:,.0f} k tokens/s"
+        f"a step of {tokens:,} tokens: {work.flops / 1e12:.2f} TFLOP, {work.bytes / 1e9:.1f} GB; at "
+        f"least {seconds * 1e3:.2f} ms in {matmul}, {tokens / seconds / 1e3:,.0f} k tokens/s"
     )
     return shown
 
