@@ -386,13 +386,8 @@ def lines(calls: Sequence[Call], tokens: int, matmul: str) -> list[str]:
     for call, count in Counter(calls).items():
         floor = call.floor
         memory, arithmetic = floor.memory_seconds(), floor.arithmetic_seconds(matmul)
-        numbers = (
-            floor.flops / 1e9,
-            floor.bytes / 1e6,
-            floor.intensity,
-            memory * 1e6,
-            arithmetic * 1e6,
-        )
+        numbers = [floor.flops / 1e9, floor.bytes / 1e6, floor.intensity]
+        numbers += [memory * 1e6, arithmetic * 1e6]
         shown.append(
             f"{call!s:72s}{count:10d}"
             + "".join(f"{number:10.2f}" for number in numbers)

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--sections ours-B torch-B ...] [--seconds 1] [--minutes 9.5]
 
 Each section is a process of its own with a time of its own: what fails or takes too long loses its own
-rows alone. After every section `results/gpu-<device>-<date>.json` and `.md` say what was measured. Needs
-CuPy, PyTorch for the peers, and matplotlib for the plot.
+rows alone. After each `results/gpu-<device>-<date>.json` and `.md` say what was measured. Needs CuPy,
+PyTorch for the peers, and matplotlib for the plot.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def batches_of(size: str, config: ModelConfig) -> np.ndarray:
 
 
 def rate(call: Callable[[], object], synchronise: Callable[[], object], seconds: float) -> float:
-    """Seconds of a call by the host's clock, in a row of calls at whose end the device is waited for."""
+    """Seconds of a call by the host's clock; the device is waited for at the end of a row of calls."""
     # Each batch once: from then on all is compiled, recorded and allocated.
     for _ in range(BATCHES):
         call()

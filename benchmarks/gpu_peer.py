@@ -68,6 +68,8 @@ def whole_models(job: Job, size: str, side: str) -> Iterator[Row]:
         load(model, {key: torch.from_numpy(array) for key, array in parameters.tensors.items()})
         del parameters
         model = model.to(job.torch_device)
+        if job.torch_device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         tokens = torch.from_numpy(batches_of(size, config)).to(job.torch_device)
         peer = TorchSide(model, compiled(model), tokens)
         per_step = tokens[0, :, 1:].numel()
@@ -142,7 +144,7 @@ def device_seconds(job: Job, call: Callable[[], object], repeats: int = REPEATS)
     graph.replay()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3 / repeats
+    return max(first.elapsed_time(last) / 1e3 / repeats, 1e-9)
 
 
 def products(
