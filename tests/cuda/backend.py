@@ -15,7 +15,7 @@ def cuda_operations(**options: Any) -> Operations:
     """The backend; emulated, each operation runs with its threads in the next of `ORDERS`."""
     if not has_gpu():
         install()
-    from mhmoe_np.operations.cuda import CudaOperations
+    from mhmoe_np.operations.cuda.backend import CudaOperations
 
     ops = cast(Operations, CudaOperations(**{"keep_buffers": False, **options}))
     return ops if has_gpu() else cast(Operations, _InEveryOrder(ops))

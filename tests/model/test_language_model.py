@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_np.audit.models import KINDS, QUANTISED, parameters
 from mhmoe_np.inference.evaluate import score_stream
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
@@ -54,7 +54,7 @@ def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendNa
     logits_BTV = (x_ND @ model.weights.output_VD.T).reshape(2, 11, -1)
     cache = KeyValueCache(model, sequences=2, positions=11, ops=ops)
     for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10), (10, 11)):
-        logits_BV = decode(model, cache, id_BT[:, first:last], ops=ops)
+        logits_BV = cache.extend(id_BT[:, first:last])
         expected_BV = logits_BTV[:, last - 1]
         assert np.abs(logits_BV - expected_BV).max() <= 1e-5 * np.abs(expected_BV).max()
 

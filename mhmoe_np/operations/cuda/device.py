@@ -43,7 +43,12 @@ class Kernels:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def launch(
-        self, kernel: str, dtype: DTypeLike, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any
+        self,
+        kernel: str,
+        dtype: DTypeLike,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *arguments: Any,
     ) -> None:
         """Start a kernel on the current stream; an empty grid starts nothing.
 
@@ -59,9 +64,7 @@ class Kernels:
 
     def _module(self, dtype: str) -> Any:
         if dtype not in self._modules:
-            self._modules[dtype] = cupy.RawModule(
-                code=source_of(self._name), options=options_of(dtype)
-            )
+            self._modules[dtype] = cupy.RawModule(code=source_of(self._name), options=options_of(dtype))
         return self._modules[dtype]
 
 

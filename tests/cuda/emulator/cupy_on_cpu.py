@@ -25,9 +25,22 @@ from typing import Any
 
 import numpy as np
 
+__version__ = "emulated"
 HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
 COMPILER = [
-    *("g++", "-std=c++20", "-O2", "-g1", "-march=native", "-fPIC", "-shared", "-pthread", "-x", "c++", "-"),
+    *(
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-g1",
+        "-march=native",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-x",
+        "c++",
+        "-",
+    ),
     *("-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused"),
 ]
 POISON = 0xFF  # of memory that nobody wrote: NaN, or -1
@@ -124,7 +137,9 @@ class ndarray:  # noqa: N801
             if not (part is None or part is Ellipsis or isinstance(part, slice | int)):
                 raise TypeError(f"indexing by {type(part).__name__}: a kernel's work")
         view = self._memory[where]
-        return _array(view if isinstance(view, np.ndarray) else self._memory[(*_tuple(where), None)].reshape(()))
+        return _array(
+            view if isinstance(view, np.ndarray) else self._memory[(*_tuple(where), None)].reshape(())
+        )
 
     def __setitem__(self, where: Any, value: Any) -> None:
         target = self[where]._memory
@@ -147,7 +162,7 @@ class ndarray:  # noqa: N801
         emulation.waits += 1
         return self._memory.copy()
 
-    def set(self, array: np.ndarray) -> None:
+    def set(self, array: np.ndarray, stream: Any = None) -> None:
         if array.dtype != self.dtype or array.shape != self.shape:
             raise ValueError(f"{array.dtype}{array.shape} into {self.dtype}{self.shape}")
         _not_while_capturing("a copy to the device")
@@ -202,7 +217,9 @@ def compiled(code: str, options: tuple[str, ...]) -> Path:
     names = re.findall(
         r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', code
     )
-    unit = f'#include "{HEADER}"\n#line 1 "kernel.cu"\n{code}\n' + "".join(f"EMULATED({n})\n" for n in names)
+    unit = f'#include "{HEADER}"\n#line 1 "kernel.cu"\n{code}\n' + "".join(
+        f"EMULATED({n})\n" for n in names
+    )
     flags = [o for o in options if o.startswith("-D")] + os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
     return library_of(unit, [*COMPILER, *flags], HEADER.read_text(encoding="utf-8"))
 
@@ -224,16 +241,32 @@ def library_of(unit: str, command: list[str], also: str = "") -> Path:
 
 class _Kernel:
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self._launch, signature = getattr(library, f"launch_{name}"), getattr(library, f"signature_{name}")
+        self._launch, signature = (
+            getattr(library, f"launch_{name}"),
+            getattr(library, f"signature_{name}"),
+        )
         self._launch.restype = signature.restype = ctypes.c_char_p
-        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p]
+        self._launch.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_uint,
+            ctypes.c_void_p,
+        ]
         self._name, self._parameters = name, signature().decode().split()
 
     def __call__(
-        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
+        shared_mem: int = 0,
     ) -> None:
         if len(args) != len(self._parameters):
-            raise TypeError(f"{self._name}: {len(args)} arguments for {len(self._parameters)} parameters")
+            raise TypeError(
+                f"{self._name}: {len(args)} arguments for {len(self._parameters)} parameters"
+            )
         if any(not 1 <= n <= most for n, most in zip(grid, MAX_GRID, strict=False)):
             raise ValueError(f"{self._name}: a grid of {grid}")
         values = []
