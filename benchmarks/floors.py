@@ -293,7 +293,13 @@ class Recorder(Door):
 class ShapesOnly:
     """Operations on arrays of one number, whatever their shape: nothing is computed or allocated."""
 
-    prefers_packed = False
+    name, prefers_packed = "shapes", False
+
+    def device(self) -> None:
+        return None
+
+    def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda fixed, *arrays: work(fixed, *map(self.to_device, arrays))
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, (0,) * len(shape))
