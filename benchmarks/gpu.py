@@ -154,30 +154,30 @@ class Outcome(NamedTuple):
 def in_a_process(command: list[str], seconds: float) -> Outcome:
     """Run a section's command; its rows are kept, whatever becomes of it, and all it says is shown."""
     start, rows, last = time.perf_counter(), [], ""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     late = threading.Event()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
 
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(seconds, end)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(MARK):
-                rows.append(json.loads(line.removeprefix(MARK)))
-                print("  " + shown(rows[-1]), flush=True)
-            elif line.strip():
-                last = line.strip()
-                print("  | " + last, flush=True)
-        code = process.wait()
-    finally:
-        timer.cancel()
-        if process.poll() is None:
+        def end() -> None:
+            late.set()
             process.kill()
-            process.wait()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    rows.append(json.loads(line.removeprefix(MARK)))
+                    print("  " + shown(rows[-1]), flush=True)
+                elif line.strip():
+                    last = line.strip()
+                    print("  | " + last, flush=True)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()  # where it still runs: this side was interrupted
     error = None if code == 0 else f"ended after {seconds:.0f} s" if late.is_set() else last
     return Outcome(rows, time.perf_counter() - start, error)
 
