@@ -10,6 +10,7 @@ import numpy as np
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.memory import Memory
 from mhmoe_np.operations.table import Quantization
+from mhmoe_np.settings.run import Matmul
 from mhmoe_np.types import FloatArray
 
 THREADS = 256
@@ -28,8 +29,8 @@ class Chunks(NamedTuple):
 class QuantiseWeight(Memory):
     """See `Operations`: quantisation of weights."""
 
-    def __init__(self, *, keep_buffers: bool) -> None:
-        super().__init__(keep_buffers=keep_buffers)
+    def __init__(self, *, keep_buffers: bool, matmul: Matmul) -> None:
+        super().__init__(keep_buffers=keep_buffers, matmul=matmul)
         self._chunks: dict[tuple[tuple[int, ...], int], Chunks] = {}
 
     def quantise_weight(
