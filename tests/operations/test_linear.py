@@ -220,13 +220,35 @@ def test_the_linear_backward_is_straight_through(name: str) -> None:
 # ---- special promises ------------------------------------------------------------------------
 
 
+@of_each_backend
 @of_each_dtype
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 9, 40])
-def test_a_sum_of_nothing_is_a_positive_zero(dtype: Any, size: int) -> None:
+def test_a_sum_of_nothing_is_a_positive_zero(dtype: Any, name: str, size: int) -> None:
     # Its products are all -0, of which integers know nothing.
     bits = BitWeight(np.zeros((size, size), dtype), np.ones(size, dtype))
     for rows in (1, size):
         x = np.full((rows, size), -1, dtype)
-        for ops in BACKENDS.values():
-            for w in (bits, packed_weight(bits, "ternary-2bit")):
-                same_bits(ops.linear(x, w, None), np.zeros((rows, size), dtype))
+        for w in (bits, packed_weight(bits, "ternary-2bit")):
+            same_bits(BACKENDS[name].linear(x, w, None), np.zeros((rows, size), dtype))
+
+
+@of_each_backend
+@of_each_dtype
+@given(N=TINY, I=WIDTHS, O=WIDTHS, seed=SEEDS)
+@quick(10)
+def test_a_bias_is_added_to_a_bit_linear_with_one_rounding(
+    dtype: Any, name: str, N: int, I: int, O: int, seed: int
+) -> None:
+    r = Inputs(seed, dtype)
+    bits, x, b = r.bits("ternary-2bit", O, I), r(N, I), r(O)
+    y = NUMPY.linear(x, bits, None)
+    for w in (bits, packed_weight(bits, "ternary-2bit")):
+        same_bits(BACKENDS[name].linear(x, w, b), y + b)
+
+
+@of_each_backend
+def test_packed_weights_have_no_gradient(name: str) -> None:
+    r = Inputs(22, np.float32)
+    w = packed_weight(r.bits("ternary-2bit", 3, 4), "ternary-2bit")
+    with pytest.raises(TypeError, match="packed weights have no gradient"):
+        BACKENDS[name].linear_backward(r(5, 3), r(5, 4), w, r(3, 4), None)
