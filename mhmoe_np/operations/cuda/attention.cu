@@ -16,6 +16,7 @@ constexpr int SPLIT = 2 * TILE;                     // positions of a cache that
 // A thread's rows of a tile: eight where the registers allow two blocks on a multiprocessor, else four; of double half.
 template <int WIDTH> constexpr int FORWARD_ROWS = (WIDTH == 64 ? 8 : 4) / (REAL_IS_DOUBLE ? 2 : 1);
 constexpr int BACKWARD_ROWS = REAL_IS_DOUBLE ? 2 : 4;
+constexpr int BLOCKS = REAL_IS_DOUBLE ? 1 : 2;  // on a multiprocessor: of float 128 registers a thread
 
 struct alignas(16) Vector { REAL at[VECTOR]; };
 __device__ const Vector& vector_at(const REAL* place) { return *reinterpret_cast<const Vector*>(place); }
@@ -260,10 +261,10 @@ __device__ void attention_of_block(VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REA
   attention_of_block(STEPS(q_BTAC), STEPS(k_BSGC), STEPS(v_BSGC), out_BTAC, log_sum_exp_BAT, B, T, S, A, G, C, aligned, \
                      scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_32(ATTENTION_PARAMETERS) { ATTENTION(32); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_64(ATTENTION_PARAMETERS) { ATTENTION(64); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_128(ATTENTION_PARAMETERS) { ATTENTION(128); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_256(ATTENTION_PARAMETERS) { ATTENTION(256); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_32(ATTENTION_PARAMETERS) { ATTENTION(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_64(ATTENTION_PARAMETERS) { ATTENTION(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_128(ATTENTION_PARAMETERS) { ATTENTION(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_256(ATTENTION_PARAMETERS) { ATTENTION(256); }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 //
@@ -398,12 +399,12 @@ __device__ void key_value_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dk_BTGC), W
   __shared__ Room<WIDTH, BACKWARD_ROWS> room; \
   key_value_gradient(BACKWARD_ARGUMENTS, STEPS(dk_BTGC), STEPS(dv_BTGC), room, kept)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradient_32(DQ_PARAMETERS) { DQ(32); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradient_64(DQ_PARAMETERS) { DQ(64); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) query_gradient_128(DQ_PARAMETERS) { DQ(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_32(DQ_PARAMETERS) { DQ(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_64(DQ_PARAMETERS) { DQ(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_128(DQ_PARAMETERS) { DQ(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) query_gradient_256(DQ_PARAMETERS) { DQ(256); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_gradient_32(DKV_PARAMETERS) { DKV(32); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) key_value_gradient_64(DKV_PARAMETERS) { DKV(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) key_value_gradient_32(DKV_PARAMETERS) { DKV(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) key_value_gradient_64(DKV_PARAMETERS) { DKV(64); }
 extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_128(DKV_PARAMETERS) { DKV(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_256(DKV_PARAMETERS) { DKV(256); }
 
@@ -437,9 +438,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   attention_of_block(STEPS(q_BTAC), kv_BY2GC, (long long)Y * position, position, C, kv_BY2GC + G * C, (long long)Y * position, position, \
                      C, out_BTAC, nullptr, B, T, (int)filled_1[0] + T, A, G, C, aligned, scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) cached_attention_32(CACHED_PARAMETERS) { CACHED(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) cached_attention_32(CACHED_PARAMETERS) { CACHED(32); }
 extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_64(CACHED_PARAMETERS) { CACHED(64); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) cached_attention_128(CACHED_PARAMETERS) { CACHED(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) cached_attention_128(CACHED_PARAMETERS) { CACHED(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_256(CACHED_PARAMETERS) { CACHED(256); }
 
 // One query a sequence, T = 1. A tile's rows are the attention heads of a group, so that the cache is read once for all
@@ -475,10 +476,10 @@ __device__ void attention_step(CACHE_PARAMETERS, REAL* parts, int splits, CACHE_
   __shared__ Room<WIDTH, 1> room; \
   attention_step(STEPS(q_BTAC), kv_BY2GC, filled_1, parts, splits, Y, A, G, C, aligned, scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_step_32(STEP_PARAMETERS) { ATTENTION_STEP(32); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_step_64(STEP_PARAMETERS) { ATTENTION_STEP(64); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_step_128(STEP_PARAMETERS) { ATTENTION_STEP(128); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_step_256(STEP_PARAMETERS) { ATTENTION_STEP(256); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_32(STEP_PARAMETERS) { ATTENTION_STEP(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_64(STEP_PARAMETERS) { ATTENTION_STEP(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_128(STEP_PARAMETERS) { ATTENTION_STEP(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_256(STEP_PARAMETERS) { ATTENTION_STEP(256); }
 
 // out = sum_i e^(m_i - m) sums_i / sum_i e^(m_i - m) total_i over the parts in order, m their largest score. A block is
 // a head. Moves 4 B A C S / SPLIT bytes: bound by a launch.
