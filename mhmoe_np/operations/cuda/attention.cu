@@ -12,11 +12,11 @@ constexpr int STEP = 32;                            // places of the width that 
 constexpr int VECTOR = 16 / sizeof(REAL);           // numbers of one load of 16 bytes
 constexpr int PAD = VECTOR;                         // so that eight neighbouring rows lie in different banks
 constexpr int SPLIT = 2 * TILE;                     // positions of a cache that one block attends to
-constexpr int FORWARD_ROWS = REAL_IS_DOUBLE ? 4 : 8;
 
-// Rows of a thread in the backward, where the sums need more registers: fewer at the greatest width.
-template <int WIDTH> constexpr int QUERY_ROWS = WIDTH > 128 ? FORWARD_ROWS / 2 : FORWARD_ROWS;
-template <int WIDTH> constexpr int KEY_ROWS = WIDTH > 128 ? FORWARD_ROWS / 2 : FORWARD_ROWS;
+// A thread's rows of a tile: eight where the registers allow two blocks on a multiprocessor, else four; of double half.
+template <int WIDTH> constexpr int FORWARD_ROWS = (WIDTH == 64 ? 8 : 4) / (REAL_IS_DOUBLE ? 2 : 1);
+constexpr int BACKWARD_ROWS = REAL_IS_DOUBLE ? 2 : 4;
+constexpr int BLOCKS = REAL_IS_DOUBLE ? 1 : 2;  // on a multiprocessor: of float 128 registers a thread
 
 struct alignas(16) Vector { REAL at[VECTOR]; };
 __device__ const Vector& vector_at(const REAL* place) { return *reinterpret_cast<const Vector*>(place); }
@@ -38,15 +38,14 @@ __device__ REAL largest_of_row(REAL x) {
   return x;
 }
 
-// Rows of one head, row i at first + i * step; from row `count` on they count as 0.
+// Rows of one head, row i at first + i * step; from row `count` on they count as 0. A tile of them lies within 2^31.
 struct Rows {
   const REAL* first;
-  long long step;
-  int count, width;
+  int step, count, width;
   bool aligned;  // whether all rows may be read 16 bytes at a time
 };
 __device__ Rows rows_from(const Rows& rows, int row) {
-  return {rows.first + row * rows.step, rows.step, rows.count - row, rows.width, rows.aligned};
+  return {rows.first + (long long)row * rows.step, rows.step, rows.count - row, rows.width, rows.aligned};
 }
 
 // What a block's shared memory holds in turn: pieces of two tiles of rows, or a tile of weights and rows to be summed.
@@ -70,7 +69,7 @@ template <int COUNT, int PLACES, int STRIDE> __device__ void load(const Rows& ro
       *reinterpret_cast<Vector*>(&to[row][c]) = x;
     }
   } else {
-    #pragma unroll
+    #pragma unroll 1
     for (int i = 0; i < COUNT * PLACES; i += THREADS) {
       const int row = (i + threadIdx.x) / PLACES, c = (i + threadIdx.x) % PLACES;
       to[row][c] = row < rows.count && place + c < rows.width ? rows.first[row * rows.step + place + c] : 0;
@@ -129,19 +128,21 @@ __device__ void accumulate(const Rows& rows, Room<WIDTH, ROWS>& room, REAL (&sum
     __syncthreads();
     #pragma unroll 1
     for (int s = 0; s < DEPTH; s += VECTOR) {
-      Vector weight[ROWS];
       #pragma unroll
-      for (int i = 0; i < ROWS; ++i) weight[i] = vector_at(&room.weight[row_of(i)][first + s]);
-      #pragma unroll
-      for (int v = 0; v < VECTOR; ++v)
+      for (int q = 0; q < PLACES<WIDTH>; q += N) {
+        Neighbours<N> y[VECTOR];
         #pragma unroll
-        for (int q = 0; q < PLACES<WIDTH>; q += N) {
-          const auto y = *reinterpret_cast<const Neighbours<N>*>(&room.row[s + v][place_of<WIDTH>(q)]);
+        for (int v = 0; v < VECTOR; ++v)
+          y[v] = *reinterpret_cast<const Neighbours<N>*>(&room.row[s + v][place_of<WIDTH>(q)]);
+        #pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const Vector weight = vector_at(&room.weight[row_of(i)][first + s]);
           #pragma unroll
-          for (int i = 0; i < ROWS; ++i)
+          for (int v = 0; v < VECTOR; ++v)
             #pragma unroll
-            for (int n = 0; n < N; ++n) sum[i][q + n] = fma(weight[i].at[v], y.at[n], sum[i][q + n]);
+            for (int n = 0; n < N; ++n) sum[i][q + n] = fma(weight.at[v], y[v].at[n], sum[i][q + n]);
         }
+      }
     }
   }
   __syncthreads();  // the room is free
@@ -156,19 +157,19 @@ template <int ROWS> __device__ void write_weights(const REAL (&score)[ROWS][COLU
 
 // One head's rows of a tile, written where there are any.
 template <int WIDTH, int ROWS>
-__device__ void write_rows(const REAL (&sum)[ROWS][PLACES<WIDTH>], REAL* to, long long step, int count, int C) {
+__device__ void write_rows(const REAL (&sum)[ROWS][PLACES<WIDTH>], REAL* to, int step, int count, int C) {
   #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     if (row_of(i) >= count) continue;
     #pragma unroll
     for (int q = 0; q < PLACES<WIDTH>; ++q)
-      if (place_of<WIDTH>(q) < C) to[row_of(i) * step + place_of<WIDTH>(q)] = sum[i][q];
+      if (place_of<WIDTH>(q) < C) to[(long long)row_of(i) * step + place_of<WIDTH>(q)] = sum[i][q];
   }
 }
 
 // A view [B, T, heads, C] as a kernel's parameters: its memory and its steps by sequence, position and head.
-#define VIEW(x) const REAL *x, long long x##_b, long long x##_t, long long x##_head
-#define WRITTEN_VIEW(x) REAL *x, long long x##_b, long long x##_t, long long x##_head
+#define VIEW(x) const REAL *x, long long x##_b, int x##_t, int x##_head
+#define WRITTEN_VIEW(x) REAL *x, long long x##_b, int x##_t, int x##_head
 #define STEPS(x) x, x##_b, x##_t, x##_head
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ __device__ void attention_of_block(VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REA
                                    Room<WIDTH, ROWS>& room) {
   const int heads = B * A, b = blockIdx.x % heads / A, a = blockIdx.x % A, g = a / (A / G);
   const int first = (gridDim.x / heads - 1 - blockIdx.x / heads) * ROWS * LANES, count = min(ROWS * LANES, T - first);
-  const Rows queries = {q_BTAC + b * q_BTAC_b + first * q_BTAC_t + a * q_BTAC_head, q_BTAC_t, count, C, aligned};
+  const Rows queries = {q_BTAC + b * q_BTAC_b + first * (long long)q_BTAC_t + a * q_BTAC_head, q_BTAC_t, count, C, aligned};
   const int seen = S - T + first + 1, end = seen + count - 1;
   const Rows keys = {k_BSGC + b * k_BSGC_b + g * k_BSGC_head, k_BSGC_t, end, C, aligned};
   const Rows values = {v_BSGC + b * v_BSGC_b + g * v_BSGC_head, v_BSGC_t, end, C, aligned};
@@ -248,7 +249,7 @@ __device__ void attention_of_block(VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REA
     #pragma unroll
     for (int q = 0; q < PLACES<WIDTH>; ++q) softmax.sum[i][q] /= total;
   }
-  const long long step = (long long)A * C;
+  const int step = A * C;
   write_rows<WIDTH>(softmax.sum, out_BTAC + ((long long)b * T + first) * step + a * C, step, count, C);
 }
 
@@ -256,14 +257,14 @@ __device__ void attention_of_block(VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REA
   VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REAL *out_BTAC, REAL *log_sum_exp_BAT, int B, int T, int S, int A, int G, \
       int C, bool aligned, REAL scale
 #define ATTENTION(WIDTH)                                                                                              \
-  __shared__ Room<WIDTH, FORWARD_ROWS> room;                                                                          \
+  __shared__ Room<WIDTH, FORWARD_ROWS<WIDTH>> room;                                                                          \
   attention_of_block(STEPS(q_BTAC), STEPS(k_BSGC), STEPS(v_BSGC), out_BTAC, log_sum_exp_BAT, B, T, S, A, G, C, aligned, \
                      scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_32(ATTENTION_PARAMETERS) { ATTENTION(32); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_64(ATTENTION_PARAMETERS) { ATTENTION(64); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_128(ATTENTION_PARAMETERS) { ATTENTION(128); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_256(ATTENTION_PARAMETERS) { ATTENTION(256); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_32(ATTENTION_PARAMETERS) { ATTENTION(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_64(ATTENTION_PARAMETERS) { ATTENTION(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_128(ATTENTION_PARAMETERS) { ATTENTION(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_256(ATTENTION_PARAMETERS) { ATTENTION(256); }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 //
@@ -284,20 +285,39 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x % WARP == 0) dot_BAT[((long long)b * A + a) * T + t] = dot;
 }
 
-// Turns the products q k^T into p and dp into c ds, for rows of queries and columns of keys or, TURNED, the other way.
-// Of queries are given log-sum-exp and dot, of what is not seen p is 0.
-template <int ROWS, bool TURNED>
-__device__ void softmax_backward(int first_row, int first_column, int T, const REAL* log_sum_exp_T, const REAL* dot_T,
-                                 REAL scale, REAL (&p)[ROWS][COLUMNS], REAL (&dp)[ROWS][COLUMNS]) {
+// Where in the scores a thread's entry lies: rows are queries and columns keys or, TURNED, the other way.
+struct Entry { int query, key; };
+template <bool TURNED> __device__ Entry entry(int first_row, int first_column, int i, int j) {
+  const int row = first_row + row_of(i), column = first_column + lane() + LANES * j;
+  if (TURNED) return {column, row};
+  return {row, column};
+}
+
+// Turns q k^T into p = e^(s - log-sum-exp), 0 where a query does not see the key.
+template <bool TURNED, int ROWS>
+__device__ void probabilities(int first_row, int first_column, int T, const REAL* log_sum_exp_BAT, long long row, REAL scale,
+                              REAL (&p)[ROWS][COLUMNS]) {
   #pragma unroll
   for (int i = 0; i < ROWS; ++i)
     #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
-      const int row = first_row + row_of(i), column = first_column + lane() + LANES * j;
-      const int query = TURNED ? column : row, key = TURNED ? row : column;
-      const bool seen = key <= query && query < T;
-      p[i][j] = seen ? exp(p[i][j] * scale - log_sum_exp_T[query]) : 0;
-      dp[i][j] = seen ? p[i][j] * (dp[i][j] - dot_T[query]) * scale : 0;
+      const auto at = entry<TURNED>(first_row, first_column, i, j);
+      const bool seen = at.key <= at.query && at.query < T;
+      p[i][j] = seen ? exp(p[i][j] * scale - log_sum_exp_BAT[row + at.query]) : 0;
+    }
+}
+
+// Turns dp into c ds = c p (dp - dot), 0 where a query does not see the key.
+template <bool TURNED, int ROWS>
+__device__ void score_gradients(int first_row, int first_column, int T, const REAL* dot_BAT, long long row, REAL scale,
+                                const REAL (&p)[ROWS][COLUMNS], REAL (&dp)[ROWS][COLUMNS]) {
+  #pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+    #pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+      const auto at = entry<TURNED>(first_row, first_column, i, j);
+      const bool seen = at.key <= at.query && at.query < T;
+      dp[i][j] = seen ? p[i][j] * (dp[i][j] - dot_BAT[row + at.query]) * scale : 0;
     }
 }
 
@@ -314,8 +334,9 @@ template <int WIDTH, int ROWS>
 __device__ void query_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dq_BTAC), Room<WIDTH, ROWS>& room) {
   const int heads = B * A, b = blockIdx.x % heads / A, a = blockIdx.x % A, g = a / (A / G);
   const int first = (gridDim.x / heads - 1 - blockIdx.x / heads) * ROWS * LANES, count = min(ROWS * LANES, T - first);
-  const long long row = ((long long)b * A + a) * T, step = (long long)A * C;
-  const Rows queries = {q_BTAC + b * q_BTAC_b + first * q_BTAC_t + a * q_BTAC_head, q_BTAC_t, count, C, aligned};
+  const long long row = ((long long)b * A + a) * T;
+  const int step = A * C;
+  const Rows queries = {q_BTAC + b * q_BTAC_b + first * (long long)q_BTAC_t + a * q_BTAC_head, q_BTAC_t, count, C, aligned};
   const Rows dout = {dout_BTAC + ((long long)b * T + first) * step + a * C, step, count, C, aligned};
   const Rows keys = {k_BTGC + b * k_BTGC_b + g * k_BTGC_head, k_BTGC_t, first + count, C, aligned};
   const Rows values = {v_BTGC + b * v_BTGC_b + g * v_BTGC_head, v_BTGC_t, first + count, C, aligned};
@@ -323,12 +344,13 @@ __device__ void query_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dq_BTAC), Room<
   #pragma unroll 1
   for (int key = 0; key < first + count; key += TILE) {
     multiply(queries, rows_from(keys, key), room, p);
+    probabilities<false>(first, key, T, log_sum_exp_BAT, row, scale, p);
     multiply(dout, rows_from(values, key), room, ds);
-    softmax_backward<ROWS, false>(first, key, T, log_sum_exp_BAT + row, dot_BAT + row, scale, p, ds);
+    score_gradients<false>(first, key, T, dot_BAT, row, scale, p, ds);
     write_weights(ds, room.weight);
     accumulate(rows_from(keys, key), room, dq);
   }
-  write_rows<WIDTH>(dq, dq_BTAC + b * dq_BTAC_b + first * dq_BTAC_t + a * dq_BTAC_head, dq_BTAC_t, count, C);
+  write_rows<WIDTH>(dq, dq_BTAC + b * dq_BTAC_b + first * (long long)dq_BTAC_t + a * dq_BTAC_head, dq_BTAC_t, count, C);
 }
 
 // dk and dv: four products for each tile of queries, of each attention head of the group in order. A block is a
@@ -336,12 +358,12 @@ __device__ void query_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dq_BTAC), Room<
 // 4 B A C T (T + 1) FLOP; moves 4 B T C (2 A + 4 G) bytes: bound by arithmetic.
 template <int WIDTH, int ROWS>
 __device__ void key_value_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dk_BTGC), WRITTEN_VIEW(dv_BTGC),
-                                   Room<WIDTH, ROWS>& room) {
+                                   Room<WIDTH, ROWS>& room, REAL (*kept)[THREADS]) {
   const int heads = B * G, b = blockIdx.x % heads / G, g = blockIdx.x % G;
   const int first = blockIdx.x / heads * ROWS * LANES, count = min(ROWS * LANES, T - first);
-  const long long step = (long long)A * C;
-  const Rows keys = {k_BTGC + b * k_BTGC_b + first * k_BTGC_t + g * k_BTGC_head, k_BTGC_t, count, C, aligned};
-  const Rows values = {v_BTGC + b * v_BTGC_b + first * v_BTGC_t + g * v_BTGC_head, v_BTGC_t, count, C, aligned};
+  const int step = A * C;
+  const Rows keys = {k_BTGC + b * k_BTGC_b + first * (long long)k_BTGC_t + g * k_BTGC_head, k_BTGC_t, count, C, aligned};
+  const Rows values = {v_BTGC + b * v_BTGC_b + first * (long long)v_BTGC_t + g * v_BTGC_head, v_BTGC_t, count, C, aligned};
   REAL p[ROWS][COLUMNS], ds[ROWS][COLUMNS], dk[ROWS][PLACES<WIDTH>] = {}, dv[ROWS][PLACES<WIDTH>] = {};
   for (int a = g * (A / G); a < (g + 1) * (A / G); ++a) {
     const long long row = ((long long)b * A + a) * T;
@@ -350,33 +372,39 @@ __device__ void key_value_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dk_BTGC), W
     #pragma unroll 1
     for (int query = first; query < T; query += TILE) {
       multiply(keys, rows_from(queries, query), room, p);
-      multiply(values, rows_from(dout, query), room, ds);
-      softmax_backward<ROWS, true>(first, query, T, log_sum_exp_BAT + row, dot_BAT + row, scale, p, ds);
+      probabilities<true>(first, query, T, log_sum_exp_BAT, row, scale, p);
       write_weights(p, room.weight);
+      #pragma unroll
+      for (int e = 0; e < ROWS * COLUMNS; ++e) kept[e][threadIdx.x] = p[e / COLUMNS][e % COLUMNS];
       accumulate(rows_from(dout, query), room, dv);
+      multiply(values, rows_from(dout, query), room, ds);
+      #pragma unroll
+      for (int e = 0; e < ROWS * COLUMNS; ++e) p[e / COLUMNS][e % COLUMNS] = kept[e][threadIdx.x];
+      score_gradients<true>(first, query, T, dot_BAT, row, scale, p, ds);
       write_weights(ds, room.weight);
       accumulate(rows_from(queries, query), room, dk);
     }
   }
-  write_rows<WIDTH>(dk, dk_BTGC + b * dk_BTGC_b + first * dk_BTGC_t + g * dk_BTGC_head, dk_BTGC_t, count, C);
-  write_rows<WIDTH>(dv, dv_BTGC + b * dv_BTGC_b + first * dv_BTGC_t + g * dv_BTGC_head, dv_BTGC_t, count, C);
+  write_rows<WIDTH>(dk, dk_BTGC + b * dk_BTGC_b + first * (long long)dk_BTGC_t + g * dk_BTGC_head, dk_BTGC_t, count, C);
+  write_rows<WIDTH>(dv, dv_BTGC + b * dv_BTGC_b + first * (long long)dv_BTGC_t + g * dv_BTGC_head, dv_BTGC_t, count, C);
 }
 
 #define DQ_PARAMETERS BACKWARD_PARAMETERS, WRITTEN_VIEW(dq_BTAC)
 #define DQ(WIDTH)                                \
-  __shared__ Room<WIDTH, QUERY_ROWS<WIDTH>> room; \
+  __shared__ Room<WIDTH, BACKWARD_ROWS> room; \
   query_gradient(BACKWARD_ARGUMENTS, STEPS(dq_BTAC), room)
 #define DKV_PARAMETERS BACKWARD_PARAMETERS, WRITTEN_VIEW(dk_BTGC), WRITTEN_VIEW(dv_BTGC)
-#define DKV(WIDTH)                             \
-  __shared__ Room<WIDTH, KEY_ROWS<WIDTH>> room; \
-  key_value_gradient(BACKWARD_ARGUMENTS, STEPS(dk_BTGC), STEPS(dv_BTGC), room)
+#define DKV(WIDTH)                                            \
+  __shared__ REAL kept[BACKWARD_ROWS * COLUMNS][THREADS];      \
+  __shared__ Room<WIDTH, BACKWARD_ROWS> room; \
+  key_value_gradient(BACKWARD_ARGUMENTS, STEPS(dk_BTGC), STEPS(dv_BTGC), room, kept)
 
-extern "C" __global__ void __launch_bounds__(THREADS) query_gradient_32(DQ_PARAMETERS) { DQ(32); }
-extern "C" __global__ void __launch_bounds__(THREADS) query_gradient_64(DQ_PARAMETERS) { DQ(64); }
-extern "C" __global__ void __launch_bounds__(THREADS) query_gradient_128(DQ_PARAMETERS) { DQ(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_32(DQ_PARAMETERS) { DQ(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_64(DQ_PARAMETERS) { DQ(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient_128(DQ_PARAMETERS) { DQ(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) query_gradient_256(DQ_PARAMETERS) { DQ(256); }
-extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_32(DKV_PARAMETERS) { DKV(32); }
-extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_64(DKV_PARAMETERS) { DKV(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) key_value_gradient_32(DKV_PARAMETERS) { DKV(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) key_value_gradient_64(DKV_PARAMETERS) { DKV(64); }
 extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_128(DKV_PARAMETERS) { DKV(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_256(DKV_PARAMETERS) { DKV(256); }
 
@@ -391,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const long long position = filled_1[0] + t;
   if (position >= Y) return;
   REAL* kv_2GC = kv_BY2GC + (b * (long long)Y + position) * 2 * G * C;
-  const REAL *k_GC = k_BTGC + b * k_BTGC_b + t * k_BTGC_t, *v_GC = v_BTGC + b * v_BTGC_b + t * v_BTGC_t;
+  const REAL *k_GC = k_BTGC + b * k_BTGC_b + t * (long long)k_BTGC_t, *v_GC = v_BTGC + b * v_BTGC_b + t * (long long)v_BTGC_t;
   for (int i = threadIdx.x; i < G * C; i += THREADS) {
     const int g = i / C, c = i % C;
     kv_2GC[i] = k_GC[g * k_BTGC_head + c];
@@ -405,14 +433,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // T queries to the filled + T positions: as `attention`, the cache's heads being views.
 #define CACHED_PARAMETERS CACHE_PARAMETERS, REAL *out_BTAC, int B, int T, CACHE_SIZES
 #define CACHED(WIDTH)                                                                                           \
-  __shared__ Room<WIDTH, FORWARD_ROWS> room;                                                                    \
-  const long long position = 2 * G * C;                                                                         \
-  attention_of_block(STEPS(q_BTAC), kv_BY2GC, Y * position, position, C, kv_BY2GC + G * C, Y * position, position, \
+  __shared__ Room<WIDTH, FORWARD_ROWS<WIDTH>> room;                                                                    \
+  const int position = 2 * G * C;                                                                               \
+  attention_of_block(STEPS(q_BTAC), kv_BY2GC, (long long)Y * position, position, C, kv_BY2GC + G * C, (long long)Y * position, position, \
                      C, out_BTAC, nullptr, B, T, (int)filled_1[0] + T, A, G, C, aligned, scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_32(CACHED_PARAMETERS) { CACHED(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) cached_attention_32(CACHED_PARAMETERS) { CACHED(32); }
 extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_64(CACHED_PARAMETERS) { CACHED(64); }
-extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_128(CACHED_PARAMETERS) { CACHED(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) cached_attention_128(CACHED_PARAMETERS) { CACHED(128); }
 extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_256(CACHED_PARAMETERS) { CACHED(256); }
 
 // One query a sequence, T = 1. A tile's rows are the attention heads of a group, so that the cache is read once for all
@@ -434,12 +462,12 @@ __device__ void attention_step(CACHE_PARAMETERS, REAL* parts, int splits, CACHE_
   const Rows keys = {kv_Y2GC, position, end, C, aligned}, values = {kv_Y2GC + G * C, position, end, C, aligned};
   Softmax<WIDTH, 1> softmax;
   attend(queries, keys, values, begin, end, end, 0, scale, room, softmax);
-  const long long step = (long long)splits * (C + 2);  // from one head's part to the next head's
+  const int step = splits * (C + 2);  // from one head's part to the next head's
   REAL* part = parts + (b * (long long)A + a) * step + split * (C + 2);
   write_rows<WIDTH>(softmax.sum, part, step, count, C);
   if (lane() == 0 && row_of(0) < count) {
-    part[row_of(0) * step + C] = softmax.largest[0];
-    part[row_of(0) * step + C + 1] = softmax.total[0];
+    part[(long long)row_of(0) * step + C] = softmax.largest[0];
+    part[(long long)row_of(0) * step + C + 1] = softmax.total[0];
   }
 }
 
@@ -448,10 +476,10 @@ __device__ void attention_step(CACHE_PARAMETERS, REAL* parts, int splits, CACHE_
   __shared__ Room<WIDTH, 1> room; \
   attention_step(STEPS(q_BTAC), kv_BY2GC, filled_1, parts, splits, Y, A, G, C, aligned, scale, room)
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_step_32(STEP_PARAMETERS) { ATTENTION_STEP(32); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_step_64(STEP_PARAMETERS) { ATTENTION_STEP(64); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_step_128(STEP_PARAMETERS) { ATTENTION_STEP(128); }
-extern "C" __global__ void __launch_bounds__(THREADS) attention_step_256(STEP_PARAMETERS) { ATTENTION_STEP(256); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_32(STEP_PARAMETERS) { ATTENTION_STEP(32); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_64(STEP_PARAMETERS) { ATTENTION_STEP(64); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_128(STEP_PARAMETERS) { ATTENTION_STEP(128); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_256(STEP_PARAMETERS) { ATTENTION_STEP(256); }
 
 // out = sum_i e^(m_i - m) sums_i / sum_i e^(m_i - m) total_i over the parts in order, m their largest score. A block is
 // a head. Moves 4 B A C S / SPLIT bytes: bound by a launch.

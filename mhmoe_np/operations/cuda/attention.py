@@ -33,7 +33,7 @@ class Attention(Rotary):
         views = q_BTAC, k_BSGC, v_BSGC
         arrays = *_arguments(*views), out_BTAC, log_sum_exp_BAT
         width, numbers = _width(C), (B, T, S, A, G, C, _aligned(*views), C**-0.5)
-        grid = (B * A * blocks(T, _rows(real) * LANES),)
+        grid = (B * A * blocks(T, _forward_rows(width, real)),)
         KERNELS.launch(f"attention_{width}", real, grid, (THREADS,), *arrays, *numbers)
         return out_BTAC, log_sum_exp_BAT
 
@@ -60,7 +60,7 @@ class Attention(Rotary):
         views = q_BTAC, k_BTGC, v_BTGC
         arrays = *_arguments(*views), dout_BTAC, log_sum_exp_BAT, dot_BAT
         given = *arrays, B, T, A, G, C, _aligned(*views, dout_BTAC), C**-0.5
-        tiles = blocks(T, LANES * (_rows(real) // 2 if width > 128 else _rows(real)))
+        tiles = blocks(T, _backward_rows(real))
         KERNELS.launch(
             f"query_gradient_{width}", real, (B * A * tiles,), (THREADS,), *given, *_arguments(dq_BTAC)
         )
@@ -90,7 +90,7 @@ class Attention(Rotary):
         given = *_arguments(q_BTAC), kv_BY2GC, filled_1
         sizes = Y, A, G, C, _aligned(q_BTAC, kv_BY2GC), C**-0.5
         if T > 1:
-            grid = (B * A * blocks(T, _rows(real) * LANES),)
+            grid = (B * A * blocks(T, _forward_rows(width, real)),)
             name = f"cached_attention_{width}"
             KERNELS.launch(name, real, grid, (THREADS,), *given, out_BTAC, B, T, *sizes)
             return out_BTAC
@@ -104,9 +104,14 @@ class Attention(Rotary):
         return out_BTAC
 
 
-def _rows(real: DTypeLike) -> int:
-    """The rows of a tile that one thread has."""
-    return 8 if real == np.float32 else 4
+def _backward_rows(real: DTypeLike) -> int:
+    """The rows of a tile in the backward: 16 * BACKWARD_ROWS of attention.cu."""
+    return 64 if real == np.float32 else 32
+
+
+def _forward_rows(width: int, real: DTypeLike) -> int:
+    """The rows of a tile in the forward: 16 * FORWARD_ROWS of attention.cu."""
+    return _backward_rows(real) * (2 if width == 64 else 1)
 
 
 def _width(C: int) -> int:
@@ -120,8 +125,12 @@ def _width(C: int) -> int:
 
 
 def _arguments(*views: Any) -> list[Any]:
-    """Each view's memory and its steps."""
-    return [part for view in views for part in (strided(view), *map(np.int64, steps_of(view)))]
+    """Each view's memory and its steps by sequence, position and head."""
+    parts = []
+    for view in views:
+        sequence, position, head = steps_of(view)
+        parts += [strided(view), np.int64(sequence), position, head]
+    return parts
 
 
 def _aligned(*views: Any) -> bool:

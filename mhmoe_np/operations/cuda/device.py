@@ -24,7 +24,7 @@ class Strided(NamedTuple):
 
 def strided(array: Any) -> Strided:
     """A view as a kernel's argument; its last axis must be contiguous."""
-    if array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
         raise ValueError("a kernel takes views with a contiguous last axis alone")
     return Strided(array)
 
