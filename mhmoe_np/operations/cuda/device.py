@@ -87,3 +87,8 @@ def _argument(value: Any, real: np.dtype[Any]) -> Any:
 def blocks(items: int, per_block: int) -> int:
     """How many blocks of `per_block` items cover all."""
     return -(-items // per_block)
+
+
+def threads_of_row(columns: int) -> int:
+    """Of a block that has one row: whole warps, up to 256, with four numbers a thread at least."""
+    return min(256, blocks(columns, 4 * 32) * 32)
