@@ -1,4 +1,4 @@
-// The experts but for their products of matrices: gathering, activation, sub-norm, the gated sum, and their gradients.
+// The experts but for their products of matrices: activation, sub-norm, the gated sum, and their gradients.
 //
 // Rows are sorted by expert; those from start_Z[E] on, up to the bound that the host knows, are nobody's. Where a kernel
 // goes by rows, a warp has one.
@@ -21,15 +21,12 @@ __device__ int row_of_warp() { return blockIdx.x * ROWS + threadIdx.x / WARP; }
 
 // ---- numpy_ref.experts.expert_ffn ---------------------------------------------------------------------------------
 
-// x_RU[r] = x[s(r)], s(r) being the sub-token of row r; nobody's rows become 0.
-// No arithmetic; moves 8 R U bytes: bound by memory.
-extern "C" __global__ void __launch_bounds__(THREADS) gather_rows(
-    const REAL* x_MU, const long long* route_R, int choices, const long long* start_Z, int E, int bound, int U, REAL* x_RU) {
-  const int r = row_of_warp();
-  if (r >= bound) return;
-  const bool used = r < start_Z[E];
-  const REAL* x_U = x_MU + (used ? (int)route_R[r] / choices : 0LL) * U;
-  for (int u = threadIdx.x % WARP; u < U; u += WARP) x_RU[(long long)r * U + u] = used ? x_U[u] : REAL(0);
+// s[r], the sub-token of row r; 0 for nobody's rows.
+// No arithmetic; moves 16 R bytes: bound by a launch.
+extern "C" __global__ void __launch_bounds__(THREADS) sub_tokens_of_rows(
+    const long long* route_R, int choices, int bound, long long* sub_token_R) {
+  const int r = blockIdx.x * THREADS + threadIdx.x;
+  if (r < bound) sub_token_R[r] = route_R[r] < 0 ? 0 : (int)route_R[r] / choices;
 }
 
 // h = act(gate) * up; nobody's rows become 0, in gate_up too.

@@ -42,26 +42,22 @@ class Experts(Grouped):
         F, silu = F2 // 2, activation == "silu"
         y_MU: FloatArray = self.empty(x_MU.shape, dtype)
         rstd_R: FloatArray | None = None if sub_norm_EF is None else self.empty((R,), dtype)
-        gate_up_R2F: FloatArray = self.empty((R, F2), dtype)
+        if isinstance(gate_up_E2FU, BitWeight | PackedWeight):
+            gate_up_R2F = self._bit_gate_up(x_MU, route_R, K, start_Z, gate_up_E2FU)
+        else:
+            gate_up_R2F = self.empty((R, F2), dtype)
         with self.scope():
             n_RF: FloatArray = self.empty((R, F), dtype)
             if isinstance(gate_up_E2FU, BitWeight | PackedWeight):
-                x_RU: FloatArray = self.empty((R, U), dtype)
-                self._by_rows("gather_rows", R, dtype, x_MU, route_R, K, start_Z, E, R, U, x_RU)
-                gate_up_R2F = self.grouped_bit_linear(x_RU, start_Z, gate_up_E2FU)
                 self._activate(start_Z, gate_up_R2F, n_RF, silu=silu)
             else:
-                self.grouped_gate_up(
-                    *(x_MU, route_R, K, start_Z, gate_up_E2FU),
-                    silu=silu,
-                    gate_up_R2F=gate_up_R2F,
-                    h_RF=n_RF,
-                )
+                factors = (x_MU, route_R, K, start_Z, gate_up_E2FU)
+                self.grouped_gate_up(*factors, silu=silu, gate_up_R2F=gate_up_R2F, h_RF=n_RF)
             if sub_norm_EF is not None:
                 arguments = (start_Z, E, R, F, sub_norm_EF, eps, n_RF, rstd_R)
                 self._by_rows("norm_rows", R, dtype, *arguments)
             if isinstance(down_EUF, BitWeight | PackedWeight):
-                y_RU = self.grouped_bit_linear(n_RF, start_Z, down_EUF)
+                y_RU = self.grouped_bit_linear(n_RF, start_Z, down_EUF, rows=R)
             else:
                 y_RU = self.grouped_linear(n_RF, start_Z, down_EUF)
             self._by_rows("combine", M, dtype, y_RU, gate_MK, slot_MK, M, K, U, y_MU)
@@ -120,6 +116,22 @@ class Experts(Grouped):
             arguments = (dx_RU, dgate_R, slot_MK, M, K, U, dx_MU, dgate_MK)
             self._by_rows("combine_backward", M, dtype, *arguments)
         return dx_MU, dgate_MK
+
+    def _bit_gate_up(
+        self,
+        x_MU: FloatArray,
+        route_R: IntArray,
+        choices: int,
+        start_Z: IntArray,
+        w_E2FU: BitWeight | PackedWeight,
+    ) -> FloatArray:
+        """gate(x) beside up(x) of every row; nobody's are undefined."""
+        R = len(route_R)
+        sub_token_R: IntArray = self.empty((R,), np.int64)
+        grid = (blocks(R, THREADS),)
+        arguments = (route_R, choices, R, sub_token_R)
+        KERNELS.launch("sub_tokens_of_rows", x_MU.dtype, grid, (THREADS,), *arguments)
+        return self.grouped_bit_linear(x_MU, start_Z, w_E2FU, rows=R, source_R=sub_token_R)
 
     def _activate(
         self,

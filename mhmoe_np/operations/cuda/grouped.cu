@@ -270,25 +270,28 @@ template <class Product, class A, class B> __device__ void multiply(Product& pro
 
 struct Segment { int expert, first, last; };  // rows first .. last - 1; expert E: nobody's; -1: there is no such tile
 
-// Tile `index` when each expert's rows, and then nobody's, are cut into tiles of `rows`. Warps search by themselves.
+// The block's tile: `index` when each expert's rows, and then nobody's, are cut into tiles of `rows`. A warp searches.
 __device__ Segment tile_of(const long long* start_Z, int E, int bound, int rows, int index) {
-  const int lane = threadIdx.x % WARP;
-  for (int e0 = 0; e0 <= E; e0 += WARP) {
-    const int e = e0 + lane;
-    const int first = e <= E ? (int)start_Z[e] : 0, last = e < E ? (int)start_Z[e + 1] : e == E ? bound : 0;
-    const int tiles = (last - first + rows - 1) / rows;
-    int up_to = tiles;  // this expert, since e0
-    for (int by = 1; by < WARP; by *= 2) {
-      const int before = __shfl_up_sync(ALL_LANES, up_to, by);
-      if (lane >= by) up_to += before;
+  __shared__ Segment found;
+  if (threadIdx.x < WARP) {
+    const int lane = threadIdx.x;
+    for (int e0 = 0; e0 <= E && index >= 0; e0 += WARP) {
+      const int e = e0 + lane;
+      const int first = e <= E ? (int)start_Z[e] : 0, last = e < E ? (int)start_Z[e + 1] : e == E ? bound : 0;
+      const int tiles = (last - first + rows - 1) / rows;
+      int up_to = tiles;  // this expert, since e0
+      for (int by = 1; by < WARP; by *= 2) {
+        const int before = __shfl_up_sync(ALL_LANES, up_to, by);
+        if (lane >= by) up_to += before;
+      }
+      const int tile = index - (up_to - tiles);
+      if (0 <= tile && tile < tiles) found = {e, first + tile * rows, last};
+      index -= __shfl_sync(ALL_LANES, up_to, WARP - 1);
     }
-    if (const unsigned beyond = __ballot_sync(ALL_LANES, index < up_to)) {
-      const int found = __ffs(beyond) - 1, tile = index - __shfl_sync(ALL_LANES, up_to - tiles, found);
-      return {e0 + found, __shfl_sync(ALL_LANES, first, found) + tile * rows, __shfl_sync(ALL_LANES, last, found)};
-    }
-    index -= __shfl_sync(ALL_LANES, up_to, WARP - 1);
+    if (index >= 0 && lane == 0) found.expert = -1;
   }
-  return {-1, 0, 0};
+  __syncthreads();
+  return found;
 }
 
 template <int LINES> __device__ AlongK<LINES> rows_along_k(Rows rows, Segment tile, bool wide) {
