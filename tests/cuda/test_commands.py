@@ -78,7 +78,9 @@ def test_a_run_goes_on_with_another_backend_and_says_so(folder: Path) -> None:
     whole = start_run(folder / "whole", config(steps=6), backend="numpy")
     whole.train()
     whole.close()
-    expected = [json.loads(s)["loss"] for s in (folder / "whole/metrics.jsonl").read_text().splitlines()]
+    expected = [
+        json.loads(s)["loss"] for s in (folder / "whole/metrics.jsonl").read_text().splitlines()
+    ]
     found = [json.loads(s)["loss"] for s in (run / "metrics.jsonl").read_text().splitlines()]
     assert found[:4] == losses
     np.testing.assert_allclose(found, expected, rtol=1e-4)

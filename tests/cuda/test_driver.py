@@ -49,9 +49,7 @@ class Driver:
 def cupy(*, runtime: int = 13000, driver: int = 13000, capability: str = "90") -> Any:
     return SimpleNamespace(
         cuda=SimpleNamespace(
-            runtime=SimpleNamespace(
-                runtimeGetVersion=lambda: runtime, driverGetVersion=lambda: driver
-            ),
+            runtime=SimpleNamespace(runtimeGetVersion=lambda: runtime, driverGetVersion=lambda: driver),
             Device=lambda: SimpleNamespace(compute_capability=capability),
         )
     )

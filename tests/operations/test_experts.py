@@ -176,7 +176,9 @@ def test_expert_ffn_agrees(
 ) -> None:
     r, (E, K) = Inputs(seed, dtype), choice
     routed, norm = r.routed(M, U, E, K, load, limit), r(E, F) if sub_norm else None
-    agrees_with_the_definition(name, r, routed, r(E, 2 * F, U, spread=U**-0.5), r(E, U, F), norm, activation)
+    agrees_with_the_definition(
+        name, r, routed, r(E, 2 * F, U, spread=U**-0.5), r(E, U, F), norm, activation
+    )
 
 
 @of_each_fast_backend

@@ -10,7 +10,6 @@ from mhmoe_np.operations.cuda.linear import Linear
 from mhmoe_np.operations.cuda.loss import Loss
 from mhmoe_np.operations.cuda.norm import Norm
 from mhmoe_np.operations.cuda.optimiser import Optimiser
-from mhmoe_np.operations.cuda.packed import PackedProducts
 from mhmoe_np.operations.cuda.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.cuda.router import Router
 from mhmoe_np.operations.table import BackendName
@@ -21,7 +20,6 @@ class CudaOperations(
     Linear,
     Embedding,
     QuantiseWeight,
-    PackedProducts,
     Norm,
     Attention,
     FeedForward,

@@ -12,6 +12,7 @@ import numpy as np
 
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.grouped import Grouped
+from mhmoe_np.operations.cuda.packed import PackedProducts
 from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -21,7 +22,7 @@ COLUMNS, LINES = 32, 16  # of a block that sums columns
 KERNELS = Kernels("experts")
 
 
-class Experts(Grouped):
+class Experts(Grouped, PackedProducts):
     """See `Operations`: the experts."""
 
     def expert_ffn(
@@ -87,7 +88,11 @@ class Experts(Grouped):
             raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch
         R, (E, U, F), (M, K), dtype = len(route_R), ddown_EUF.shape, gate_MK.shape, x_MU.dtype
-        silu, normed, acting = activation == "silu", sub_norm_EF is not None, isinstance(down_EUF, BitWeight)
+        silu, normed, acting = (
+            activation == "silu",
+            sub_norm_EF is not None,
+            isinstance(down_EUF, BitWeight),
+        )
         gate_up_R2F, rstd_R = cache
         # What is absent needs some array in its place.
         norm = (gate_up_R2F, gate_up_R2F) if sub_norm_EF is None else (sub_norm_EF, rstd_R)

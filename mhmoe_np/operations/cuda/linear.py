@@ -9,6 +9,7 @@ import numpy as np
 from mhmoe_np.operations.cuda.cublas import WORKSPACE_BYTES, Cublas
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.memory import Memory
+from mhmoe_np.operations.cuda.packed import PackedProducts
 from mhmoe_np.operations.cuda.sums import Sums
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.settings.run import Matmul
@@ -75,7 +76,7 @@ class Products(Memory):
             )
 
 
-class Linear(Products, Sums):
+class Linear(Products, PackedProducts, Sums):
     """See `Operations`: linear maps."""
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
@@ -85,7 +86,7 @@ class Linear(Products, Sums):
         fewer than some 40 rows, by arithmetic with more.
         """
         if isinstance(w_OI, BitWeight | PackedWeight):
-            y_NO = self.bit_linear(x_NI, w_OI)  # type: ignore[attr-defined]
+            y_NO = self.bit_linear(x_NI, w_OI)
         else:
             y_NO = self.empty((len(x_NI), len(w_OI)), x_NI.dtype)
             with self.scope():
@@ -119,9 +120,7 @@ class Linear(Products, Sums):
         dx_NI = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
             acting: tuple[FloatArray, FloatArray] = (
-                self.straight_through(x_NI, w_OI)  # type: ignore[attr-defined]
-                if isinstance(w_OI, BitWeight)
-                else (x_NI, w_OI)
+                self.straight_through(x_NI, w_OI) if isinstance(w_OI, BitWeight) else (x_NI, w_OI)
             )
             split = self._splits(x_NI)
             dy, x, w = (self._operand(array, split=split) for array in (dy_NO, *acting))
