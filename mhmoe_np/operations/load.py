@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import warnings
+from contextlib import suppress
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
@@ -64,11 +65,13 @@ def load_operations(
             f"--set training.matmul={matmul}: --backend cuda alone computes so; set it to float32"
         )
     if name == "numpy":
-        from threadpoolctl import threadpool_limits
-
         from mhmoe_np.operations import numpy_ref
 
-        threadpool_limits(threads or available, user_api="blas")
+        # In a source tree alone, without the library, BLAS keeps the threads that it has.
+        with suppress(ModuleNotFoundError):
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(threads or available, user_api="blas")
         return numpy_ref
     import_numba_backend()
     from mhmoe_np.operations.numba_cpu import NumbaOperations

@@ -79,11 +79,17 @@ def test_barriers_on_different_lines_are_reported() -> None:
 
 def test_a_barrier_that_some_threads_never_reach_is_reported() -> None:
     # Threads of a warp that still run wait for each other in two places.
-    with pytest.raises(RuntimeError, match="deadlock: 1 threads at __syncthreads, 31 at a warp's barrier"):
-        small(f"if (threadIdx.x == 3) {BARRIER} __syncwarp();")((1,), (32,), (on_device(np.zeros(1, np.int32)),))
+    with pytest.raises(
+        RuntimeError, match="deadlock: 1 threads at __syncthreads, 31 at a warp's barrier"
+    ):
+        small(f"if (threadIdx.x == 3) {BARRIER} __syncwarp();")(
+            (1,), (32,), (on_device(np.zeros(1, np.int32)),)
+        )
 
 
-@pytest.mark.parametrize(("order", "match"), [(0, "a lane outside its mask"), (1, "mask that lacks it")])
+@pytest.mark.parametrize(
+    ("order", "match"), [(0, "a lane outside its mask"), (1, "mask that lacks it")]
+)
 def test_a_shuffle_with_a_wrong_mask_is_reported(order: int, match: str) -> None:
     emulation.order_seed = order  # which lane comes first
     with pytest.raises(RuntimeError, match=match):
@@ -105,7 +111,9 @@ def test_lanes_that_do_not_meet_are_reported(body: str, match: str) -> None:
 
 
 def test_a_lane_that_is_missing_from_a_shuffle_is_reported() -> None:
-    with pytest.raises(RuntimeError, match="deadlock: 0 threads at __syncthreads, 31 at a warp's barrier"):
+    with pytest.raises(
+        RuntimeError, match="deadlock: 0 threads at __syncthreads, 31 at a warp's barrier"
+    ):
         small("if (threadIdx.x) out[0] = sum_of_lanes(1);")((1,), (32,), (cupy.empty((1,), np.int32),))
 
 

@@ -84,7 +84,10 @@ def wheel_file(wheel: str, name: str) -> Path:
 def run(wheel: str, program: str, *arguments: str, folder: Path | None = None) -> tuple[int, str]:
     """A program of a wheel: its exit code, and what it says."""
     path = wheel_file(wheel, program)
-    environment = {**os.environ, "PATH": f"{path.parent}:{os.environ['PATH']}"}  # it calls its neighbours
+    environment = {
+        **os.environ,
+        "PATH": f"{path.parent}:{os.environ['PATH']}",
+    }  # it calls its neighbours
     done = subprocess.run(
         [str(path), *arguments],
         cwd=folder,

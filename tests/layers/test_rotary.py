@@ -26,7 +26,7 @@ def test_position_y_turns_pair_j_by_y_over_theta_to_the_2j_over_c(
 ) -> None:
     # [spec 2 RoPE]
     tables = rotary_tables(positions, C, theta, np.float64, ops=BACKENDS[name])
-    cos, sin, minus_sin = (BACKENDS[name].to_host(table) for table in tables)
+    cos, sin, minus_sin, _ = (BACKENDS[name].to_host(table) for table in tables)
     assert cos.shape == sin.shape == minus_sin.shape == (positions, C // 2)
     for y in range(positions):
         for j in range(C // 2):

@@ -9,7 +9,7 @@ from mhmoe_np.audit.models import KINDS, QUANTISED, parameters
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
-from mhmoe_np.model.loss import Batch, loss_and_gradient
+from mhmoe_np.model.loss import Batch, DeviceBatch, loss, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName, Operations
@@ -106,9 +106,18 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
 
 
 def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None:
-    ops = load_operations("numba")
+    ops = load_operations("numpy")
     model = _model("dense", ops)
-    with pytest.raises(ValueError, match=r"0 \.\. 36"):
-        forward(model, np.array([[1, 37]]), None, drop=False, ops=ops)
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        forward(model, np.zeros((1, 33), int), None, drop=False, ops=ops)
+    for ids, said in ((np.array([[1, 37]]), r"0 \.\. 36"), (np.zeros((1, 33), int), "max_position")):
+        cache = KeyValueCache(model, sequences=1, positions=32, ops=ops)
+        for refusing in (
+            lambda ids=ids: loss(model, [Batch(ids, np.zeros_like(ids))], ops=ops),
+            lambda ids=ids: DeviceBatch.of(Batch(ids, np.zeros_like(ids)), model.config, ops=ops),
+            lambda ids=ids: score_stream(
+                model, np.append(ids, 1), window=ids.shape[1], batch_tokens=64, ops=ops
+            ),
+        ):
+            with pytest.raises(ValueError, match=said):
+                refusing()
+        with pytest.raises(ValueError, match=said if ids.shape[1] < 32 else "do not fit"):
+            cache.extend(ids)

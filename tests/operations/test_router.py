@@ -15,9 +15,10 @@ from tests.operations import dumb
 from tests.operations.cases import (
     ALL_CHOICES,
     BACKENDS,
+    CUDA,
     EDGES,
+    FAST,
     LENGTHS,
-    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -29,6 +30,7 @@ from tests.operations.cases import (
     near,
     of_each_backend,
     of_each_dtype,
+    of_each_fast_backend,
     quick,
     router_losses,
     router_sums,
@@ -88,22 +90,27 @@ def test_statistics_count_the_choices_of_the_counted_sub_tokens(
 
 # ---- one backend and the other ---------------------------------------------------------------
 
+# Around 32, 64, 128 and 256 experts, up to which a warp of a GPU keeps a row in registers.
+WIDE = [(32, 32), (33, 2), (64, 5), (65, 1), (128, 2), (129, 3), (256, 2), (257, 4), (600, 33)]
 
+
+@of_each_fast_backend
 @of_each_dtype
 @always([{"M": M, "choice": (6, 2), "levels": 2, "seed": 10} for M in EDGES])
+@always([{"M": 9, "choice": c, "levels": n, "seed": 14} for c in WIDE for n in (0, 2)])
 @always([{"M": 70, "choice": c, "levels": n, "seed": 11} for c in ALL_CHOICES for n in (0, 1, 3)])
 @given(M=LENGTHS, choice=choices(), levels=st.integers(0, 3), seed=SEEDS)
 @quick(20)
 @pytest.mark.parametrize("normalise", [False, True])
 def test_route_agrees(
-    dtype: Any, normalise: bool, M: int, choice: tuple[int, int], levels: int, seed: int
+    name: str, dtype: Any, normalise: bool, M: int, choice: tuple[int, int], levels: int, seed: int
 ) -> None:
-    r, (E, K) = Inputs(seed, dtype), choice
+    r, (E, K), ops = Inputs(seed, dtype), choice, FAST[name]
     # With few levels, probabilities tie exactly (levels = 1: all of them); 0 means no levels.
     logits = r.rng.integers(0, levels, (M, E)).astype(dtype) if levels else r(M, E, spread=3.0)
     with unchanged(logits):
         expected = NUMPY.route(logits, top_k=K, normalise=normalise)
-        actual = NUMBA.route(logits, top_k=K, normalise=normalise)
+        actual = ops.route(logits, top_k=K, normalise=normalise)
     # The log-sum-exp is the largest logit and a logarithm, which may cancel.
     agree(actual, expected, 0, np.abs(logits).max(axis=1) + 1)
     # The tie rule: of equal logits the lower index comes first.
@@ -114,7 +121,7 @@ def test_route_agrees(
     losses = router_losses(r, E, counted)
     with unchanged(dgate, *expected, counted, losses.count_E):
         agree(
-            NUMBA.route_backward(dgate, expected, counted, losses, normalise=normalise),
+            ops.route_backward(dgate, expected, counted, losses, normalise=normalise),
             NUMPY.route_backward(dgate, expected, counted, losses, normalise=normalise),
             backward_size(dgate, expected, counted, losses, normalise),
         )
@@ -135,8 +142,10 @@ def backward_size(dgate: Any, routing: Any, counted: Any, losses: Any, normalise
     return p * (dp + (dp * p).sum(axis=1, keepdims=True) + dlse[:, None])
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([{"M": M, "choice": (6, 2), "capacity": 20, "seed": 12} for M in EDGES])
+@always([{"M": 520, "choice": c, "capacity": 40, "seed": 15} for c in ((33, 3), (1, 1))])
 @given(
     M=LENGTHS,
     choice=choices(),
@@ -145,18 +154,17 @@ def backward_size(dgate: Any, routing: Any, counted: Any, losses: Any, normalise
 )
 @quick(20)
 def test_statistics_agree(
-    dtype: Any, M: int, choice: tuple[int, int], capacity: int | None, seed: int
+    name: str, dtype: Any, M: int, choice: tuple[int, int], capacity: int | None, seed: int
 ) -> None:
     r, (E, K) = Inputs(seed, dtype), choice
     routing = NUMPY.route(r(M, E), top_k=K, normalise=True)
     sent = NUMPY.dispatch(routing.expert_MK, experts=E, capacity=capacity)
     counted = r.rng.random(M) < 0.7
-    totals = {name: router_sums(E) for name in BACKENDS}
+    expected, actual = router_sums(E), router_sums(E)
     with unchanged(*routing, *sent, counted):
-        for name, ops in BACKENDS.items():
+        for ops, totals in ((NUMPY, expected), (FAST[name], actual)):
             for _ in range(2):  # going on, as in a step of several micro-batches
-                ops.add_router_statistics(routing, sent, counted, totals[name])
-    expected, actual = totals["numpy"], totals["numba"]
+                ops.add_router_statistics(routing, sent, counted, totals)
     for field in ("first_choice_E", "choice_E", "dropped_E"):
         same_bits(getattr(actual, field), getattr(expected, field))
     # p is added up in its own dtype; all terms are positive.
@@ -201,6 +209,7 @@ def test_the_routers_probabilities_and_normalised_gates_sum_to_one(
         assert (np.diff(routing.gate_MK, axis=1) <= 0).all()  # most probable first
 
 
+@of_each_fast_backend
 @of_each_dtype
 @given(
     M=st.integers(1, 80),
@@ -212,12 +221,64 @@ def test_the_routers_probabilities_and_normalised_gates_sum_to_one(
 )
 @quick(50)
 def test_logits_that_are_not_numbers_still_choose_valid_experts(
-    dtype: Any, M: int, E: int, K: int, bad: float, share: float, seed: int
+    name: str, dtype: Any, M: int, E: int, K: int, bad: float, share: float, seed: int
 ) -> None:
     # An index out of range would make the compiled dispatch write outside its arrays.
     r, K = Inputs(seed, dtype), min(K, E)
     logits = r(M, E)
     logits[r.rng.random((M, E)) < share] = bad
-    expert = NUMBA.route(logits, top_k=K, normalise=True).expert_MK
+    expert = FAST[name].route(logits, top_k=K, normalise=True).expert_MK
     assert ((expert >= 0) & (expert < E)).all()
     assert all(len(set(row)) == K for row in expert.tolist())
+
+
+@of_each_fast_backend
+@of_each_dtype
+@pytest.mark.parametrize("E", [5, 40, 300])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_row_with_a_number_that_is_not_one_chooses_the_first_experts(
+    name: str, dtype: Any, E: int, normalise: bool
+) -> None:
+    # [D12]: the other rows know nothing of it.
+    r, ops, K = Inputs(64, dtype), FAST[name], 3
+    logits = r(9, E)
+    clean = ops.route(logits, top_k=K, normalise=normalise)
+    logits[2, E - 1], logits[5, 0] = math.nan, math.inf
+    found = ops.route(logits, top_k=K, normalise=normalise)
+    np.testing.assert_array_equal(found.expert_MK[[2, 5]], [[0, 1, 2]] * 2)
+    for array in (found.p_ME, found.log_sum_exp_M, found.gate_MK):
+        assert np.isnan(array[[2, 5]]).all()
+    others = np.setdiff1d(np.arange(9), [2, 5])
+    same_bits([part[others] for part in found], [part[others] for part in clean])
+
+
+@of_each_dtype
+def test_the_order_of_threads_does_not_show(dtype: Any) -> None:
+    # Where the backend is emulated each call has its threads in another order.
+    r, (M, E, K) = Inputs(65, dtype), (300, 40, 3)
+    logits, dgate, counted = r(M, E), r(M, K), r.rng.random(M) < 0.7
+    losses = router_losses(r, E, counted)
+    results = []
+    for _ in range(3):
+        routing, sums = CUDA.route(logits, top_k=K, normalise=True), router_sums(E)
+        sent = CUDA.dispatch(routing.expert_MK, experts=E, capacity=20)
+        CUDA.add_router_statistics(routing, sent, counted, sums)
+        back = CUDA.route_backward(dgate, routing, counted, losses, normalise=True)
+        results.append([*routing, *sent, *sums, back])
+    same_bits(results[1], results[0])
+    same_bits(results[2], results[0])
+
+
+def test_no_rows_leave_the_statistics_as_they_are() -> None:
+    E, none = 5, np.zeros((0, 2))
+    routing = CUDA.route(np.zeros((0, E)), top_k=2, normalise=True)
+    sent = CUDA.dispatch(routing.expert_MK, experts=E, capacity=None)
+    assert (len(sent.route_R), sent.start_Z.tolist()) == (0, [0] * (E + 1))
+    sums = router_sums(E)
+    for array in sums:
+        array[...] = 5
+    CUDA.add_router_statistics(routing, sent, np.zeros(0, np.bool_), sums)
+    assert all((array == 5).all() for array in sums)
+    losses = router_losses(Inputs(66, float), E, np.zeros(1))
+    back = CUDA.route_backward(none, routing, np.zeros(0, np.bool_), losses, normalise=True)
+    assert back.shape == (0, E)

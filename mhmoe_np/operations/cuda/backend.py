@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from mhmoe_np.operations.cuda.sums import Sums
+from mhmoe_np.operations.cuda.attention import Attention
+from mhmoe_np.operations.cuda.embedding import Embedding
+from mhmoe_np.operations.cuda.experts import Experts
+from mhmoe_np.operations.cuda.feed_forward import FeedForward
+from mhmoe_np.operations.cuda.linear import Linear
+from mhmoe_np.operations.cuda.loss import Loss
+from mhmoe_np.operations.cuda.norm import Norm
+from mhmoe_np.operations.cuda.optimiser import Optimiser
+from mhmoe_np.operations.cuda.quantise_weight import QuantiseWeight
+from mhmoe_np.operations.cuda.router import Router
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import Matmul
 
 
-class CudaOperations(Sums):
+class CudaOperations(
+    Linear,
+    Embedding,
+    QuantiseWeight,
+    Norm,
+    Attention,
+    FeedForward,
+    Router,
+    Experts,
+    Loss,
+    Optimiser,
+):
     """See `Operations`.
 
     keep_buffers: hand results out of a workspace that is reused, and record what `repeated` is given:

@@ -24,7 +24,7 @@ class Strided(NamedTuple):
 
 def strided(array: Any) -> Strided:
     """A view as a kernel's argument; its last axis must be contiguous."""
-    if array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
         raise ValueError("a kernel takes views with a contiguous last axis alone")
     return Strided(array)
 
@@ -87,3 +87,8 @@ def _argument(value: Any, real: np.dtype[Any]) -> Any:
 def blocks(items: int, per_block: int) -> int:
     """How many blocks of `per_block` items cover all."""
     return -(-items // per_block)
+
+
+def threads_of_row(columns: int) -> int:
+    """Of a block that has one row: whole warps, up to 256, with four numbers a thread at least."""
+    return min(256, blocks(columns, 4 * 32) * 32)

@@ -44,8 +44,8 @@ def check_driver() -> None:
     cuda = version.value // 1000
     if cuda < OLDEST_CUDA:
         raise UserError(
-            f"--backend cuda: the NVIDIA driver is too old: it is for CUDA {cuda}, {OLDEST_CUDA} or later "
-            "is needed; update it"
+            f"--backend cuda: the NVIDIA driver is too old: it is for CUDA {cuda}, {OLDEST_CUDA} or "
+            "later is needed; update it"
         )
     if importlib.util.find_spec("cupy") is None:
         extra = f"cupy-cuda{min(cuda, 13)}x"

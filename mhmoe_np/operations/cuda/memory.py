@@ -109,6 +109,6 @@ def _allocated(shape: int | tuple[int, ...], dtype: DTypeLike = np.uint8) -> Any
         free, total = cupy.cuda.runtime.memGetInfo()
         raise UserError(
             f"--backend cuda: {size / 1e9:,.2f} GB more of the device's memory are needed, and "
-            f"{free / 1e9:,.2f} of its {total / 1e9:,.2f} GB are free; make the model or the batch smaller, "
-            "or raise training.gradient_accumulation_steps"
+            f"{free / 1e9:,.2f} of its {total / 1e9:,.2f} GB are free; make the model or the batch "
+            "smaller, or raise training.gradient_accumulation_steps"
         ) from None

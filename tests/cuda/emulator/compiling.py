@@ -30,11 +30,15 @@ def extra_flags() -> list[str]:
 
 def compiled(code: str, options: tuple[str, ...]) -> Path:
     """The library of a module's kernels."""
-    doors = "".join(f"EMULATED({k['name']}, {k['bounds'] or MOST_THREADS})\n" for k in KERNEL.finditer(code))
+    doors = "".join(
+        f"EMULATED({k['name']}, {k['bounds'] or MOST_THREADS})\n" for k in KERNEL.finditer(code)
+    )
     unit = f'#include "{HEADER}"\n#line 1 "kernel.cu"\n{code}\n{doors}'
     defined = [option for option in options if option.startswith("-D")]
     command = [*COMPILER, *extra_flags(), "-std=c++17", *defined, "-shared", "-x", "c++", "-"]
-    return library_of(unit, [*command, "-x", "none", str(_runtime())], HEADER.read_text(encoding="utf-8"))
+    return library_of(
+        unit, [*command, "-x", "none", str(_runtime())], HEADER.read_text(encoding="utf-8")
+    )
 
 
 def _runtime() -> Path:
@@ -43,7 +47,9 @@ def _runtime() -> Path:
     if "-fsanitize=thread" in flags:
         flags = [flag for flag in flags if flag != "-fsanitize=thread"] + ["-DWATCHES_RACES"]
     command = [*COMPILER, *flags, "-std=c++20", "-c", "-x", "c++", "-I", str(HEADER.parent), "-"]
-    return library_of(RUNTIME.read_text(encoding="utf-8"), command, HEADER.read_text(encoding="utf-8"), ".o")
+    return library_of(
+        RUNTIME.read_text(encoding="utf-8"), command, HEADER.read_text(encoding="utf-8"), ".o"
+    )
 
 
 def library_of(unit: str, command: list[str], also: str = "", ending: str = ".so") -> Path:

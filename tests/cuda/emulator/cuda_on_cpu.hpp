@@ -21,7 +21,7 @@
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
-#define __global__
+#define __global__ inline  // as `__device__` is: shared memory of both kinds must be in sections of one kind
 #define __device__ inline  // not `static`: member functions have it too
 #define __host__
 #define __forceinline__

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -298,10 +299,10 @@ class _Event:
     done = True
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        pass
+        self._time = 0.0
 
     def record(self, stream: Any = None) -> None:
-        pass
+        self._time = perf_counter()
 
     def synchronize(self) -> None:
         emulation.waits += 1
@@ -323,6 +324,8 @@ cuda = SimpleNamespace(
     Event=_Event,
     Device=_Device,
     Graph=_Graph,
+    get_current_stream=lambda: _Stream._current,
+    get_elapsed_time=lambda first, last: (last._time - first._time) * 1e3,  # milliseconds
     MemoryPointer=_MemoryPointer,
     alloc_pinned_memory=_pinned,
     memory=SimpleNamespace(OutOfMemoryError=_OutOfMemoryError),
