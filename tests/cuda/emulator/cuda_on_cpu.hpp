@@ -153,7 +153,7 @@ extern "C" inline void emulator_thread() {
 
 inline void run_threads(const std::vector<unsigned>& order) {
   static thread_local std::vector<char> stacks;
-  if (stacks.size() < STACK_BYTES * order.size()) stacks.resize(STACK_BYTES * order.size());
+  if (stacks.size() < STACK_BYTES * order.size()) stacks = std::vector<char>(STACK_BYTES * order.size());
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stacks.data(), stacks.size());  // of fibers that ended without returning
 #endif
