@@ -2,7 +2,7 @@
 // y = (lowest * sum q + step * q @ code^T) * (beta * gamma/127), which is numpy_ref.linear.bit_linear.
 //
 // Weights lie as `packing.py` says: a word has the unsigned codes of 4*DEPTH inputs of one output, DEPTH quads, which
-// are unpacked in registers by a shift and a mask. Codes are at most 2, so a signed byte holds them and the byte dot product
+// Weights lie as `packing.py` says: a word has the unsigned codes of 4*DEPTH inputs of one output, DEPTH quads, unpacked
 // and the tensor cores take both operands as signed. Sums of integers need no order: all kernels give the same bits.
 //
 // Grouped products read on the device where each expert's rows start; the host only bounds the number of tiles, and
