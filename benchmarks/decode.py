@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations
@@ -35,21 +35,21 @@ def main() -> None:
     ops = load_operations("numba", threads=arguments.threads)
     model = Model.of(parameters.to_device(ops), ops=ops)
 
-    attention, spent = ops.attention, [0.0]
+    attention, spent = ops.attention_with_cache, [0.0]
 
-    def timed_attention(*heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def timed_attention(*heads: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
         result = attention(*heads)
         spent[0] += time.perf_counter() - start
         return result
 
-    ops.attention = timed_attention  # type: ignore[method-assign]
+    ops.attention_with_cache = timed_attention  # type: ignore[method-assign]
     cache = KeyValueCache(model, sequences=1, positions=arguments.positions, ops=ops)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, arguments.positions)
     total_ms, attention_ms = [], []
     for token in tokens:
         spent[0], start = 0.0, time.perf_counter()
-        decode(model, cache, np.array([[token]]), ops=ops)
+        cache.extend(np.array([[token]]))
         total_ms.append((time.perf_counter() - start) * 1e3)
         attention_ms.append(spent[0] * 1e3)
     print("position   token ms   attention ms   rest ms")

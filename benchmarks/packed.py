@@ -26,7 +26,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mhmoe_np.costs.model import macs_per_token
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.packed import pack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -212,12 +212,12 @@ def seconds_a_token(model: Model, ops: NumbaOperations) -> tuple[float, float]:
     ids = rng.integers(0, model.config.vocab_size, (1, PROMPT + DECODED))
     cache = KeyValueCache(model, sequences=1, positions=PROMPT + DECODED, ops=ops)
     start = time.perf_counter()
-    decode(model, cache, ids[:, :PROMPT], ops=ops)
+    cache.extend(ids[:, :PROMPT])
     prefill = (time.perf_counter() - start) / PROMPT
     tokens = []
     for position in range(PROMPT, PROMPT + DECODED):
         start = time.perf_counter()
-        decode(model, cache, ids[:, position : position + 1], ops=ops)
+        cache.extend(ids[:, position : position + 1])
         tokens.append(time.perf_counter() - start)
     return min(tokens), prefill
 

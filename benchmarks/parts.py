@@ -40,6 +40,7 @@ _LINEAR = {
 }
 PART_OF_OPERATION = {
     "attention": "attention",
+    "attention_with_cache": "attention",
     "attention_backward": "attention",
     "rotate_in_place": "attention",
     "route": "router",

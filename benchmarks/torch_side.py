@@ -150,14 +150,14 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.mlp = (
             MoE(config)
-            if config.num_experts
+            if config.is_moe_layer(layer)
             else FeedForward(config.hidden_size, config.intermediate_size, config)
         )
 
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.balance_coefficient = config.router_aux_loss_coef
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         C = config.head_dim

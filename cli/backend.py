@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mhmoe_np.operations.cuda.driver import check_driver
 from mhmoe_np.operations.load import import_numba_backend, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
 
@@ -14,13 +15,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def backend_option(command: Command) -> Command:
-    """`--backend numpy|numba`."""
+    """`--backend numpy|numba|cuda`."""
     return click.option(
         "--backend",
-        type=click.Choice(["numpy", "numba"]),
+        type=click.Choice(["numpy", "numba", "cuda"]),
         default="numba",
         show_default=True,
-        help="numba: fast; numpy: the definition.",
+        help="numba: fast; numpy: the definition; cuda: an NVIDIA GPU.",
     )(command)
 
 
@@ -44,11 +45,21 @@ def announce_compilation() -> None:
     )
 
 
+def prepare(name: BackendName) -> None:
+    """What can be said at once of a backend that is loaded later: its GPU is missing, or it compiles.
+
+    Raises UserError: there is no such GPU, or the environment is unfit for Numba.
+    """
+    if name == "numba":
+        announce_compilation()
+    if name == "cuda":
+        check_driver()
+
+
 def load(name: BackendName, *, threads: int | None = None, keep_buffers: bool = False) -> Operations:
     """The backend; says so on standard error if its kernels must be compiled first.
 
     Raises UserError: as `load_operations`.
     """
-    if name == "numba":
-        announce_compilation()
+    prepare(name)
     return load_operations(name, threads=threads, keep_buffers=keep_buffers)

@@ -47,7 +47,7 @@ def command(
         raise UserError("--prompt: is not UTF-8; convert it") from None
     found = find_checkpoint(checkpoint)
     tokenizer = load_checkpoint_tokenizer(found)
-    ops = load(backend, threads=threads)
+    ops = load(backend, threads=threads, keep_buffers=True)
     model = load_model(found, np.float32, ops=ops)
     pieces = generate(
         model,

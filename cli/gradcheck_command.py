@@ -15,11 +15,12 @@ from mhmoe_np.operations.table import BackendName
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
     "--backend",
-    type=click.Choice(["both", "numpy", "numba"]),
+    type=click.Choice(["both", "numpy", "numba", "cuda"]),
     default="both",
     show_default=True,
+    help="both: numpy and numba.",
 )
-def command(as_json: bool, backend: Literal["both", "numpy", "numba"]) -> None:
+def command(as_json: bool, backend: Literal["both", "numpy", "numba", "cuda"]) -> None:
     """Check every operation and whole models against central differences in float64.
 
     Prints the worst relative error of each and its bound, and where one is exceeded the argument or

@@ -94,7 +94,7 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="mhmoe-np", message="%(prog)s %(version)s")
 @click.pass_context
 def group(context: click.Context) -> None:
-    """Multi-Head Mixture-of-Experts (arXiv 2411.16205) on NumPy and Numba, gradients by hand."""
+    """Multi-Head Mixture-of-Experts (arXiv 2411.16205) on NumPy, Numba and CuPy, gradients by hand."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

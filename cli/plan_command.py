@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mhmoe_cli.backend import announce_compilation, threads_option
+from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import console, print_json, show
 from mhmoe_cli.run_settings import option_tables, resolved_config
 from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @threads_option
+@backend_option
 def command(
     config: Path | None,
     preset: str | None,
@@ -34,20 +36,22 @@ def command(
     settings: tuple[str, ...],
     as_json: bool,
     threads: int | None,
+    backend: BackendName,
 ) -> None:
     """Forecast what `train` with the same settings will take; nothing is written.
 
     Parameters, FLOPs a token, memory by part, tokens/s, time and disk. A few steps of the model show
     how fast this machine is and how much memory they need.
     """
+    prepare(backend)
     resolved = resolved_config(config, preset, option_tables(settings, data, steps=steps))
 
     from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.data.documents import chosen_domains
 
     text_bytes = sum(domain.byte_count for domain in chosen_domains(resolved.data.paths))
-    announce_compilation()
-    load = partial(load_operations, "numba", threads=threads, keep_buffers=True)
+    matmul = resolved.training.matmul
+    load = partial(load_operations, backend, threads=threads, keep_buffers=True, matmul=matmul)
     plan = make_plan(resolved, text_bytes, load=load)
     if as_json:
         print_json(_as_dict(plan))
@@ -60,6 +64,7 @@ def _as_dict(plan: Plan) -> dict[str, object]:
         **plan._asdict(),
         "parameters": plan.parameters._asdict(),
         "memory": {**plan.memory._asdict(), "peak": plan.memory.peak},
+        "device": None if plan.device is None else plan.device._asdict(),
     }
 
 
@@ -78,6 +83,10 @@ def _print(plan: Plan) -> None:
     for part, size in plan.memory._asdict().items():
         if size:
             table.add_row(f"  {part}", _size(size))
+    if plan.device is not None:
+        table.add_row(f"  of {plan.device.name}", _size(plan.device.total_bytes))
+        if plan.memory.peak > plan.device.total_bytes:
+            table.add_row("", "it does not fit: a smaller batch, or more gradient_accumulation_steps")
     table.add_row("tokens/s", f"{plan.tokens_per_s:,.0f}")
     table.add_row("a step", f"{plan.step_seconds:.3g} s")
     table.add_row("all steps", _duration(plan.training_seconds))

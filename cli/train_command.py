@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from mhmoe_cli.backend import announce_compilation, backend_option, threads_option
+from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import printable
 from mhmoe_cli.run_settings import base_layers, option_tables
 from mhmoe_np.errors import Interrupted, Taken, UserError
@@ -72,8 +72,7 @@ def command(
     over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
-    if backend == "numba":
-        announce_compilation()
+    prepare(backend)
     given = base_layers(config, preset) if config or preset else None
     if run is None:
         base = given or base_layers(None, None)

@@ -1,15 +1,47 @@
-"""Shared by all tests: the command line as a user runs it."""
+"""Shared by all tests: the command line as a user runs it, and what a machine may lack.
+
+On a machine with a GPU and little else `pytest -m gpu` runs: without pytest's plugins, and passing over
+modules whose imports need a library that is not there.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.libraries import ABSENT, is_there
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_addoption(parser: Any) -> None:
+    """The options that `pyproject.toml` gives to plugins, where these are not installed."""
+    if not is_there("xdist"):
+        group = parser.getgroup("xdist")
+        group._addoption("-n", dest="numprocesses")  # `addoption` leaves lower-case letters to pytest
+        group.addoption("--dist", dest="dist")
+    if not is_there("pytest_timeout"):
+        parser.addini("timeout", "seconds that a test may take; not watched here")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A module that imports a library that is absent is skipped, and the library named."""
+    report: Any = yield
+    if report.outcome == "failed":
+        said = str(report.longrepr)
+        missing = [
+            name for name in sorted(ABSENT) if f"ModuleNotFoundError: No module named '{name}" in said
+        ]
+        if missing:
+            reason = f"Skipped: {missing[0]} is not installed"
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
+    return report
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ two doors are counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -180,7 +180,7 @@ class StrictOperations:
     """
 
     def __init__(self, *, prefers_packed: bool = False) -> None:
-        self.prefers_packed = prefers_packed
+        self.name, self.prefers_packed = "strict", prefers_packed
         self.doors: Counter[str] = Counter()
         self._scopes: list[list[_Memory]] = []
 
@@ -214,6 +214,12 @@ class StrictOperations:
 
     def buffer_bytes(self) -> int:
         return 0
+
+    def device(self) -> None:
+        return None
+
+    def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda fixed, *arrays: work(fixed, *map(self.to_device, arrays))
 
     def to_device(self, array: NDArray[Any]) -> Any:
         if not isinstance(array, np.ndarray):

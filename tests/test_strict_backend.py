@@ -21,7 +21,7 @@ from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.inference.generate import Sampling, generate
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
@@ -86,7 +86,7 @@ def _all_of(kind: str, ops: Operations) -> list[Any]:
     found.append(score_stream(learner.model, stream, window=16, batch_tokens=32, ops=ops))
     cache = KeyValueCache(learner.model, sequences=2, positions=12, ops=ops)
     for T in (5, 1, 1):
-        found.append(ops.to_host(decode(learner.model, cache, tokens[:2, :T].clip(0), ops=ops)))
+        found.append(ops.to_host(cache.extend(tokens[:2, :T].clip(0))))
     return found
 
 
@@ -138,7 +138,7 @@ def test_packed_models_are_packed_run_saved_and_unpacked(kind: str, tmp_path: Pa
         save_packed_model(folder, config, weights.to_host(ops), None)
         model = load_model(folder, np.float32, ops=ops)
         ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 7))
-        y_ND, _ = forward(model, ids, None, drop=False, ops=ops)
+        y_ND, _ = forward(model, ops.to_device(ids), None, drop=False, ops=ops)
         floats = unpack_weights(config, model.weights, ops=ops)
         files = [path.read_bytes() for path in sorted(folder.iterdir())]
         outcomes.append((ops.to_host(y_ND), floats.flat_P, files))
@@ -177,7 +177,7 @@ def test_a_run_trains_stops_resumes_and_generates(tmp_path: Path, quantization: 
     metrics = []
     for name, ops in (("numpy", NUMPY), ("strict", strict_operations()[0])):
         run = tmp_path / name
-        create_run_folder(run, config, threads=1, backend="numpy")
+        create_run_folder(run, config, threads=1, ops=load_operations("numpy"))
         Trainer(run, config, ops).train(lambda report: None)
         last = run / "checkpoints" / "step-00000004"
         final = [(last / file).read_bytes() for file in STATE_FILES]

@@ -16,7 +16,7 @@ import numpy as np
 
 from mhmoe_np.audit.not_finite import Spot, largest_magnitude, spot_in
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.model.loss import Batch, add_loss_and_gradient, targets_of
+from mhmoe_np.model.loss import Batch, DeviceBatch, add_loss_and_gradient, targets_of
 from mhmoe_np.model.parameters import Entry, Parameters
 from mhmoe_np.model.sums import StepResult, StepSums
 from mhmoe_np.operations.door import Door, Promise, arrays_in
@@ -243,13 +243,15 @@ def repeat_step(
     try:
         # A number beyond the floats' range is what is looked for, not something to warn of.
         with np.errstate(all="ignore"):
-            add_loss_and_gradient(model, gradient, micro_batches, sums, ops=observed)
+            targets = targets_of(micro_batches)
+            batches = [DeviceBatch.of(batch, model.config, ops=ops) for batch in micro_batches]
+            add_loss_and_gradient(model, gradient, batches, sums, targets=targets, ops=observed)
             observed.add_sum_of_squares(gradient.flat_P, sums.squares_1)
     except _Stopped as stopped:
         return Repetition(stopped.fault, None, door.hidden)
     finally:
         gradient.flat_P[...] = 0
-    result = sums.read(targets_of(micro_batches), model.weights.dtype)
+    result = sums.read(targets, model.weights.dtype)
     return Repetition(None, result, door.hidden)
 
 

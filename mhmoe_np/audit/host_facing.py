@@ -26,11 +26,12 @@ class HostFacing:
 
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
-        self.prefers_packed = ops.prefers_packed
+        self.name, self.prefers_packed = ops.name, ops.prefers_packed
         # Memory is the definition's: NumPy's own, and nothing is used again.
         host = load_operations("numpy")
         self.empty, self.zeros, self.empty_packed = host.empty, host.zeros, host.empty_packed
         self.scope, self.to_device, self.to_host = host.scope, host.to_device, host.to_host
+        self.repeated, self.device = host.repeated, host.device
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """The operation of this name."""

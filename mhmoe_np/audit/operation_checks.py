@@ -195,7 +195,7 @@ def rotate(ops: Operations, rng: np.random.Generator) -> Case:
 
     def rotated(x_BTAC: FloatArray, sin_TJ: FloatArray) -> FloatArray:
         turned_BTAC = x_BTAC.copy()
-        ops.rotate_in_place(turned_BTAC, cos_TJ, sin_TJ)
+        ops.rotate_in_place(turned_BTAC, cos_TJ, sin_TJ, None)
         return turned_BTAC
 
     return Case(

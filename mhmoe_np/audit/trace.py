@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.layers.moe import MoeCache
-from mhmoe_np.model.language_model import ForwardCache, Model, forward
+from mhmoe_np.model.language_model import ForwardCache, Model, checked_ids, forward
 from mhmoe_np.model.loss import IGNORED, Batch, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
@@ -109,7 +109,8 @@ def trace(
         tensors.update(_activations(model, y_ND, cache, sequences=len(tokens), ops=ops))
 
     if not gradients:
-        write_down(*forward(model, fed_BT, None, drop=True, ops=ops))
+        id_BT = ops.to_device(checked_ids(fed_BT, config))
+        write_down(*forward(model, id_BT, None, drop=True, ops=ops))
         return tensors
 
     dtype = model.weights.dtype

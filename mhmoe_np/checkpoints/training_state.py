@@ -34,7 +34,7 @@ class LogMark(StrictModel):
 
 
 class Change(StrictModel):
-    """A setting that another sitting of the run changed: from `step` updates on it was `now`."""
+    """A setting, or the backend, that another sitting changed: from `step` updates on it was `now`."""
 
     step: Natural
     key: str
@@ -51,6 +51,7 @@ class TrainerState(StrictModel):
     version: Literal[3] = 3
     step: Natural  # updates made
     config: RunConfig  # as it stands now
+    backend: str | None = None  # that it was trained on last; None: not said
     changes: list[Change] = Field(default_factory=list)
     logs: dict[str, LogMark] | None = None  # None: from an older release, which kept no marks
 

@@ -16,13 +16,13 @@ import psutil
 
 from mhmoe_np.costs.model import ParameterCount, macs_per_token, parameter_count
 from mhmoe_np.inference.evaluate import BATCH_TOKENS, score_stream
-from mhmoe_np.model.loss import Batch, add_router_statistics
+from mhmoe_np.model.loss import Batch, DeviceBatch, add_router_statistics
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
-from mhmoe_np.operations.table import AdamWSettings, BitWeight, Operations
+from mhmoe_np.operations.table import AdamWSettings, BitWeight, Device, Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.training.step import Learner
 
@@ -37,7 +37,9 @@ REPEATS = 2  # the faster counts
 class Memory(NamedTuple):
     """Bytes of each part at the peak of training."""
 
-    program: int  # interpreter, libraries, compiled kernels, prepared text
+    program: (
+        int  # interpreter, libraries, compiled kernels, prepared text; on a device: what others use
+    )
     parameters: int
     gradient: int
     moments: int
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     parameters: ParameterCount
     flops_per_token: dict[str, int]  # of training, by part: 6 times the multiply-adds of a forward
     memory: Memory
+    device: Device | None  # whose memory it is; None: the host's
     tokens_per_s: float
     step_seconds: float
     training_seconds: float  # all steps, without preparation, checkpoints and evaluation
@@ -104,8 +107,11 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
 
     arrays = parameters.flat_P.nbytes
     quantised = _quantised_bytes(learner.model.weights)
-    program = _resident() - 4 * arrays - quantised - ops.buffer_bytes()
-    program += PREPARATION_BYTES + PREPARATION_BYTES_PER_BYTE * text_bytes
+    device, ours = ops.device(), 4 * arrays + quantised + ops.buffer_bytes()
+    if device is None:
+        program = _resident() - ours + PREPARATION_BYTES + PREPARATION_BYTES_PER_BYTE * text_bytes
+    else:
+        program = max(0, device.total_bytes - device.free_bytes - ours)
     buffers = max(whole.buffers, ops.buffer_bytes())
     memory = Memory(program, arrays, arrays, 2 * arrays, quantised, buffers)
     seconds = whole.update_seconds + training.gradient_accumulation_steps * whole.seconds
@@ -116,6 +122,7 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
         parameters=count,
         flops_per_token={part: 6 * number for part, number in macs.items()},
         memory=memory,
+        device=device,
         tokens_per_s=training.batch_size * training.sequence_length / seconds,
         step_seconds=seconds,
         training_seconds=training.steps * seconds,
@@ -133,20 +140,22 @@ def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations)
     """Steps that change nothing: with learning rate and decay 0."""
     batch = Batch.of(_tokens(config, sequences))
     still = AdamWSettings(0.0, 0.9, 0.95, 1e-6, 0.0, 1.0)
-    sums = StepSums(config.model, ops=ops)
-    gradients, updates, routings = [], [], []
+    sums, placed = StepSums(config.model, ops=ops), DeviceBatch.of(batch, config.model, ops=ops)
+    steps, updates, routings = [], [], []
     for _ in range(1 + REPEATS):  # the first one warms up
         start = time.perf_counter()
-        learner.add_gradient([batch])
-        middle = time.perf_counter()
+        learner.step([batch], still)
+        stepped = time.perf_counter()
         learner.update(still)
-        learner.read()
-        end = time.perf_counter()
-        gradients.append(middle - start)
-        updates.append(end - middle)
-        add_router_statistics(learner.model, [batch], sums, ops=ops)
-        routings.append(time.perf_counter() - end)
-    return _Probe(min(gradients), min(routings), min(updates), ops.buffer_bytes())
+        learner.read()  # waits for a device
+        updated = time.perf_counter()
+        add_router_statistics(learner.model, [placed], sums, ops=ops)
+        sums.read(1, np.float32)
+        steps.append(stepped - start)
+        updates.append(updated - stepped)
+        routings.append(time.perf_counter() - updated)
+    update = min(updates)
+    return _Probe(max(0.0, min(steps) - update), min(routings), update, ops.buffer_bytes())
 
 
 def _probe_alone(

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from mhmoe_np.data.documents import Domain
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.language_model import Model, last_hidden
+from mhmoe_np.model.language_model import Model, check_positions, known_ids, last_hidden
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
@@ -62,6 +62,8 @@ def score_stream(
     """
     inputs = len(token_W) - 1
     whole = inputs // window
+    check_positions(min(window, inputs), model.config)
+    token_W = ops.to_device(known_ids(token_W, model.config))
     nll_1 = ops.zeros((1,), np.float64)
     per_batch = max(1, batch_tokens // window)
     for first in range(0, whole, per_batch):
@@ -78,10 +80,8 @@ def _add_nll(
 ) -> None:
     """Add the NLL of equal windows in a row, each sharing its last token with the next."""
     with ops.scope():
-        input_BT = token_W[:-1].astype(np.int64).reshape(windows, -1)
-        target_N = ops.to_device(token_W[1:].astype(np.int64))
-        x_ND = last_hidden(model, input_BT, ops=ops)
-        ops.add_sum(ops.token_nll(x_ND, model.weights.output_VD, target_N), nll_1)
+        x_ND = last_hidden(model, token_W[:-1].reshape(windows, -1), ops=ops)
+        ops.add_sum(ops.token_nll(x_ND, model.weights.output_VD, token_W[1:]), nll_1)
 
 
 def scored_tokens(

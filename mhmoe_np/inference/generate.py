@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray, IntArray
@@ -110,7 +110,7 @@ def _continuation(
     new_T = id_T.astype(np.int64)
     for _ in range(length):
         with ops.scope():
-            logits_V = ops.to_host(decode(model, cache, new_T[None], ops=ops))[0]
+            logits_V = ops.to_host(cache.extend(new_T[None]))[0]
             if not np.isfinite(logits_V).all():
                 raise UserError(
                     "the logits are not finite; the weights are damaged or too large for float32: take "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mhmoe_np.layers.rotary import Rotary
 from mhmoe_np.operations.table import LayerWeights, Operations
 from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 QKV = "self_attn.qkv_proj.weight"
 OUT = "self_attn.o_proj.weight"
@@ -19,18 +19,7 @@ class Past(NamedTuple):
     """The keys and values of all positions of some sequences so far, with room for more."""
 
     kv_BY2GC: FloatArray  # keys, then values
-    filled: int  # positions
-
-    def extended(self, k_BTGC: FloatArray, v_BTGC: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Put T more positions after those that are filled; return the keys and values of all S.
-
-        Shapes   k_BTGC, v_BTGC -> k_BSGC, v_BSGC
-        """
-        T, G = k_BTGC.shape[1:3]
-        S = self.filled + T
-        self.kv_BY2GC[:, self.filled : S, :G] = k_BTGC
-        self.kv_BY2GC[:, self.filled : S, G:] = v_BTGC
-        return self.kv_BY2GC[:, :S, :G], self.kv_BY2GC[:, :S, G:]
+    filled_1: IntArray  # positions
 
 
 class AttentionCache(NamedTuple):
@@ -39,7 +28,7 @@ class AttentionCache(NamedTuple):
     x_ND: FloatArray
     qkv_BTQ: FloatArray  # after the rotation
     out_BTAC: FloatArray
-    log_sum_exp_BAT: FloatArray
+    log_sum_exp_BAT: FloatArray | None  # None: there was a past, so there is no way back
     normed_NI: FloatArray  # what the output projection saw
     rstd_N: FloatArray | None
 
@@ -84,13 +73,15 @@ def attention_forward(
     Shapes   x_ND, rotary -> y_ND; N = sequences * T
     Source   [spec 2 attention], [spec 2 RoPE]; before the output projection [spec 2 use_sub_norm]
     """
-    N, T = len(x_ND), len(rotary.cos_TJ)
-    qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, T, -1)
-    ops.rotate_in_place(turned_heads(qkv_BTQ, config), rotary.cos_TJ, rotary.sin_TJ)
-    q_BTAC, k_BSGC, v_BSGC = split_heads(qkv_BTQ, config)
-    if past is not None:
-        k_BSGC, v_BSGC = past.extended(k_BSGC, v_BSGC)
-    out_BTAC, log_sum_exp_BAT = ops.attention(q_BTAC, k_BSGC, v_BSGC)
+    N = len(x_ND)
+    qkv_BTQ = ops.linear(x_ND, w[QKV], None).reshape(sequences, N // sequences, -1)
+    turned = turned_heads(qkv_BTQ, config)
+    ops.rotate_in_place(turned, rotary.cos_YJ, rotary.sin_YJ, rotary.first_1)
+    heads, log_sum_exp_BAT = split_heads(qkv_BTQ, config), None
+    if past is None:
+        out_BTAC, log_sum_exp_BAT = ops.attention(*heads)
+    else:
+        out_BTAC = ops.attention_with_cache(*heads, *past)
     normed_NI, rstd_N = out_BTAC.reshape(N, -1), None
     if config.use_sub_norm:
         normed_NI, rstd_N = ops.rms_norm(normed_NI, w[SUB_NORM], eps=config.rms_norm_eps)
@@ -115,6 +106,7 @@ def attention_backward(
     Shapes   dy_ND, cache, rotary -> dx_ND
     Source   [spec 2 attention]
     """
+    assert cache.log_sum_exp_BAT is not None
     dout_NI = ops.linear_backward(dy_ND, cache.normed_NI, w[OUT], dw[OUT], None)
     if cache.rstd_N is not None:
         out_NI = cache.out_BTAC.reshape(dout_NI.shape)
@@ -130,5 +122,6 @@ def attention_backward(
         dk_BTGC,
         dv_BTGC,
     )
-    ops.rotate_in_place(turned_heads(dqkv_BTQ, config), rotary.cos_TJ, rotary.minus_sin_TJ)
+    turned = turned_heads(dqkv_BTQ, config)
+    ops.rotate_in_place(turned, rotary.cos_YJ, rotary.minus_sin_YJ, rotary.first_1)
     return ops.linear_backward(dqkv_BTQ.reshape(len(dy_ND), -1), cache.x_ND, w[QKV], dw[QKV], None)

@@ -8,32 +8,21 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of each pair's angle at the positions being computed."""
-
-    cos_TJ: FloatArray
-    sin_TJ: FloatArray
-    minus_sin_TJ: FloatArray  # for the way back
-
-
-class RotaryTables(NamedTuple):
-    """The same at all positions of a model."""
+    """Cosine and sine of each pair's angle at all positions of a model, and where one begins."""
 
     cos_YJ: FloatArray
     sin_YJ: FloatArray
-    minus_sin_YJ: FloatArray
-
-    def window(self, first: int, last: int) -> Rotary:
-        """Positions first .. last-1."""
-        return Rotary(*(table_YJ[first:last] for table_YJ in self))
+    minus_sin_YJ: FloatArray  # for the way back
+    first_1: IntArray | None = None  # position of the first token being computed; None: 0
 
 
 def rotary_tables(
     positions: int, head_dim: int, theta: float, dtype: DTypeLike, *, ops: Operations
-) -> RotaryTables:
+) -> Rotary:
     """Position y turns pair j by y * theta^(-2j/C), y from 0.
 
     Computed in float64, then rounded once.
@@ -44,4 +33,4 @@ def rotary_tables(
     frequency_J = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
     angle_YJ = np.outer(np.arange(positions), frequency_J)
     tables = np.cos(angle_YJ), np.sin(angle_YJ), -np.sin(angle_YJ)
-    return RotaryTables(*(ops.to_device(table_YJ.astype(dtype)) for table_YJ in tables))
+    return Rotary(*(ops.to_device(table_YJ.astype(dtype)) for table_YJ in tables))

@@ -6,9 +6,11 @@ depend on how many tokens happen to come together [D4].
 
 from __future__ import annotations
 
+import numpy as np
+
 from mhmoe_np.layers.attention import Past
 from mhmoe_np.layers.block import block_forward
-from mhmoe_np.model.language_model import Model, start
+from mhmoe_np.model.language_model import Model, checked_ids
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -35,36 +37,41 @@ class KeyValueCache:
             )
         shape = (sequences, positions, 2 * config.num_key_value_heads, config.head_dim)
         self.length, self.positions = 0, positions
+        self._model, self._ops = model, ops
         self.layers: list[FloatArray] = [
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
+        self._extended = ops.repeated(self._logits)
 
-    def pasts(self) -> list[Past]:
-        """What each layer has seen."""
-        return [Past(kv_BY2GC, self.length) for kv_BY2GC in self.layers]
+    def extend(self, id_BT: IntArray) -> FloatArray:
+        """Put T more tokens of each sequence behind; return the logits after the last.
 
+        id_BT: the host's. The logits are the backend's, valid until its next operation.
 
-def decode(model: Model, cache: KeyValueCache, id_BT: IntArray, *, ops: Operations) -> FloatArray:
-    """Extend the cache by T tokens of each sequence; return the logits after the last.
+        Shapes   id_BT -> logits_BV
+        Raises   ValueError: there is no room for them, or see `checked_ids`.
+        Source   [spec 2 logits], [D4]
+        """
+        first, last = self.length, self.length + id_BT.shape[1]
+        if last > self.positions:
+            raise ValueError(f"{last} positions do not fit the cache's {self.positions}")
+        id_BT = checked_ids(id_BT, self._model.config, first=first)
+        logits_BV: FloatArray = self._extended(None, id_BT, np.array([first]))
+        self.length = last
+        return logits_BV
 
-    id_BT: the host's.
-
-    Shapes   id_BT -> logits_BV
-    Raises   ValueError: the cache has no room for them, or what `start` raises.
-    Source   [spec 2 logits], [D4]
-    """
-    config, weights, _ = model
-    B, T = id_BT.shape
-    last = cache.length + T
-    if last > cache.positions:
-        raise ValueError(f"{last} positions do not fit the cache's {cache.positions}")
-    _, x_ND, rotary = start(model, id_BT, first=cache.length, ops=ops)
-    for w, past in zip(weights.blocks, cache.pasts(), strict=True):
-        x_ND, _ = block_forward(
-            x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
-        )
-    cache.length = last
-    last_BD = ops.empty((B, config.hidden_size), model.weights.dtype)
-    last_BD[...] = x_ND.reshape(B, T, -1)[:, -1]
-    y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)
-    return ops.linear(y_BD, weights.output_VD, None)
+    def _logits(self, fixed: None, id_BT: IntArray, first_1: IntArray) -> FloatArray:
+        """On the device; nothing here depends on how many positions are filled but first_1."""
+        (config, weights, rotary), ops = self._model, self._ops
+        B, T = id_BT.shape
+        rotary = rotary._replace(first_1=first_1)
+        x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
+        for w, kv_BY2GC in zip(weights.blocks, self.layers, strict=True):
+            past = Past(kv_BY2GC, first_1)
+            x_ND, _ = block_forward(
+                x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
+            )
+        last_BD = ops.empty((B, config.hidden_size), weights.dtype)
+        last_BD[...] = x_ND.reshape(B, T, -1)[:, -1]
+        y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)
+        return ops.linear(y_BD, weights.output_VD, None)

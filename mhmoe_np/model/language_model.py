@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.block import BlockCache, block_backward_in_place, block_forward
-from mhmoe_np.layers.rotary import Rotary, RotaryTables, rotary_tables
+from mhmoe_np.layers.rotary import Rotary, rotary_tables
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM, Weights, quantised_anew
 from mhmoe_np.operations.table import Operations, RouterLosses
@@ -23,7 +25,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     weights: Weights
-    rotary: RotaryTables
+    rotary: Rotary
 
     @classmethod
     def of(cls, parameters: Parameters, *, ops: Operations) -> Model:
@@ -47,47 +49,53 @@ class Model(NamedTuple):
         return cls(config, weights, rotary)
 
 
-class Start(NamedTuple):
-    """A batch on its way in."""
-
-    id_N: IntArray
-    x_ND: FloatArray  # what the first block receives
-    rotary: Rotary  # of the batch's positions
-
-
 class ForwardCache(NamedTuple):
     """What the backward and the trace need of the forward."""
 
-    start: Start
+    id_N: IntArray
     blocks: list[BlockCache]
     last_ND: FloatArray  # the last block's output
     rstd_N: FloatArray
 
 
-def start(model: Model, id_BT: IntArray, *, first: int, ops: Operations) -> Start:
-    """Take the host's ids of positions first .. first+T-1 to the device, and embed them there.
+def checked_ids(id_BT: IntArray, config: ModelConfig, *, first: int = 0) -> IntArray:
+    """The host's token ids of positions first .. first+T-1, as operations take them.
 
-    Shapes   id_BT -> id_N, x_ND, rotary
+    Shapes   id_BT -> id_BT
     Raises   ValueError: positions beyond the model's, or an id outside the vocabulary.
     Source   [spec 1 embed_tokens]
     """
-    config = model.config
-    last = first + id_BT.shape[1]
+    check_positions(first + id_BT.shape[1], config)
+    return known_ids(id_BT, config)
+
+
+def check_positions(last: int, config: ModelConfig) -> None:
+    """Refuse more positions than the model has.
+
+    Raises   ValueError
+    Source   [spec 2 RoPE]
+    """
     if last > config.max_position_embeddings:
         raise ValueError(
             f"{last} positions are more than max_position_embeddings {config.max_position_embeddings}"
         )
-    host_id_N = id_BT.reshape(-1)
-    if host_id_N.size and not 0 <= host_id_N.min() <= host_id_N.max() < config.vocab_size:
+
+
+def known_ids(ids: IntArray, config: ModelConfig) -> IntArray:
+    """The host's token ids as operations take them.
+
+    Shapes   -> those of ids
+    Raises   ValueError: one lies outside the vocabulary.
+    Source   [spec 1 embed_tokens]
+    """
+    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
         raise ValueError(f"token ids must lie in 0 .. {config.vocab_size - 1}")
-    id_N = ops.to_device(host_id_N)
-    x_ND = ops.embedding(id_N, model.weights.embedding_VD)
-    return Start(id_N, x_ND, model.rotary.window(first, last))
+    return np.ascontiguousarray(ids, np.int64)
 
 
 def forward(
     model: Model,
-    input_BT: IntArray,
+    id_BT: IntArray,
     tallies: Sequence[Tally | None] | None,
     *,
     drop: bool,
@@ -95,35 +103,34 @@ def forward(
 ) -> tuple[FloatArray, ForwardCache]:
     """The final norm's output y_ND, from which logits = y_ND @ W_out.T.
 
-    input_BT: the host's.
+    id_BT: the backend's, of ids that `checked_ids` has seen.
     tallies: for each layer what its router's statistics count and where (`StepSums.tallies`); None:
     nobody counts, and no backward follows.
     drop: whether `moe_capacity_factor` applies (training and traces) or not (evaluation,
     generation) [D4].
 
-    Shapes   input_BT -> y_ND
-    Raises   ValueError: see `start`.
-    Source   [spec 2 pre-norm], [spec 2 final norm]
+    Shapes   id_BT -> y_ND
+    Source   [spec 1 embed_tokens], [spec 2 pre-norm], [spec 2 final norm]
     """
-    config, weights, _ = model
-    begun = start(model, input_BT, first=0, ops=ops)
-    x_ND = begun.x_ND
+    config, weights, rotary = model
+    id_N = id_BT.reshape(-1)
+    x_ND = ops.embedding(id_N, weights.embedding_VD)
     caches = []
     for layer, w in enumerate(weights.blocks):
         x_ND, cache = block_forward(
             x_ND,
             w,
-            begun.rotary,
+            rotary,
             None,
             tallies[layer] if tallies is not None else None,
-            sequences=len(input_BT),
+            sequences=len(id_BT),
             drop=drop,
             config=config,
             ops=ops,
         )
         caches.append(cache)
     y_ND, rstd_N = ops.rms_norm(x_ND, weights.final_norm_D, eps=config.rms_norm_eps)
-    return y_ND, ForwardCache(begun, caches, x_ND, rstd_N)
+    return y_ND, ForwardCache(id_N, caches, x_ND, rstd_N)
 
 
 def backward(
@@ -143,8 +150,7 @@ def backward(
     Shapes   dy_ND, cache, losses
     Source   [spec 2 pre-norm], [spec 2 final norm]
     """
-    config, weights, _ = model
-    id_N, _, rotary = cache.start
+    config, weights, rotary = model
     dx_ND = ops.rms_norm_backward(
         dy_ND, cache.last_ND, weights.final_norm_D, cache.rstd_N, gradient.arrays[FINAL_NORM]
     )
@@ -156,18 +162,17 @@ def backward(
         strict=True,
     ):
         block_backward_in_place(dx_ND, block, loss, w, dw, rotary, config=config, ops=ops)
-    ops.embedding_backward(dx_ND, id_N, gradient.arrays[EMBEDDING])
+    ops.embedding_backward(dx_ND, cache.id_N, gradient.arrays[EMBEDDING])
 
 
-def last_hidden(model: Model, input_BT: IntArray, *, ops: Operations) -> FloatArray:
+def last_hidden(model: Model, id_BT: IntArray, *, ops: Operations) -> FloatArray:
     """`forward`'s y_ND without capacity, where no backward follows: one block's memory serves all.
 
-    Shapes   input_BT -> y_ND
-    Raises   ValueError: see `start`.
+    Shapes   id_BT -> y_ND
     Source   [spec 2 pre-norm], [spec 2 final norm], [D4]
     """
-    config, weights, _ = model
-    _, x_ND, rotary = start(model, input_BT, first=0, ops=ops)
+    config, weights, rotary = model
+    x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
     for w in weights.blocks:
         with ops.scope():
             x_ND[...], _ = block_forward(
@@ -176,7 +181,7 @@ def last_hidden(model: Model, input_BT: IntArray, *, ops: Operations) -> FloatAr
                 rotary,
                 None,
                 None,
-                sequences=len(input_BT),
+                sequences=len(id_BT),
                 drop=False,
                 config=config,
                 ops=ops,

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.model.language_model import ForwardCache, Model, backward, forward
+from mhmoe_np.model.language_model import ForwardCache, Model, backward, checked_ids, forward
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.sums import StepResult, StepSums
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 IGNORED = -100  # a target that is not counted
@@ -33,15 +34,32 @@ class Batch(NamedTuple):
         """
         return cls(np.ascontiguousarray(windows[:, :-1]), windows[:, 1:])
 
-    @property
-    def target_N(self) -> IntArray:
-        """The targets one after another."""
-        return self.target_BT.reshape(-1)
+    def arrays(self, config: ModelConfig) -> DeviceBatch:
+        """What a model is given of it, still on the host.
 
-    @property
-    def counted_N(self) -> BoolArray:
-        """Which of them count."""
-        return self.target_N != IGNORED
+        Shapes   -> id_BT, target_N, counted_M
+        Raises   ValueError: see `checked_ids`.
+        """
+        target_N = np.ascontiguousarray(self.target_BT.reshape(-1), np.int64)
+        counted_M = np.repeat(target_N != IGNORED, config.moe_heads)
+        return DeviceBatch(checked_ids(self.input_BT, config), target_N, counted_M)
+
+
+class DeviceBatch(NamedTuple):
+    """A batch as a model is given it: the backend's arrays."""
+
+    id_BT: IntArray
+    target_N: IntArray
+    counted_M: BoolArray  # which sub-tokens the router's statistics count
+
+    @classmethod
+    def of(cls, batch: Batch, config: ModelConfig, *, ops: Operations) -> DeviceBatch:
+        """Taken to the device.
+
+        Shapes   -> id_BT, target_N, counted_M
+        Raises   ValueError: see `checked_ids`.
+        """
+        return cls(*map(ops.to_device, batch.arrays(config)))
 
 
 Watch = Callable[[FloatArray, ForwardCache], None]
@@ -55,7 +73,7 @@ def targets_of(micro_batches: Sequence[Batch]) -> int:
     Raises   ValueError: none does.
     Source   [spec 4 not counted]
     """
-    targets = sum(int(np.count_nonzero(batch.counted_N)) for batch in micro_batches)
+    targets = sum(int(np.count_nonzero(batch.target_BT != IGNORED)) for batch in micro_batches)
     if targets == 0:
         raise ValueError("the batch has no target to count: every one is -100")
     return targets
@@ -67,23 +85,24 @@ def loss(
     """The losses and router statistics of a batch by forward passes alone.
 
     Shapes   micro_batches
-    Raises   ValueError: no target is counted, or what `forward` raises.
+    Raises   ValueError: no target is counted, or see `checked_ids`.
     Source   [spec 4 NLL]
     """
     targets, sums = targets_of(micro_batches), StepSums(model.config, ops=ops)
-    for batch in micro_batches:
+    for micro_batch in micro_batches:
         with ops.scope():
-            tallies = sums.tallies(batch.counted_N)
-            y_ND, cache = forward(model, batch.input_BT, tallies, drop=True, ops=ops)
+            batch = DeviceBatch.of(micro_batch, model.config, ops=ops)
+            tallies = sums.tallies(batch.counted_M)
+            y_ND, cache = forward(model, batch.id_BT, tallies, drop=True, ops=ops)
             if watch is not None:
                 watch(y_ND, cache)
-            target_N = ops.to_device(batch.target_N)
-            ops.add_sum(ops.token_nll(y_ND, model.weights.output_VD, target_N), sums.nll_1)
+            nll_N = ops.token_nll(y_ND, model.weights.output_VD, batch.target_N)
+            ops.add_sum(nll_N, sums.nll_1)
     return sums.read(targets, model.weights.dtype)
 
 
 def add_router_statistics(
-    model: Model, micro_batches: Sequence[Batch], sums: StepSums, *, ops: Operations
+    model: Model, micro_batches: Sequence[DeviceBatch], sums: StepSums, *, ops: Operations
 ) -> None:
     """Add each MoE layer's router statistics to `sums`, by forward passes alone.
 
@@ -92,15 +111,16 @@ def add_router_statistics(
     """
     for batch in micro_batches:
         with ops.scope():
-            forward(model, batch.input_BT, sums.tallies(batch.counted_N), drop=True, ops=ops)
+            forward(model, batch.id_BT, sums.tallies(batch.counted_M), drop=True, ops=ops)
 
 
 def add_loss_and_gradient(
     model: Model,
     gradient: Parameters,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[DeviceBatch],
     sums: StepSums,
     *,
+    targets: int,
     watch: Watch | None = None,
     ops: Operations,
 ) -> None:
@@ -110,26 +130,25 @@ def add_loss_and_gradient(
     the experts' shares in all of it. Those shares are known only after every micro-batch was routed,
     so with more than one micro-batch a forward pass over all of them comes first [D5].
 
+    targets: how many of the batch count (`targets_of`).
     Nothing is read back: `sums` says what came of it once it is read.
 
     Shapes   micro_batches
-    Raises   ValueError: no target is counted, or what `forward` raises.
     Source   [spec 4 NLL], [D5]
     """
-    targets = targets_of(micro_batches)
     routed = len(micro_batches) > 1 and model.config.num_experts > 0
     if routed:
         add_router_statistics(model, micro_batches, sums, ops=ops)
     for batch in micro_batches:
         with ops.scope():
-            tallies = sums.tallies(batch.counted_N, known=routed)
-            y_ND, cache = forward(model, batch.input_BT, tallies, drop=True, ops=ops)
+            tallies = sums.tallies(batch.counted_M, known=routed)
+            y_ND, cache = forward(model, batch.id_BT, tallies, drop=True, ops=ops)
             if watch is not None:
                 watch(y_ND, cache)
             nll_N, dy_ND = ops.token_nll_and_gradient(
                 y_ND,
                 model.weights.output_VD,
-                ops.to_device(batch.target_N),
+                batch.target_N,
                 gradient.output_VD,
                 dnll=1 / targets,
             )
@@ -145,12 +164,13 @@ def loss_and_gradient(
     watch: Watch | None = None,
     ops: Operations,
 ) -> StepResult:
-    """`add_loss_and_gradient` and its sums, read.
+    """`add_loss_and_gradient` of the host's batch, and its sums, read.
 
     Shapes   micro_batches
-    Raises   ValueError: see there.
+    Raises   ValueError: no target is counted, or see `checked_ids`.
     Source   [spec 4 loss], [D5]
     """
-    sums = StepSums(model.config, ops=ops)
-    add_loss_and_gradient(model, gradient, micro_batches, sums, watch=watch, ops=ops)
-    return sums.read(targets_of(micro_batches), model.weights.dtype)
+    targets, sums = targets_of(micro_batches), StepSums(model.config, ops=ops)
+    batches = [DeviceBatch.of(batch, model.config, ops=ops) for batch in micro_batches]
+    add_loss_and_gradient(model, gradient, batches, sums, targets=targets, watch=watch, ops=ops)
+    return sums.read(targets, model.weights.dtype)

@@ -105,15 +105,14 @@ class StepSums:
         """Start the next step."""
         self._flat[...] = 0
 
-    def tallies(self, counted_N: BoolArray, *, known: bool = False) -> list[Tally | None]:
+    def tallies(self, counted_M: BoolArray, *, known: bool = False) -> list[Tally | None]:
         """For each layer what its router counts and where; None for a dense one.
 
-        counted_N: the host's; known: the sums are complete already and are not added to again.
+        known: the sums are complete already and are not added to again.
 
-        Shapes   counted_N
+        Shapes   counted_M
         """
         config = self._config
-        counted_M = self._ops.to_device(np.repeat(counted_N, config.moe_heads))
         tallies: list[Tally | None] = [None] * config.num_hidden_layers
         moe_layers = filter(config.is_moe_layer, range(config.num_hidden_layers))
         for layer, sums in zip(moe_layers, self.router, strict=True):

@@ -6,9 +6,11 @@ import importlib
 import os
 import re
 import warnings
+from contextlib import suppress
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
+from mhmoe_np.settings.run import Matmul
 
 MOST_THREADS = 4096  # more than any machine's cores; Numba would start them all
 THREADING_LAYERS = ("default", "safe", "threadsafe", "forksafe", "tbb", "omp", "workqueue")
@@ -31,29 +33,45 @@ def cores() -> int:
 
 
 def load_operations(
-    name: BackendName, *, threads: int | None = None, keep_buffers: bool = False
+    name: BackendName,
+    *,
+    threads: int | None = None,
+    keep_buffers: bool = False,
+    matmul: Matmul = "float32",
 ) -> Operations:
     """The operations of one backend, on `threads` threads (None: one for each core).
 
-    keep_buffers: numba only; hand results out of a workspace that is reused (see `Workspace`). Leave
+    keep_buffers: not for numpy; hand results out of a workspace that is reused (see `Workspace`). Leave
     it off unless the caller wraps its work in `scope()` and uses up every result inside.
+
+    matmul: how float32 products are computed; other than as such by cuda alone.
 
     Threads are a property of the process: the last call holds for all.
 
-    Numba is imported here and not before: the numpy backend and the help texts do without it.
+    Numba and CuPy are imported here and not before: the others and the help texts do without them.
 
-    Raises UserError: more threads than there are, or the environment has settings of Numba's that it
-    cannot work with.
+    Raises UserError: more threads than there are, the environment has settings of Numba's that it
+    cannot work with, or there is no GPU to run on.
     """
     available = cores()
     if threads is not None and not 1 <= threads <= available:
         raise UserError(f"--threads {threads}: this machine offers 1 to {available}")
-    if name == "numpy":
-        from threadpoolctl import threadpool_limits
+    if name == "cuda":
+        from mhmoe_np.operations.cuda.driver import load
 
+        return load(keep_buffers=keep_buffers, matmul=matmul)
+    if matmul != "float32":
+        raise UserError(
+            f"--set training.matmul={matmul}: --backend cuda alone computes so; set it to float32"
+        )
+    if name == "numpy":
         from mhmoe_np.operations import numpy_ref
 
-        threadpool_limits(threads or available, user_api="blas")
+        # In a source tree alone, without the library, BLAS keeps the threads that it has.
+        with suppress(ModuleNotFoundError):
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(threads or available, user_api="blas")
         return numpy_ref
     import_numba_backend()
     from mhmoe_np.operations.numba_cpu import NumbaOperations

@@ -48,10 +48,11 @@ finite: what depends on one is not finite either, and indices are valid and diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.operations.packing import FormatName, PackedMatrices
@@ -59,7 +60,7 @@ from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
 Activation = Literal["silu", "relu2"]
 Quantization = Literal["bitnet_b158", "bitnet"]
-BackendName = Literal["numpy", "numba"]
+BackendName = Literal["numpy", "numba", "cuda"]
 
 
 class BitWeight(NamedTuple):
@@ -153,13 +154,37 @@ class AdamWSettings(NamedTuple):
     weight_decay: float
     clip_norm: float  # of the whole gradient
 
+    def update(self, step: int) -> NDArray[np.float64]:
+        """What `adamw_in_place` is given for one update: these, then 1 - beta^step of both betas.
+
+        step: counts from 1.
+
+        Shapes   -> update_8
+        Source   [AdamW algorithm 2]
+        """
+        return np.array([*self, 1 - self.beta1**step, 1 - self.beta2**step])
+
+
+class Device(NamedTuple):
+    """A device whose memory is not the host's."""
+
+    name: str
+    driver: str  # the CUDA version that the driver is for
+    library: str  # name and version
+    free_bytes: int
+    total_bytes: int
+
 
 class Operations(Protocol):
     """One backend: every operation of the table.
 
     Attributes:
+        name: which it is.
         prefers_packed: whether forwards are faster with packed integers than with floats.
     """
+
+    @property
+    def name(self) -> BackendName: ...  # noqa: D102
 
     @property
     def prefers_packed(self) -> bool: ...  # noqa: D102
@@ -182,6 +207,18 @@ class Operations(Protocol):
 
     def buffer_bytes(self) -> int:
         """How many bytes of a workspace were ever handed out at once; 0 where there is none."""
+
+    def device(self) -> Device | None:
+        """Where it computes, as it stands now; None: on the host."""
+
+    def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, which computes on the device, as a function of the host's arrays.
+
+        Called with (fixed, *arrays) it takes the arrays to the device, all in one go, and returns what
+        work(fixed, *arrays there) does, which is valid until the next operation. A backend may record
+        what `work` has the device do and, given the same `fixed` and arrays of the same shapes, have
+        it done again without calling `work`: what changes from call to call must come in by the arrays.
+        """
 
     def to_device(self, array: NDArray[Any]) -> Any:
         """NumPy's array as the backend's: itself, or a copy in another memory."""
@@ -360,13 +397,16 @@ class Operations(Protocol):
 
     # ---- attention ---------------------------------------------------------------------------
 
-    def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
+    def rotate_in_place(
+        self, x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
+    ) -> None:
         """Turn each pair (x[j], x[j + C/2]) by its angle: rotary positions in HF's rotate-half form.
 
-        The backward of a rotation is the rotation by the opposite angle: the same operation with -sin.
+        The T rows of x have the angles of positions first .. first+T-1; None: from 0 on. The backward
+        of a rotation is the rotation by the opposite angle: the same operation with -sin.
 
-        Shapes   x_BTAC, cos_TJ, sin_TJ
-        Dtypes   float
+        Shapes   x_BTAC, cos_YJ, sin_YJ, first_1?
+        Dtypes   float; int64 first_1
         Views    x_BTAC
         Source   [spec 2 RoPE], [RoPE eq. 34]
         Cost     2 B*T*A*C multiply-adds; 2 B*T*A*C numbers; the backward the same.
@@ -386,6 +426,27 @@ class Operations(Protocol):
         Source   [spec 2 attention], [Attention eq. 1]
         Cost     2 B*A*C multiply-adds for each query and key seen: B*A*C*T*(T+1) when S = T;
                  B*C*(2 T*A + 2 S*G) numbers.
+        """
+
+    def attention_with_cache(
+        self,
+        q_BTAC: FloatArray,
+        k_BTGC: FloatArray,
+        v_BTGC: FloatArray,
+        kv_BY2GC: FloatArray,
+        filled_1: IntArray,
+    ) -> FloatArray:
+        """Put k and v behind the positions that kv holds, and attend over all of them; return out_BTAC.
+
+        kv holds the keys and values of positions 0 .. filled-1, keys in its first G heads. Those of
+        positions filled .. filled+T-1 are overwritten by k and v; then the result is `attention`'s of
+        q over the first filled+T positions.
+
+        Shapes   q_BTAC, k_BTGC, v_BTGC, kv_BY2GC, filled_1 -> out_BTAC
+        Dtypes   float; int64 filled_1
+        Views    q_BTAC, k_BTGC, v_BTGC
+        Source   [spec 2 attention], [Attention eq. 1]
+        Cost     `attention`'s, and 4 B*T*G*C numbers. No backward: training has no cache.
         """
 
     def attention_backward(
@@ -597,21 +658,20 @@ class Operations(Protocol):
         squares_1: FloatArray,
         guard: FloatArray,
         left_out_1: FloatArray,
-        *,
-        step: int,
-        settings: AdamWSettings,
+        update_8: FloatArray,
     ) -> None:
         """One AdamW update with decoupled decay, of the clipped gradient, which is zero afterwards.
 
-        step counts from 1; squares is the gradient's sum of squares.
+        update is what `AdamWSettings.update` says; squares is the gradient's sum of squares.
         g = gradient * min(1, clip_norm / sqrt(squares)); m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
         p = p - lr * (decay * p + (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + epsilon)).
         Where any number of `guard`, of any shape, is not finite, nothing is changed at all: a step that
         went wrong is found out on the host only later. Where one element's new p, m or v would not be
         finite, this element of all four stays as it is, its gradient too, and left_out counts it.
 
-        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard, left_out_1
-        Dtypes   float; float64 squares_1, guard, left_out_1
+        Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard, left_out_1,
+                 update_8
+        Dtypes   float; float64 squares_1, guard, left_out_1, update_8
         Source   [spec 6 AdamW], [AdamW algorithm 2]
         Cost     12 P multiply-adds, P roots; 8 P numbers. No gradient.
         """

@@ -31,6 +31,7 @@ from mhmoe_np.settings.model import (
 from mhmoe_np.storage import reading
 
 ScheduleKind: TypeAlias = Literal["linear", "cosine", "two-stage", "constant"]
+Matmul: TypeAlias = Literal["float32", "tf32", "tf32x3"]
 
 
 def _recordable(path: object) -> object:
@@ -72,6 +73,7 @@ class TrainingConfig(StrictModel):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between progress lines
+    matmul: Matmul = "float32"  # how float32 products are computed; other ways by --backend cuda alone
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -119,7 +121,7 @@ class RunConfig(StrictModel):
     def identity(self) -> str:
         """The sha256 of all but `FREE_KEYS`: by it checkpoints of older releases name their run."""
         tables = self.model_dump()
-        for key in FREE_KEYS:
+        for key in (*FREE_KEYS, "training.matmul"):  # the last is younger than those releases
             table, _, name = key.partition(".")
             del tables[table][name]
         return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
@@ -148,10 +150,11 @@ def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
 def may_change(key: str) -> bool:
     """Whether a run stays the same run when this key changes.
 
-    The optimiser's may: an update is a function of them and of what went before. Model, data, seed and
-    batches may not: weights and tokens would no longer be those of the run.
+    The optimiser's may: an update is a function of them and of what went before. So may how products
+    are computed, since a run may go on with another backend. Model, data, seed and batches may not:
+    weights and tokens would no longer be those of the run.
     """
-    return key in FREE_KEYS or key.startswith("optimizer.")
+    return key in FREE_KEYS or key == "training.matmul" or key.startswith("optimizer.")
 
 
 TABLES: Mapping[str, type[StrictModel]] = {

@@ -5,8 +5,6 @@ The system promises more than it has and ends the process that takes it at its w
 
 from __future__ import annotations
 
-import psutil
-
 from mhmoe_np.errors import UserError
 
 
@@ -15,6 +13,10 @@ def check_memory(needed: int, what: str, *, remedy: str) -> None:
 
     Raises UserError: "`what` need(s) so much and so much is free; `remedy`".
     """
+    try:
+        import psutil
+    except ModuleNotFoundError:  # in a source tree alone: what is free is not known
+        return
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"{what} {_size(needed)} of memory and {_size(free)} are free; {remedy}")

@@ -15,6 +15,7 @@ from mhmoe_np.checkpoints.training_state import (
 )
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.room import check_batch_room, check_room
+from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.run import (
     COMMAND_LINE,
     FREE_KEYS,
@@ -216,11 +217,15 @@ def _without(tables: Tables, keys: Iterable[str]) -> Tables:
     }
 
 
-def changes(opened: OpenRun, now: RunConfig) -> list[Change]:
-    """The settings of the optimiser that another sitting changes, for the run's own record."""
-    step = opened.checkpoint.state.step if opened.checkpoint else 0
-    return [
+def changes(opened: OpenRun, now: RunConfig, backend: BackendName) -> list[Change]:
+    """The settings that another sitting changes, and the backend, for the run's own record."""
+    state = opened.checkpoint.state if opened.checkpoint else None
+    step, before = (state.step, state.backend) if state else (0, None)
+    found = [
         Change(step=step, key=key, before=old, now=new)
         for key, (old, new) in differences(opened.config, now).items()
         if key not in FREE_KEYS
     ]
+    if before not in (None, backend):
+        found.append(Change(step=step, key="the backend", before=before, now=backend))
+    return found

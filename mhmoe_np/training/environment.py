@@ -9,21 +9,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mhmoe_np.operations.table import Operations
+
 PACKAGES = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
 
 
-def environment(*, threads: int, backend: str, init: Path | None = None) -> dict[str, Any]:
+def environment(*, threads: int, ops: Operations, init: Path | None = None) -> dict[str, Any]:
     """What a run is started with, for whoever reads its figures later.
 
+    ops: the backend.
     init: the checkpoint whose weights it starts from.
     """
+    device = ops.device()
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "backend": backend,
+        "backend": ops.name,
+        "device": None if device is None else device._asdict(),
         "init": None if init is None else os.fsencode(init).decode(errors="backslashreplace"),
         "packages": {name: version(name) for name in PACKAGES},
     }

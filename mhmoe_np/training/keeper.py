@@ -122,6 +122,7 @@ class Keeper:
         state = TrainerState(
             step=step,
             config=self._config,
+            backend=self._ops.name,
             changes=self._changes,
             logs={name: log.mark for name, log in self._logs.items()},
         )

@@ -31,6 +31,7 @@ from mhmoe_np.errors import Taken, UserError
 from mhmoe_np.inference.evaluate import scored_tokens
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.checksums import seal
 from mhmoe_np.storage.files import new_locked_directory, write_json, write_text
@@ -61,10 +62,11 @@ def create_run_folder(
     start: InitialWeights | None = None,
     *,
     threads: int,
-    backend: str,
+    ops: Operations,
 ) -> Lock:
     """Read the text, split it, train or load the tokenizer, and write all that a run starts from.
 
+    threads, ops: what the run is started with, for the record.
     start: where the weights of step 0 are not random ones; its tokenizer is the run's, too, unless the
     configuration names one.
 
@@ -115,7 +117,7 @@ def create_run_folder(
         save_tokenizer(tokenizer, folder / TOKENIZER)
         write_json(
             folder / ENVIRONMENT,
-            environment(threads=threads, backend=backend, init=start and start.source),
+            environment(threads=threads, ops=ops, init=start and start.source),
         )
         write_text(folder / RUN_CONFIG, tomli_w.dumps(_without_none(config.model_dump())))
         seal(folder, prepared_files(folder))

@@ -17,7 +17,7 @@ from mhmoe_np.checkpoints.checkpoint import (
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.load import cores, load_operations
-from mhmoe_np.operations.table import BackendName
+from mhmoe_np.operations.table import BackendName, Operations
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import check_training_room, open_run, resumed_config
@@ -41,14 +41,14 @@ def start_run(
     Raises UserError: `run` exists, or the text, the tokenizer, the checkpoint or the number of threads
     is unfit; then nothing was written.
     """
-    ops = load_operations(backend, threads=threads, keep_buffers=True)
+    ops = _operations(backend, threads, config)
     check_training_room(config)
     lock = create_run_folder(
         run,
         config,
         None if init is None else _initial_weights(init_source(init), config),
         threads=threads or cores(),
-        backend=backend,
+        ops=ops,
     )
     return Trainer(run, config, ops, opened=open_run(run, lock=lock))
 
@@ -93,6 +93,15 @@ def resume_run(
     Raises UserError: the settings would make it another run, the folder is in use, or something in it
     is damaged.
     """
-    ops = load_operations(backend, threads=threads, keep_buffers=True)
     opened = open_run(run)
-    return Trainer(run, resumed_config(opened, over or {}, base=base), ops, opened=opened)
+    try:
+        config = resumed_config(opened, over or {}, base=base)
+        return Trainer(run, config, _operations(backend, threads, config), opened=opened)
+    except BaseException:
+        opened.lock.release()
+        raise
+
+
+def _operations(backend: BackendName, threads: int | None, config: RunConfig) -> Operations:
+    matmul = config.training.matmul
+    return load_operations(backend, threads=threads, keep_buffers=True, matmul=matmul)

@@ -114,7 +114,7 @@ class Trainer:
         self._batches = batches_of(training_store(run), config)
         start = opened.checkpoint or _beginning(config)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
-        changed = changes(opened, config)
+        changed = changes(opened, config, ops.name)
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.keeper = Keeper(run, config, start.state, changed, tokenizer, self.learner, ops)
         self.notices = [

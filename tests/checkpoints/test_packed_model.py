@@ -18,7 +18,7 @@ from mhmoe_np.audit.models import DEFAULT_SEED, QUANTISED, settings
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints import packed_file
 from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_model
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.packed import pack_weights, unpack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -128,7 +128,7 @@ def test_cached_decoding_is_the_same_packed(kind: str) -> None:
         if weights is not None:
             model = Model.with_weights(config, weights, ops=ops)
         cache = KeyValueCache(model, sequences=1, positions=9, ops=ops)
-        steps = [decode(model, cache, TOKENS[:1, t : t + 1], ops=ops) for t in range(9)]
+        steps = [cache.extend(TOKENS[:1, t : t + 1]) for t in range(9)]
         logits.append(np.stack(steps).tobytes())
     assert logits[0] == logits[1]
 

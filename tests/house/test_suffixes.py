@@ -13,7 +13,7 @@ import pytest
 
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.inference.evaluate import score_stream
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
@@ -117,7 +117,7 @@ def all_of(config: ModelConfig, ops: Operations) -> None:
     score_stream(model, windows.ravel(), window=T, batch_tokens=2 * T, ops=ops)
     cache = KeyValueCache(model, sequences=B, positions=9, ops=ops)
     for new in (5, 1):
-        decode(model, cache, windows[:B, :new], ops=ops)
+        cache.extend(windows[:B, :new])
     trace(model, windows[:B], gradients=True, ops=ops)
     for format in formats_for(config):
         packed = pack_weights(learner.parameters, format, ops=ops)

@@ -7,9 +7,9 @@ import pytest
 
 from mhmoe_np.audit.models import KINDS, QUANTISED, parameters
 from mhmoe_np.inference.evaluate import score_stream
-from mhmoe_np.model.decode import KeyValueCache, decode
+from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
-from mhmoe_np.model.loss import Batch, loss_and_gradient
+from mhmoe_np.model.loss import Batch, DeviceBatch, loss, loss_and_gradient
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName, Operations
@@ -54,7 +54,7 @@ def test_cached_decoding_gives_the_uncached_logits(kind: str, backend: BackendNa
     logits_BTV = (x_ND @ model.weights.output_VD.T).reshape(2, 11, -1)
     cache = KeyValueCache(model, sequences=2, positions=11, ops=ops)
     for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10), (10, 11)):
-        logits_BV = decode(model, cache, id_BT[:, first:last], ops=ops)
+        logits_BV = cache.extend(id_BT[:, first:last])
         expected_BV = logits_BTV[:, last - 1]
         assert np.abs(logits_BV - expected_BV).max() <= 1e-5 * np.abs(expected_BV).max()
 
@@ -106,9 +106,18 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
 
 
 def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None:
-    ops = load_operations("numba")
+    ops = load_operations("numpy")
     model = _model("dense", ops)
-    with pytest.raises(ValueError, match=r"0 \.\. 36"):
-        forward(model, np.array([[1, 37]]), None, drop=False, ops=ops)
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        forward(model, np.zeros((1, 33), int), None, drop=False, ops=ops)
+    for ids, said in ((np.array([[1, 37]]), r"0 \.\. 36"), (np.zeros((1, 33), int), "max_position")):
+        cache = KeyValueCache(model, sequences=1, positions=32, ops=ops)
+        for refusing in (
+            lambda ids=ids: loss(model, [Batch(ids, np.zeros_like(ids))], ops=ops),
+            lambda ids=ids: DeviceBatch.of(Batch(ids, np.zeros_like(ids)), model.config, ops=ops),
+            lambda ids=ids: score_stream(
+                model, np.append(ids, 1), window=ids.shape[1], batch_tokens=64, ops=ops
+            ),
+        ):
+            with pytest.raises(ValueError, match=said):
+                refusing()
+        with pytest.raises(ValueError, match=said if ids.shape[1] < 32 else "do not fit"):
+            cache.extend(ids)

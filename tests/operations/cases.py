@@ -26,12 +26,19 @@ from mhmoe_np.operations.table import (
 )
 from tests.cuda.backend import cuda_operations
 from tests.cuda.emulator import has_gpu
+from tests.libraries import ABSENT
+
+
+def numba_operations() -> Any:
+    """Numba's, or None where the library is not installed: tests that name it cannot run then."""
+    return None if "numba" in ABSENT else load_operations("numba")
+
 
 NUMPY = load_operations("numpy")
-NUMBA = load_operations("numba")
+NUMBA = numba_operations()
 CUDA = on_host(cuda_operations())
 CUDA_NAME = "cuda" if has_gpu() else "cuda-emulated"
-FAST = {"numba": NUMBA, CUDA_NAME: CUDA}
+FAST = ({"numba": NUMBA} if NUMBA else {}) | {CUDA_NAME: CUDA}
 BACKENDS = {"numpy": NUMPY, **FAST}
 DTYPES = [np.float64, np.float32]
 ACTIVATIONS = ["silu", "relu2"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit
 
+from mhmoe_np.operations.numpy_ref.feed_forward import sigmoid
 from mhmoe_np.operations.numpy_ref.quantise import quantise_rows
 from mhmoe_np.operations.table import BitWeight, Dispatch, ExpertCache
 
@@ -54,7 +54,7 @@ class ExpertSizes:
         self.gate_up_size = np.einsum("ru,rfu->rf", self.x, self.gate_up[self.expert])
         self.g_size, self.u_size = np.split(self.gate_up_size, 2, axis=1)
         if activation == "silu":
-            s = expit(g)
+            s = sigmoid(g)
             act, slope, self.bend = g * s, np.abs(s + g * s * (1 - s)), 0.5
         else:
             act, slope, self.bend = np.maximum(g, 0) ** 2, 2 * np.maximum(g, 0), 2.0

@@ -29,12 +29,18 @@ MEMORY = {
     "empty_packed",
     "scope",
     "buffer_bytes",
+    "device",
+    "repeated",
     "to_device",
     "to_host",
     "packed_to_device",
     "packed_to_host",
 }
-TABLE = {name for name in vars(Operations) if not name.startswith("_")} - MEMORY - {"prefers_packed"}
+TABLE = (
+    {name for name in vars(Operations) if not name.startswith("_")}
+    - MEMORY
+    - {"name", "prefers_packed"}
+)
 N, D, V = 300, 37, 530  # tokens, width, vocabulary
 M, E, K = 500, 3, 2  # sub-tokens, experts, choices
 
@@ -105,16 +111,18 @@ def norm(ops: Operations, r: Inputs) -> Done:
 def attention(ops: Operations, r: Inputs) -> Done:
     B, T, A, G, C = 2, 90, 4, 2, 6
     turned = r(B, T, A, C)
-    ops.rotate_in_place(turned, r(T, C // 2), r(T, C // 2))
+    ops.rotate_in_place(turned, r(T + 3, C // 2), r(T + 3, C // 2), np.array([2]))
     q, k, v = r.joint(B, T, A, G, C)
     out, log_sum_exp = ops.attention(q, k, v)
     q_step, k_past, v_past = r.joint(3, 701, 24, 12, 8)
     step = ops.attention(q_step[:, -1:], k_past, v_past)
+    cached = ops.attention_with_cache(*r.joint(B, 3, A, G, C), r(B, T, 2 * G, C), np.array([70]))
     dqkv = r(B, T, A + 2 * G, C)
     ops.attention_backward(r(B, T, A, C), q, k, v, out, log_sum_exp, *heads(dqkv, A, G))
     return {
         "rotate_in_place": [turned],
         "attention": [out, log_sum_exp, *step],
+        "attention_with_cache": [cached],
         "attention_backward": [dqkv],
     }
 
@@ -183,7 +191,7 @@ def optimiser(ops: Operations, r: Inputs) -> Done:
     squares, state = np.ones(1), [r(P), r(P), r(P), r(P) ** 2]
     ops.add_sum_of_squares(state[1], squares)
     updated, left_out = copies(state), np.zeros(1)
-    ops.adamw_in_place(*updated, squares, np.zeros(3), left_out, step=3, settings=ADAMW)
+    ops.adamw_in_place(*updated, squares, np.zeros(3), left_out, ADAMW.update(3))
     return {"add_sum_of_squares": [squares], "adamw_in_place": [*updated, left_out]}
 
 

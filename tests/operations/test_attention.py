@@ -15,8 +15,8 @@ from mhmoe_np.audit import operation_checks
 from tests.operations import dumb
 from tests.operations.cases import (
     BACKENDS,
+    FAST,
     LENGTHS,
-    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -28,6 +28,7 @@ from tests.operations.cases import (
     near,
     of_each_backend,
     of_each_dtype,
+    of_each_fast_backend,
     quick,
     same_bits,
     unchanged,
@@ -77,10 +78,13 @@ LATEST = [{"T": T, "S": S} for T in (63, 64, 65, 129) for S in (T, T + 66)]
 LATEST += [{"T": 1, "S": S} for S in (1, 2, 65, 128)]
 
 
+@of_each_fast_backend
 @of_each_dtype
 @given(B=st.integers(1, 3), T=LENGTHS, A=st.integers(1, 4), J=st.integers(1, 5), seed=SEEDS)
 @quick(20)
-def test_rotate_in_place_agrees(dtype: Any, B: int, T: int, A: int, J: int, seed: int) -> None:
+def test_rotate_in_place_agrees(
+    name: str, dtype: Any, B: int, T: int, A: int, J: int, seed: int
+) -> None:
     r = Inputs(seed, dtype)
     whole, cos, sin = r(B, T, A + 2, 2 * J), r(T, J), r(T, J)
     expected, actual = whole.copy(), whole.copy()
@@ -89,7 +93,7 @@ def test_rotate_in_place_agrees(dtype: Any, B: int, T: int, A: int, J: int, seed
     size = np.concatenate([first * c + second * s, second * c + first * s], axis=3)
     with unchanged(cos, sin):
         NUMPY.rotate_in_place(expected[:, :, :A], cos, sin)
-        NUMBA.rotate_in_place(actual[:, :, :A], cos, sin)
+        FAST[name].rotate_in_place(actual[:, :, :A], cos, sin)
     agree(actual, expected, size)
     np.testing.assert_array_equal(actual[:, :, A:], whole[:, :, A:])  # the other heads stay
 
@@ -134,6 +138,7 @@ class Sizes:
         return dq * self.scale, dk * self.scale, dv
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([size | {"B": 2, "group": (4, 2), "C": 6, "seed": 6} for size in LATEST])
 @given(
@@ -146,32 +151,36 @@ class Sizes:
 )
 @quick(20)
 def test_attention_agrees(
-    dtype: Any, B: int, T: int, S: int, group: tuple[int, int], C: int, seed: int
+    name: str, dtype: Any, B: int, T: int, S: int, group: tuple[int, int], C: int, seed: int
 ) -> None:
     T, (A, G) = min(T, S), group
     q, k, v = Inputs(seed, dtype).joint(B, S, A, G, C)
     q = q[:, S - T :]
     with unchanged(q, k, v):
-        agree(NUMBA.attention(q, k, v), NUMPY.attention(q, k, v), *Sizes(q, k, v).forward())
+        agree(FAST[name].attention(q, k, v), NUMPY.attention(q, k, v), *Sizes(q, k, v).forward())
 
 
+@of_each_fast_backend
 @of_each_dtype
 @pytest.mark.parametrize(("S", "room"), [(1, 5), (64, 70), (65, 65)])
-def test_attention_of_one_position_to_a_longer_cache_agrees(dtype: Any, S: int, room: int) -> None:
+def test_attention_of_one_position_to_a_longer_cache_agrees(
+    name: str, dtype: Any, S: int, room: int
+) -> None:
     # As in generation: the keys and values are the filled part of a cache of another layout.
     r = Inputs(20, dtype)
     q, _, _ = r.joint(2, 1, 4, 2, 6)
     kv = r(2, room, 4, 6)
     k, v = kv[:, :S, :2], kv[:, :S, 2:]
-    agree(NUMBA.attention(q, k, v), NUMPY.attention(q, k, v), *Sizes(q, k, v).forward())
+    agree(FAST[name].attention(q, k, v), NUMPY.attention(q, k, v), *Sizes(q, k, v).forward())
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([{"B": 2, "T": T, "group": (4, 2), "C": 6, "seed": 7} for T in (1, 63, 64, 65, 129)])
 @given(B=st.integers(1, 3), T=st.integers(1, 40), group=GROUPS, C=st.integers(1, 12), seed=SEEDS)
 @quick(20)
 def test_attention_backward_agrees(
-    dtype: Any, B: int, T: int, group: tuple[int, int], C: int, seed: int
+    name: str, dtype: Any, B: int, T: int, group: tuple[int, int], C: int, seed: int
 ) -> None:
     r, (A, G) = Inputs(seed, dtype), group
     q, k, v = r.joint(B, T, A, G, C)
@@ -182,7 +191,7 @@ def test_attention_backward_agrees(
     given_arrays = (dout, q, k, v, out, log_sum_exp)
     with unchanged(*given_arrays):
         NUMPY.attention_backward(*given_arrays, *heads(expected, A, G))
-        NUMBA.attention_backward(*given_arrays, *heads(actual, A, G))
+        FAST[name].attention_backward(*given_arrays, *heads(actual, A, G))
     sizes = Sizes(q, k, v).backward(dout, out)
     agree(heads(actual, A, G), heads(expected, A, G), *sizes)
 

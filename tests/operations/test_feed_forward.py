@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import expit
 
 from mhmoe_np.audit import operation_checks
 from tests.operations import dumb
 from tests.operations.cases import (
     BACKENDS,
     EDGES,
+    FAST,
     LENGTHS,
-    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -28,6 +27,7 @@ from tests.operations.cases import (
     of_each_activation,
     of_each_backend,
     of_each_dtype,
+    of_each_fast_backend,
     quick,
     unchanged,
 )
@@ -43,6 +43,7 @@ def test_up_is_gated_by_the_activation_of_gate(activation: Any, N: int, F: int, 
     near(NUMPY.gated_activation(gate_up, activation=activation), expected)
 
 
+@of_each_fast_backend
 @of_each_dtype
 @of_each_activation
 @always([{"N": N, "F": 7, "spread": 1.0, "seed": 8} for N in EDGES])
@@ -51,26 +52,26 @@ def test_up_is_gated_by_the_activation_of_gate(activation: Any, N: int, F: int, 
 @given(N=LENGTHS, F=WIDTHS, spread=st.sampled_from([0.0, 1.0, 5.0, 100.0]), seed=SEEDS)
 @quick(15)
 def test_gated_activation_agrees(
-    dtype: Any, activation: Any, N: int, F: int, spread: float, seed: int
+    dtype: Any, name: str, activation: Any, N: int, F: int, spread: float, seed: int
 ) -> None:
-    r = Inputs(seed, dtype)
+    r, ops = Inputs(seed, dtype), FAST[name]
     gate_up, dh = r(N, 2 * F, spread=spread), r(N, F)
     gate, up = (np.abs(part) for part in np.split(gate_up, 2, axis=1))
     # exp is 0 where its result would be below the smallest normal number, or nearly.
     floor = np.finfo(dtype).tiny / np.finfo(dtype).eps
     with unchanged(gate_up, dh):
         agree(
-            NUMBA.gated_activation(gate_up, activation=activation),
+            ops.gated_activation(gate_up, activation=activation),
             NUMPY.gated_activation(gate_up, activation=activation),
             gate * up * floor,
         )
         # silu' = s + g s (1 - s): for a large g, the rounding of 1 - s is multiplied by g.
-        s = expit(gate_up[:, :F])
+        s = 1 / (1 + np.exp(-gate_up[:, :F]))
         size = np.concatenate(
             [np.abs(dh) * up * (s + floor) * (1 + gate), np.abs(dh) * gate * floor], axis=1
         )
         agree(
-            NUMBA.gated_activation_backward(dh, gate_up, activation=activation),
+            ops.gated_activation_backward(dh, gate_up, activation=activation),
             NUMPY.gated_activation_backward(dh, gate_up, activation=activation),
             size,
         )

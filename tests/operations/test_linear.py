@@ -15,8 +15,8 @@ from tests.operations import dumb
 from tests.operations.cases import (
     BACKENDS,
     EDGES,
+    FAST,
     LENGTHS,
-    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -29,6 +29,7 @@ from tests.operations.cases import (
     near,
     of_each_backend,
     of_each_dtype,
+    of_each_fast_backend,
     packed_weight,
     quick,
     same_bits,
@@ -92,22 +93,25 @@ def backward_sizes(dy: Any, x: Any, w: Any, dw: Any, db: Any) -> tuple[Any, Any,
     return dy @ w, dy.T @ x + np.abs(dw), None if db is None else dy.sum(axis=0) + np.abs(db)
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([case | {"bias": True, "seed": 3} for case in TILED])
 @always([{"rows": n, "inputs": 1, "outputs": 1, "bias": False, "seed": 4} for n in EDGES])
 @given(rows=LENGTHS, inputs=WIDTHS, outputs=WIDTHS, bias=st.booleans(), seed=SEEDS)
 @quick(20)
-def test_linear_agrees(dtype: Any, rows: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
-    r = Inputs(seed, dtype)
+def test_linear_agrees(
+    dtype: Any, name: str, rows: int, inputs: int, outputs: int, bias: bool, seed: int
+) -> None:
+    r, ops = Inputs(seed, dtype), FAST[name]
     x, w, dy = r(rows, inputs), r(outputs, inputs), r(rows, outputs)
     b = r(outputs) if bias else None
     with unchanged(x, w, b, dy):
         size = np.abs(x) @ np.abs(w).T + (0 if b is None else np.abs(b))
-        agree(NUMBA.linear(x, w, b), NUMPY.linear(x, w, b), size)
+        agree(ops.linear(x, w, b), NUMPY.linear(x, w, b), size)
         expected = [r(outputs, inputs), r(outputs) if bias else None]
         actual, sizes = copies(expected), backward_sizes(dy, x, w, *expected)
         dx = NUMPY.linear_backward(dy, x, w, *expected)
-        actual_dx = NUMBA.linear_backward(dy, x, w, *actual)
+        actual_dx = ops.linear_backward(dy, x, w, *actual)
     agree([actual_dx, *actual], [dx, *expected], *sizes)
 
 
@@ -115,6 +119,7 @@ def test_linear_agrees(dtype: Any, rows: int, inputs: int, outputs: int, bias: b
 BIT_TILED = [(63, 7, 5), (64, 7, 5), (65, 7, 5), (257, 45, 47), (33, 41, 513), (1025, 9, 63)]
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([{"rows": n, "inputs": i, "outputs": o, "bias": True, "seed": 19} for n, i, o in BIT_TILED])
 @given(
@@ -126,9 +131,9 @@ BIT_TILED = [(63, 7, 5), (64, 7, 5), (65, 7, 5), (257, 45, 47), (33, 41, 513), (
 )
 @quick(20)
 def test_the_backwards_of_a_bit_linear_agree(
-    dtype: Any, rows: int, inputs: int, outputs: int, bias: bool, seed: int
+    dtype: Any, name: str, rows: int, inputs: int, outputs: int, bias: bool, seed: int
 ) -> None:
-    r = Inputs(seed, dtype)
+    r, ops = Inputs(seed, dtype), FAST[name]
     w = r.bits("ternary-2bit", outputs, inputs)
     x, dy = r(rows, inputs), r(rows, outputs)
     expected = [r(outputs, inputs), r(outputs) if bias else None]
@@ -137,22 +142,23 @@ def test_the_backwards_of_a_bit_linear_agree(
     actual, sizes = copies(expected), backward_sizes(dy, acting_x, acting_w, *expected)
     with unchanged(x, dy, *w):
         dx = NUMPY.linear_backward(dy, x, w, *expected)
-        actual_dx = NUMBA.linear_backward(dy, x, w, *actual)
+        actual_dx = ops.linear_backward(dy, x, w, *actual)
     agree([actual_dx, *actual], [dx, *expected], *sizes)
 
 
+@of_each_fast_backend
 @of_each_dtype
 @given(N=LENGTHS, V=WIDTHS, D=WIDTHS, seed=SEEDS)
 @quick(20)
-def test_embedding_agrees(dtype: Any, N: int, V: int, D: int, seed: int) -> None:
-    r = Inputs(seed, dtype)
+def test_embedding_agrees(dtype: Any, name: str, N: int, V: int, D: int, seed: int) -> None:
+    r, ops = Inputs(seed, dtype), FAST[name]
     ids, w, dx, expected = r.rng.integers(0, V, N), r(V, D), r(N, D), r(V, D)
     actual, size = expected.copy(), np.abs(expected)
     np.add.at(size, ids, np.abs(dx))
     with unchanged(ids, w, dx):
-        np.testing.assert_array_equal(NUMBA.embedding(ids, w), NUMPY.embedding(ids, w))
+        np.testing.assert_array_equal(ops.embedding(ids, w), NUMPY.embedding(ids, w))
         NUMPY.embedding_backward(dx, ids, expected)
-        NUMBA.embedding_backward(dx, ids, actual)
+        ops.embedding_backward(dx, ids, actual)
     agree(actual, expected, size)
 
 
@@ -168,6 +174,17 @@ def test_a_gradient_can_be_added_to_another(dtype: Any, name: str, N: int, D: in
         dx, onto = ops.linear_backward(dy, x, w, dw, None), around.copy()
         assert ops.linear_backward(dy, x, w, dw, None, onto_NI=onto) is onto
     agree(onto, around + dx, np.abs(dy) @ np.abs(w) + np.abs(around))
+
+
+@of_each_fast_backend
+@of_each_dtype
+@pytest.mark.parametrize("rows", [1, 256, 257, 511, 65_536, 65_537])
+def test_a_bias_receives_the_gradients_of_any_number_of_rows(name: str, dtype: Any, rows: int) -> None:
+    r = Inputs(21, dtype)
+    x, w, dy, dw, db = r(rows, 1), r(3, 1), r(rows, 3), r(3, 1), r(3)
+    expected, size = db.astype(float) + dy.sum(axis=0, dtype=float), np.abs(dy).sum(axis=0) + np.abs(db)
+    FAST[name].linear_backward(dy, x, w, dw, db)
+    agree(db, expected.astype(dtype), size)
 
 
 # ---- gradients -------------------------------------------------------------------------------
@@ -203,13 +220,35 @@ def test_the_linear_backward_is_straight_through(name: str) -> None:
 # ---- special promises ------------------------------------------------------------------------
 
 
+@of_each_backend
 @of_each_dtype
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 9, 40])
-def test_a_sum_of_nothing_is_a_positive_zero(dtype: Any, size: int) -> None:
+def test_a_sum_of_nothing_is_a_positive_zero(dtype: Any, name: str, size: int) -> None:
     # Its products are all -0, of which integers know nothing.
     bits = BitWeight(np.zeros((size, size), dtype), np.ones(size, dtype))
     for rows in (1, size):
         x = np.full((rows, size), -1, dtype)
-        for ops in BACKENDS.values():
-            for w in (bits, packed_weight(bits, "ternary-2bit")):
-                same_bits(ops.linear(x, w, None), np.zeros((rows, size), dtype))
+        for w in (bits, packed_weight(bits, "ternary-2bit")):
+            same_bits(BACKENDS[name].linear(x, w, None), np.zeros((rows, size), dtype))
+
+
+@of_each_backend
+@of_each_dtype
+@given(N=TINY, I=WIDTHS, O=WIDTHS, seed=SEEDS)
+@quick(10)
+def test_a_bias_is_added_to_a_bit_linear_with_one_rounding(
+    dtype: Any, name: str, N: int, I: int, O: int, seed: int
+) -> None:
+    r = Inputs(seed, dtype)
+    bits, x, b = r.bits("ternary-2bit", O, I), r(N, I), r(O)
+    y = NUMPY.linear(x, bits, None)
+    for w in (bits, packed_weight(bits, "ternary-2bit")):
+        same_bits(BACKENDS[name].linear(x, w, b), y + b)
+
+
+@of_each_backend
+def test_packed_weights_have_no_gradient(name: str) -> None:
+    r = Inputs(22, np.float32)
+    w = packed_weight(r.bits("ternary-2bit", 3, 4), "ternary-2bit")
+    with pytest.raises(TypeError, match="packed weights have no gradient"):
+        BACKENDS[name].linear_backward(r(5, 3), r(5, 4), w, r(3, 4), None)

@@ -16,8 +16,8 @@ from tests.operations.cases import (
     BACKENDS,
     EDGES,
     EPS,
+    FAST,
     LENGTHS,
-    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -29,6 +29,7 @@ from tests.operations.cases import (
     near,
     of_each_backend,
     of_each_dtype,
+    of_each_fast_backend,
     quick,
     same_bits,
     unchanged,
@@ -62,20 +63,21 @@ def backward_sizes(dy: Any, x: Any, w: Any, rstd: Any, dw: Any) -> tuple[Any, An
     return dx, (np.abs(dy) * n).sum(axis=0) + np.abs(dw)
 
 
+@of_each_fast_backend
 @of_each_dtype
 @always([{"N": N, "D": 13, "spread": 1.0, "seed": 5} for N in EDGES])
 @given(N=LENGTHS, D=WIDTHS, spread=st.sampled_from([1.0, 1e-3, 0.0]), seed=SEEDS)
 @quick(20)
-def test_rms_norm_agrees(dtype: Any, N: int, D: int, spread: float, seed: int) -> None:
-    r = Inputs(seed, dtype)
+def test_rms_norm_agrees(dtype: Any, name: str, N: int, D: int, spread: float, seed: int) -> None:
+    r, ops = Inputs(seed, dtype), FAST[name]
     x, w, dy, expected = r(N, D, spread=spread), r(D), r(N, D), r(D)
     actual = expected.copy()
     y, rstd = NUMPY.rms_norm(x, w, eps=EPS)
     sizes = backward_sizes(dy, x, w, rstd, expected)
     with unchanged(x, w, dy, rstd):
-        agree(NUMBA.rms_norm(x, w, eps=EPS), (y, rstd))
+        agree(ops.rms_norm(x, w, eps=EPS), (y, rstd))
         dx = NUMPY.rms_norm_backward(dy, x, w, rstd, expected)
-        actual_dx = NUMBA.rms_norm_backward(dy, x, w, rstd, actual)
+        actual_dx = ops.rms_norm_backward(dy, x, w, rstd, actual)
     agree([actual_dx, actual], [dx, expected], *sizes)
 
 

@@ -154,7 +154,7 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
     saved = inputs | {"dout": r(B, T, A, C), "out": out, "lse": lse}
 
     def rotate(ops: Operations, x: Any, cos: Any, sin: Any) -> Any:
-        ops.rotate_in_place(x, cos, sin)
+        ops.rotate_in_place(x, cos, sin, None)
         return x
 
     def forward(ops: Operations, qkv: Any) -> Any:

@@ -11,10 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhmoe_np.operations.numpy_ref.quantise import straight_through
+from mhmoe_np.operations.table import BitWeight
+from tests.cuda.backend import cuda_operations
+from tests.cuda.emulator import cupy_on_cpu
 from tests.operations import dumb
 from tests.operations.cases import (
     BACKENDS,
-    NUMBA,
+    CUDA,
+    CUDA_NAME,
+    FAST,
     NUMPY,
     SEEDS,
     TINY,
@@ -85,7 +91,8 @@ def test_rows_are_quantised_to_the_bits_of_the_definition(
     halves = r.rng.integers(-254, 255, (N, I)).astype(dtype) / 2  # with 127, scale 1: half are ties
     halves[:, 0] = 127
     for rows in (x, halves):
-        same_bits(NUMBA.quantise_rows(rows), NUMPY.quantise_rows(rows))
+        for ops in FAST.values():
+            same_bits(ops.quantise_rows(rows), NUMPY.quantise_rows(rows))
 
 
 @of_each_dtype
@@ -115,7 +122,8 @@ def test_weights_are_quantised_to_the_bits_of_the_definition(
         again = quantise(ops, w, starts, quantization, q)
         assert not again.report[:, 4].any()  # nothing flips the second time
         same_bits([again.q, again.beta, again.report[:, :4]], [q, beta, report[:, :4]])
-    same_bits(results[0], results[1])
+    for result in results[1:]:
+        same_bits(result, results[0])
     q, beta, report = results[0]
     for x, (first, last) in enumerate(itertools.pairwise(starts)):
         now, then = q[first:last], before[first:last]
@@ -141,7 +149,57 @@ def test_the_mean_is_the_exact_sum_rounded_once(
     # [D8]
     w = np.array(numbers, dtype).reshape(shape)
     results = [quantise(ops, w, (0, len(w)), quantization) for ops in BACKENDS.values()]
-    same_bits(results[1], results[0])
+    for result in results[1:]:
+        same_bits(result, results[0])
+
+
+def wide(kind: str, dtype: Any, r: Inputs) -> Any:
+    """Numbers whose float64 sum depends on their order, some hundreds."""
+    if kind == "wide":
+        return (r(17, 31) * 10 ** r.rng.uniform(-30, 30, (17, 31))).astype(dtype)
+    if kind == "extremes":  # the largest, the smallest normal and the smallest number there is
+        limits = np.finfo(dtype)
+        large = limits.max / 1024  # a sum of float64's must stay finite
+        numbers = np.array([large, limits.tiny, limits.smallest_subnormal, 1], dtype)
+        return numbers[r.rng.integers(0, 4, (9, 23))] * r.rng.choice([-1, 1], (9, 23)).astype(dtype)
+    if kind == "cancelling":
+        half = (r(16, 30) * 10 ** r.rng.uniform(-30, 30, (16, 30))).astype(dtype)
+        return np.concatenate([half, -half[::-1], r(1, 30, spread=1e-25)])
+    if kind == "tiny":
+        return r(9, 23, spread=float(np.finfo(dtype).tiny))
+    return np.concatenate([r(80, 60), r(2, 60, spread=1e-20), np.zeros((1, 60), dtype)])  # narrow
+
+
+@of_each_dtype
+@of_each_quantization
+@pytest.mark.parametrize("kind", ["wide", "extremes", "cancelling", "tiny", "narrow"])
+def test_the_mean_is_exact_whatever_the_exponents(kind: str, quantization: Any, dtype: Any) -> None:
+    # [D8]. Alone, and with neighbours that differ from it.
+    r = Inputs(23, dtype)
+    w = wide(kind, dtype, r)
+    joined = np.concatenate([r(3, w.shape[1]), w, r(5, w.shape[1], spread=1e-9)])
+    for numbers, starts in ((w, (0, len(w))), (joined, (0, 3, 3 + len(w), len(joined)))):
+        expected = quantise(NUMPY, numbers, starts, quantization)
+        for ops in FAST.values():
+            same_bits(quantise(ops, numbers, starts, quantization), expected)
+
+
+def test_the_number_of_launches_does_not_grow_with_the_matrices() -> None:
+    if CUDA_NAME == "cuda":
+        pytest.skip("only emulated launches are counted")
+    ops: Any = cuda_operations()
+    w = ops.to_device(Inputs(24, np.float32)(80, 9))
+    q, beta = ops.zeros((80, 9), np.float32), ops.zeros((80,), np.float32)
+    launched = []
+    for matrices in (1, 80):
+        starts = tuple(range(0, 81, 80 // matrices))
+        report = ops.zeros((matrices, 5), np.float64)
+        for _ in range(2):  # the second time nothing is copied over
+            cupy_on_cpu.emulation.clear()
+            ops.quantise_weight(w, starts, quantization="bitnet", q_OI=q, beta_O=beta, report_X5=report)
+        assert cupy_on_cpu.emulation.uploads == cupy_on_cpu.emulation.waits == 0
+        launched.append(dict(cupy_on_cpu.emulation.launches))
+    assert launched[0] == launched[1]
 
 
 # ---- special promises ------------------------------------------------------------------------
@@ -210,9 +268,22 @@ def test_rows_that_are_not_finite_are_quantised_as_defined(dtype: Any) -> None:
     x[60, :2] = np.inf, np.nan
     with np.errstate(invalid="ignore"):
         expected = NUMPY.quantise_rows(x)
-    for actual, wanted in zip(NUMBA.quantise_rows(x), expected, strict=True):
-        np.testing.assert_array_equal(actual, wanted)  # NaN where NaN is, whatever its bits
+    for ops in FAST.values():
+        for actual, wanted in zip(ops.quantise_rows(x), expected, strict=True):
+            np.testing.assert_array_equal(actual, wanted)  # NaN where NaN is, whatever its bits
     assert (~np.isfinite(expected[1])).sum() == 61
+
+
+@of_each_dtype
+@pytest.mark.parametrize("I", [7, 1030])
+def test_what_a_bit_linear_acts_as_has_the_bits_of_the_definition(dtype: Any, I: int) -> None:
+    r = Inputs(25, dtype)
+    x, stack = r(9, I), BitWeight(r.rng.integers(-1, 2, (3, 5, I)).astype(dtype), np.abs(r(3, 5)))
+    for e in range(3):
+        one = BitWeight(stack.w[e], stack.beta[e])
+        same_bits(CUDA.straight_through(x, one), straight_through(x, one))  # type: ignore[attr-defined]
+    _, w_hat = CUDA.straight_through(x, stack)  # type: ignore[attr-defined]
+    same_bits(w_hat, stack.beta[..., None] * stack.w)
 
 
 @of_each_dtype
@@ -252,8 +323,9 @@ def test_a_matrix_that_is_not_finite_is_quantised_as_defined(
     w.ravel()[: len(bad)] = bad
     with np.errstate(invalid="ignore"):
         results = [quantise(ops, w, (0, 4, 8), quantization) for ops in BACKENDS.values()]
-    for actual, expected in zip(results[1], results[0], strict=True):
-        np.testing.assert_array_equal(actual, expected)  # NaN where NaN is, whatever its bits
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(actual, expected)  # NaN where NaN is, whatever its bits
 
 
 @of_each_dtype

@@ -9,6 +9,7 @@ import pytest
 
 from mhmoe_np.checkpoints.training_state import Change
 from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.run import Layer, RunConfig, merge, parse_run_config, read_toml
 from mhmoe_np.storage.lock import lock_folder
 from mhmoe_np.training.continuation import (
@@ -71,7 +72,7 @@ def started(folder: Path) -> tuple[Path, RunConfig]:
     prepare(folder, steps=10)
     tables = read_toml(Path("config.toml")) | {"data": {"paths": ["text.txt"]}}
     config = parse_run_config(tables, source="config.toml")
-    create_run_folder(Path("run"), config, threads=1, backend="numpy")
+    create_run_folder(Path("run"), config, threads=1, ops=load_operations("numpy"))
     return Path("run"), config
 
 
@@ -137,7 +138,7 @@ def test_a_refusal_leaves_nothing_behind(folder: Path) -> None:
     too_long = merge(tables, {"training": {"sequence_length": 100_000, "batch_size": 1}})
     config = parse_run_config(too_long, source="config.toml")
     with pytest.raises(UserError, match="lower sequence_length or add text"):
-        create_run_folder(Path("runs/new/run"), config, threads=1, backend="numpy")
+        create_run_folder(Path("runs/new/run"), config, threads=1, ops=load_operations("numpy"))
     assert sorted(Path().iterdir()) == before
 
 

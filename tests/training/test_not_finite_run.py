@@ -37,7 +37,7 @@ def started(folder: Path, **model: Any) -> tuple[Path, RunConfig]:
     )
     config = parse_run_config(tables, source="test")
     run = folder / "run"
-    create_run_folder(run, config, threads=1, backend="numba")
+    create_run_folder(run, config, threads=1, ops=load_operations("numba"))
     return run, config
 
 

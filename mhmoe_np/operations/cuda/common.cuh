@@ -31,3 +31,10 @@ template <class T> __device__ T sum_of_block(T x, T* room) {
   __syncthreads();
   return sum;
 }
+
+// numpy_ref.feed_forward.gated_activation of one number: act(gate) * up, act being SiLU or squared ReLU.
+template <class T> __device__ T sigmoid(T x) { return 1 / (1 + exp(-x)); }
+template <class T> __device__ T gated(T gate, T up, bool silu) {
+  const T positive = larger(gate, T(0));
+  return silu ? gate * sigmoid(gate) * up : positive * positive * up;
+}

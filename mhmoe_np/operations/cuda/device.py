@@ -24,7 +24,7 @@ class Strided(NamedTuple):
 
 def strided(array: Any) -> Strided:
     """A view as a kernel's argument; its last axis must be contiguous."""
-    if array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
         raise ValueError("a kernel takes views with a contiguous last axis alone")
     return Strided(array)
 
@@ -43,7 +43,12 @@ class Kernels:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def launch(
-        self, kernel: str, dtype: DTypeLike, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any
+        self,
+        kernel: str,
+        dtype: DTypeLike,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *arguments: Any,
     ) -> None:
         """Start a kernel on the current stream; an empty grid starts nothing.
 
@@ -59,9 +64,7 @@ class Kernels:
 
     def _module(self, dtype: str) -> Any:
         if dtype not in self._modules:
-            self._modules[dtype] = cupy.RawModule(
-                code=source_of(self._name), options=options_of(dtype)
-            )
+            self._modules[dtype] = cupy.RawModule(code=source_of(self._name), options=options_of(dtype))
         return self._modules[dtype]
 
 
@@ -84,3 +87,8 @@ def _argument(value: Any, real: np.dtype[Any]) -> Any:
 def blocks(items: int, per_block: int) -> int:
     """How many blocks of `per_block` items cover all."""
     return -(-items // per_block)
+
+
+def threads_of_row(columns: int) -> int:
+    """Of a block that has one row: whole warps, up to 256, with four numbers a thread at least."""
+    return min(256, blocks(columns, 4 * 32) * 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,17 +11,26 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.operations.cuda.graphs import Repeated
 from mhmoe_np.operations.cuda.workspace import Workspace
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, code_shape
+from mhmoe_np.operations.table import Device
+from mhmoe_np.settings.run import Matmul
 
 
 class Memory:
     """See `Operations`: memory. Every group of operations stands on it.
 
     All work goes through one stream. Packed weights lie as in files.
+
+    Attributes:
+        matmul: how float32 products are computed.
+        compute_capability: of the device, as 90 for 9.0.
     """
 
-    def __init__(self, *, keep_buffers: bool) -> None:
+    def __init__(self, *, keep_buffers: bool, matmul: Matmul) -> None:
+        self.matmul = matmul
+        self.compute_capability = int(cupy.cuda.Device().compute_capability)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream.use()
         self._workspace = Workspace(_allocated) if keep_buffers else None
@@ -51,6 +61,21 @@ class Memory:
     def buffer_bytes(self) -> int:
         """See `Operations.buffer_bytes`."""
         return 0 if self._workspace is None else self._workspace.used_bytes
+
+    def device(self) -> Device:
+        """See `Operations.device`."""
+        runtime = cupy.cuda.runtime
+        version = runtime.driverGetVersion()
+        return Device(
+            runtime.getDeviceProperties(0)["name"].decode(),
+            f"{version // 1000}.{version % 1000 // 10}",
+            f"CuPy {cupy.__version__}",
+            *runtime.memGetInfo(),
+        )
+
+    def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """See `Operations.repeated`: recorded as a CUDA graph, where there is a workspace."""
+        return Repeated(work, self._stream, self._workspace, _allocated)
 
     def to_device(self, array: NDArray[Any]) -> Any:
         """See `Operations.to_device`: a copy that stays."""
@@ -84,6 +109,6 @@ def _allocated(shape: int | tuple[int, ...], dtype: DTypeLike = np.uint8) -> Any
         free, total = cupy.cuda.runtime.memGetInfo()
         raise UserError(
             f"--backend cuda: {size / 1e9:,.2f} GB more of the device's memory are needed, and "
-            f"{free / 1e9:,.2f} of its {total / 1e9:,.2f} GB are free; make the model or the batch smaller, "
-            "or raise training.gradient_accumulation_steps"
+            f"{free / 1e9:,.2f} of its {total / 1e9:,.2f} GB are free; make the model or the batch "
+            "smaller, or raise training.gradient_accumulation_steps"
         ) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -16,6 +16,13 @@ from numpy.typing import DTypeLike
 
 ALIGNMENT_BYTES = 256  # CUDA's own
 SLAB_BYTES = 64 << 20
+
+
+class Mark(NamedTuple):
+    """How far the slabs are handed out."""
+
+    slab: int
+    offset: int
 
 
 class Workspace:
@@ -41,10 +48,13 @@ class Workspace:
         """Whether nothing is handed out."""
         return self._slab == self._offset == 0
 
-    @property
-    def slabs(self) -> int:
-        """How many there are; while none is added no memory was asked for."""
-        return len(self._slabs)
+    def mark(self) -> Mark:
+        """How far it is handed out now."""
+        return Mark(self._slab, self._offset)
+
+    def hand_out_to(self, mark: Mark) -> None:
+        """As if it had been handed out, or given back, up to there."""
+        self._slab, self._offset = mark
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """An uninitialised C-contiguous array."""
@@ -63,8 +73,8 @@ class Workspace:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Give back at the end whatever was handed out inside."""
-        mark = self._slab, self._offset
+        mark = self.mark()
         try:
             yield
         finally:
-            self._slab, self._offset = mark
+            self.hand_out_to(mark)

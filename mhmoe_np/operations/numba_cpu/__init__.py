@@ -18,6 +18,7 @@ from mhmoe_np.operations.numba_cpu.pack import Pack
 from mhmoe_np.operations.numba_cpu.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.numba_cpu.router import Router
 from mhmoe_np.operations.numba_cpu.sums import Sums
+from mhmoe_np.operations.table import BackendName
 
 
 class NumbaOperations(
@@ -44,6 +45,7 @@ class NumbaOperations(
     Making one keeps every BLAS of the process on one thread; the parallelism is Numba's.
     """
 
+    name: BackendName = "numba"
     prefers_packed = True
 
     def __init__(

@@ -16,7 +16,7 @@ from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, blocks, run, tasks_of
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 QUERY_ROWS = 64
 STEP_HEADS = 4  # key/value heads of one task in a step of decoding
@@ -241,9 +241,13 @@ def _attend_backward(i: int, a: Any) -> None:
 class Attention(Buffers):
     """See `Operations`: rotary positions and attention."""
 
-    def rotate_in_place(self, x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
+    def rotate_in_place(
+        self, x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
+    ) -> None:
         """See `Operations.rotate_in_place`."""
-        tasks = len(x_BTAC) * blocks(x_BTAC.shape[1], QUERY_ROWS)
+        T, first = x_BTAC.shape[1], 0 if first_1 is None else int(first_1[0])
+        cos_TJ, sin_TJ = cos_YJ[first : first + T], sin_YJ[first : first + T]
+        tasks = len(x_BTAC) * blocks(T, QUERY_ROWS)
         run(Rotate(x_BTAC, cos_TJ, sin_TJ), tasks, macs=x_BTAC.size * ELEMENT_MACS)
 
     def attention(
@@ -260,6 +264,22 @@ class Attention(Buffers):
         else:
             run(Attend(*arrays), B * A * blocks(T, QUERY_ROWS), macs=macs)
         return out_BTAC, log_sum_exp_BAT
+
+    def attention_with_cache(
+        self,
+        q_BTAC: FloatArray,
+        k_BTGC: FloatArray,
+        v_BTGC: FloatArray,
+        kv_BY2GC: FloatArray,
+        filled_1: IntArray,
+    ) -> FloatArray:
+        """See `Operations.attention_with_cache`."""
+        T, G = k_BTGC.shape[1:3]
+        filled = int(filled_1[0])
+        S = filled + T
+        kv_BY2GC[:, filled:S, :G] = k_BTGC
+        kv_BY2GC[:, filled:S, G:] = v_BTGC
+        return self.attention(q_BTAC, kv_BY2GC[:, :S, :G], kv_BY2GC[:, :S, G:])[0]
 
     def attention_backward(
         self,

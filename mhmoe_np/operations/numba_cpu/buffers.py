@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +34,14 @@ class Buffers:
     ) -> PackedMatrices:
         """See `Operations.empty_packed`: the layout is that of files."""
         return PackedMatrices(empty_code(experts, outputs, inputs, format), outputs, inputs, format)
+
+    def device(self) -> None:
+        """See `Operations.device`."""
+        return None
+
+    def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """See `Operations.repeated`: nothing is recorded, and the device is the host."""
+        return work
 
     def to_device(self, array: NDArray[Any]) -> Any:
         """See `Operations.to_device`: the device is the host."""

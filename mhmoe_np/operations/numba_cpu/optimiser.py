@@ -97,16 +97,16 @@ class Optimiser(Buffers):
         squares_1: FloatArray,
         guard: FloatArray,
         left_out_1: FloatArray,
-        *,
-        step: int,
-        settings: AdamWSettings,
+        update_8: FloatArray,
     ) -> None:
         """See `Operations.adamw_in_place`."""
         if not np.isfinite(guard).all():
             return
         arrays = parameter_P, gradient_P, first_moment_P, second_moment_P
+        *numbers, debias1, debias2 = update_8.tolist()
+        settings = AdamWSettings(*numbers)
         gradient_scale = min(1.0, settings.clip_norm / max(math.sqrt(squares_1[0]), 1e-30))
-        unbias1, unbias2 = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
+        unbias1, unbias2 = 1 / debias1, 1 / debias2
         chunks = blocks(len(parameter_P), CHUNK)
         region = AdamW(*arrays, gradient_scale, unbias1, unbias2, settings, np.empty(chunks))
         run(region, chunks, macs=len(parameter_P) * ELEMENT_MACS)

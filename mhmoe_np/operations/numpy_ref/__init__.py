@@ -3,7 +3,12 @@
 Never optimised: speed belongs in the other backends, and tests hold them to this one.
 """
 
-from mhmoe_np.operations.numpy_ref.attention import attention, attention_backward, rotate_in_place
+from mhmoe_np.operations.numpy_ref.attention import (
+    attention,
+    attention_backward,
+    attention_with_cache,
+    rotate_in_place,
+)
 from mhmoe_np.operations.numpy_ref.dispatch import dispatch
 from mhmoe_np.operations.numpy_ref.experts import expert_ffn, expert_ffn_backward
 from mhmoe_np.operations.numpy_ref.feed_forward import gated_activation, gated_activation_backward
@@ -16,10 +21,12 @@ from mhmoe_np.operations.numpy_ref.linear import (
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
 from mhmoe_np.operations.numpy_ref.memory import (
     buffer_bytes,
+    device,
     empty,
     empty_packed,
     packed_to_device,
     packed_to_host,
+    repeated,
     scope,
     to_device,
     to_host,
@@ -30,7 +37,9 @@ from mhmoe_np.operations.numpy_ref.optimiser import adamw_in_place, add_sum_of_s
 from mhmoe_np.operations.numpy_ref.quantise import pack_in_place, quantise_rows, quantise_weight
 from mhmoe_np.operations.numpy_ref.router import add_router_statistics, route, route_backward
 from mhmoe_np.operations.numpy_ref.sums import add_in_place, add_sum
+from mhmoe_np.operations.table import BackendName
 
+name: BackendName = "numpy"
 prefers_packed = False
 
 __all__ = [
@@ -42,7 +51,9 @@ __all__ = [
     "add_sum_of_squares",
     "attention",
     "attention_backward",
+    "attention_with_cache",
     "buffer_bytes",
+    "device",
     "dispatch",
     "embedding",
     "embedding_backward",
@@ -54,12 +65,14 @@ __all__ = [
     "gated_activation_backward",
     "linear",
     "linear_backward",
+    "name",
     "pack_in_place",
     "packed_to_device",
     "packed_to_host",
     "prefers_packed",
     "quantise_rows",
     "quantise_weight",
+    "repeated",
     "rms_norm",
     "rms_norm_backward",
     "rotate_in_place",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 
-def rotate_in_place(x_BTAC: FloatArray, cos_TJ: FloatArray, sin_TJ: FloatArray) -> None:
+def rotate_in_place(
+    x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
+) -> None:
     """See `Operations.rotate_in_place`."""
-    J = cos_TJ.shape[1]
+    T, J = x_BTAC.shape[1], cos_YJ.shape[1]
+    first = 0 if first_1 is None else int(first_1[0])
+    cos_TJ, sin_TJ = cos_YJ[first : first + T], sin_YJ[first : first + T]
     first_BTAJ, second_BTAJ = x_BTAC[..., :J].copy(), x_BTAC[..., J:].copy()
     cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]  # the same for all heads
     # RoPE eq. 34: (a, b) -> (a cos - b sin, b cos + a sin), here with b = C/2 places after a
@@ -40,6 +44,22 @@ def attention(
     out_BTAC = np.einsum("bats,bsac->btac", p_BATS, v_BSAC)
     log_sum_exp_BAT = (highest_BAT1 + np.log(sum_BAT1))[..., 0]
     return np.ascontiguousarray(out_BTAC), np.ascontiguousarray(log_sum_exp_BAT)
+
+
+def attention_with_cache(
+    q_BTAC: FloatArray,
+    k_BTGC: FloatArray,
+    v_BTGC: FloatArray,
+    kv_BY2GC: FloatArray,
+    filled_1: IntArray,
+) -> FloatArray:
+    """See `Operations.attention_with_cache`."""
+    T, G = k_BTGC.shape[1:3]
+    filled = int(filled_1[0])
+    S = filled + T
+    kv_BY2GC[:, filled:S, :G] = k_BTGC
+    kv_BY2GC[:, filled:S, G:] = v_BTGC
+    return attention(q_BTAC, kv_BY2GC[:, :S, :G], kv_BY2GC[:, :S, G:])[0]
 
 
 def attention_backward(

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import expit as sigmoid
 
 from mhmoe_np.operations.table import Activation
 from mhmoe_np.types import FloatArray
+
+
+def sigmoid(z_NF: FloatArray) -> FloatArray:
+    """1 / (1 + exp(-z)), by exponentials that cannot overflow, in float64.
+
+    Shapes   z_NF -> [N, F]
+    Source   [GLU eq. 5]
+    """
+    e_NF = np.exp(-np.abs(z_NF, dtype=np.float64))
+    return (np.where(z_NF < 0, e_NF, 1) / (1 + e_NF)).astype(z_NF.dtype)
 
 
 def gated_activation(gate_up_N2F: FloatArray, *, activation: Activation) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +35,16 @@ def scope() -> AbstractContextManager[None]:
 def buffer_bytes() -> int:
     """See `Operations.buffer_bytes`."""
     return 0
+
+
+def device() -> None:
+    """See `Operations.device`."""
+    return None
+
+
+def repeated(work: Callable[..., Any]) -> Callable[..., Any]:
+    """See `Operations.repeated`."""
+    return work
 
 
 def to_device(array: NDArray[Any]) -> Any:

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from mhmoe_np.operations.table import AdamWSettings
 from mhmoe_np.types import FloatArray
 
 
@@ -23,21 +22,19 @@ def adamw_in_place(
     squares_1: FloatArray,
     guard: FloatArray,
     left_out_1: FloatArray,
-    *,
-    step: int,
-    settings: AdamWSettings,
+    update_8: FloatArray,
 ) -> None:
     """See `Operations.adamw_in_place`."""
     if not np.isfinite(guard).all():
         return
-    learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm = settings
+    learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm, debias1, debias2 = update_8.tolist()
     norm = math.sqrt(squares_1[0])
     g_P = gradient_P * parameter_P.dtype.type(min(1.0, clip_norm / max(norm, 1e-30)))
     # AdamW algorithm 2: p -= lr (decay p + m^ / (sqrt(v^) + epsilon))
     first_P = beta1 * first_moment_P + (1 - beta1) * g_P
     second_P = beta2 * second_moment_P + (1 - beta2) * g_P**2
-    mean_P = first_P / (1 - beta1**step)
-    root_P = np.sqrt(second_P / (1 - beta2**step)) + epsilon
+    mean_P = first_P / debias1
+    root_P = np.sqrt(second_P / debias2) + epsilon
     new_P = parameter_P - learning_rate * (weight_decay * parameter_P + mean_P / root_P)
     fine_P = np.isfinite(first_P) & np.isfinite(second_P) & np.isfinite(new_P)
     np.copyto(first_moment_P, first_P, where=fine_P)

@@ -38,3 +38,6 @@ def install() -> None:
     if "mhmoe_np.operations.cuda.device" in sys.modules:
         raise RuntimeError("the cuda backend was imported before its stand-in")
     sys.modules["cupy"] = cupy_on_cpu
+    from tests.cuda.emulator import cublas_on_cpu
+
+    cublas_on_cpu.install()

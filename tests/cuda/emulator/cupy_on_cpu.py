@@ -10,25 +10,17 @@ behind `cuda_on_cpu.hpp`. Counted: launches, graphs played, waits of the host, c
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import os
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
-COMPILER = [
-    *("g++", "-std=c++20", "-O2", "-g1", "-march=native", "-fPIC", "-shared", "-pthread", "-x", "c++", "-"),
-    *("-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused"),
-]
+from tests.cuda.emulator.compiling import compiled
+
+__version__ = "emulated"
 POISON = 0xFF  # of memory that nobody wrote: NaN, or -1
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -52,7 +44,7 @@ emulation = Emulation()
 
 def enqueue(name: str, work: Callable[[], None]) -> None:
     """Do it now, or record it where a graph is being captured."""
-    recording = cuda.Stream.current._recording
+    recording = cuda.Stream._current._recording
     if recording is not None:
         recording.append(work)
         return
@@ -61,19 +53,19 @@ def enqueue(name: str, work: Callable[[], None]) -> None:
 
 
 def _not_while_capturing(what: str) -> None:
-    if cuda.Stream.current._recording is not None:
+    if cuda.Stream._current._recording is not None:
         raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a graph is captured")
 
 
-class MemoryPointer:
+class _MemoryPointer:
     """A place in the device's memory, as `cupy.cuda.MemoryPointer`."""
 
     def __init__(self, array: np.ndarray, offset: int = 0) -> None:
         self._array, self._offset = array, offset
         self.ptr = array.ctypes.data + offset
 
-    def __add__(self, offset: int) -> MemoryPointer:
-        return MemoryPointer(self._array, self._offset + offset)
+    def __add__(self, offset: int) -> _MemoryPointer:
+        return _MemoryPointer(self._array, self._offset + offset)
 
 
 class ndarray:  # noqa: N801
@@ -82,12 +74,16 @@ class ndarray:  # noqa: N801
     __array_ufunc__ = None  # NumPy's operators and functions raise TypeError
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None) -> None:
+    def __init__(self, shape: Any, dtype: Any = float, memptr: _MemoryPointer | None = None) -> None:
         if memptr is None:
             memory = np.empty(shape, dtype)
         else:
             memory = np.ndarray(shape, dtype, memptr._array.data, memptr._offset)
-        _poison(memory)
+        recording = cuda.Stream._current._recording
+        if recording is None:
+            _poison(memory)
+        else:  # what nobody writes is found in every play
+            recording.append(lambda: _poison(memory))
         self._adopt(memory)
 
     def _adopt(self, memory: np.ndarray) -> None:
@@ -95,7 +91,7 @@ class ndarray:  # noqa: N801
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
         self.itemsize, self.flags = memory.itemsize, memory.flags
-        self.data = MemoryPointer(memory)
+        self.data = _MemoryPointer(memory)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -123,7 +119,9 @@ class ndarray:  # noqa: N801
             if not (part is None or part is Ellipsis or isinstance(part, slice | int)):
                 raise TypeError(f"indexing by {type(part).__name__}: a kernel's work")
         view = self._memory[where]
-        return _array(view if isinstance(view, np.ndarray) else self._memory[(*_tuple(where), None)].reshape(()))
+        return _array(
+            view if isinstance(view, np.ndarray) else self._memory[(*_tuple(where), None)].reshape(())
+        )
 
     def __setitem__(self, where: Any, value: Any) -> None:
         target = self[where]._memory
@@ -146,7 +144,7 @@ class ndarray:  # noqa: N801
         emulation.waits += 1
         return self._memory.copy()
 
-    def set(self, array: np.ndarray) -> None:
+    def set(self, array: np.ndarray, stream: Any = None) -> None:
         if array.dtype != self.dtype or array.shape != self.shape:
             raise ValueError(f"{array.dtype}{array.shape} into {self.dtype}{self.shape}")
         _not_while_capturing("a copy to the device")
@@ -196,45 +194,38 @@ class RawModule:
         return _Kernel(self._library, name)
 
 
-def compiled(code: str, options: tuple[str, ...]) -> Path:
-    """The library of a module; from the cache where the same was compiled before."""
-    names = re.findall(
-        r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', code
-    )
-    unit = f'#include "{HEADER}"\n#line 1 "kernel.cu"\n{code}\n' + "".join(f"EMULATED({n})\n" for n in names)
-    flags = [o for o in options if o.startswith("-D")] + os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
-    return library_of(unit, [*COMPILER, *flags], HEADER.read_text(encoding="utf-8"))
-
-
-def library_of(unit: str, command: list[str], also: str = "") -> Path:
-    """Compile C++ into a library, once for all processes."""
-    key = hashlib.sha256("\0".join([unit, also, *command]).encode()).hexdigest()[:20]
-    folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{key}.so"
-    with open(folder / f"{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            part = library.with_suffix(".part")
-            subprocess.run([*command, "-o", str(part)], input=unit.encode(), check=True)
-            part.replace(library)
-    return library
-
-
 class _Kernel:
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self._launch, signature = getattr(library, f"launch_{name}"), getattr(library, f"signature_{name}")
+        self._launch, signature = (
+            getattr(library, f"launch_{name}"),
+            getattr(library, f"signature_{name}"),
+        )
         self._launch.restype = signature.restype = ctypes.c_char_p
-        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p]
+        self._launch.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_uint,
+            ctypes.c_void_p,
+        ]
         self._name, self._parameters = name, signature().decode().split()
 
     def __call__(
-        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
+        shared_mem: int = 0,
     ) -> None:
         if len(args) != len(self._parameters):
-            raise TypeError(f"{self._name}: {len(args)} arguments for {len(self._parameters)} parameters")
+            raise TypeError(
+                f"{self._name}: {len(args)} arguments for {len(self._parameters)} parameters"
+            )
         if any(not 1 <= n <= most for n, most in zip(grid, MAX_GRID, strict=False)):
             raise ValueError(f"{self._name}: a grid of {grid}")
+        if min(block) < 1:  # CuPy makes 1 of it
+            raise ValueError(f"{self._name}: a block of {block}")
         values = []
         for i, (argument, wanted) in enumerate(zip(args, self._parameters, strict=True)):
             if isinstance(argument, ndarray):
@@ -279,14 +270,14 @@ class _Graph:
 class _Stream:
     """As `cupy.cuda.Stream`."""
 
-    current: Any
+    _current: Any
 
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
         self._recording: list[Callable[[], None]] | None = None
         self.ptr = 0
 
     def use(self) -> _Stream:
-        _Stream.current = self
+        _Stream._current = self
         return self
 
     def synchronize(self) -> None:
@@ -308,10 +299,10 @@ class _Event:
     done = True
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        pass
+        self._time = 0.0
 
     def record(self, stream: Any = None) -> None:
-        pass
+        self._time = perf_counter()
 
     def synchronize(self) -> None:
         emulation.waits += 1
@@ -333,7 +324,9 @@ cuda = SimpleNamespace(
     Event=_Event,
     Device=_Device,
     Graph=_Graph,
-    MemoryPointer=MemoryPointer,
+    get_current_stream=lambda: _Stream._current,
+    get_elapsed_time=lambda first, last: (last._time - first._time) * 1e3,  # milliseconds
+    MemoryPointer=_MemoryPointer,
     alloc_pinned_memory=_pinned,
     memory=SimpleNamespace(OutOfMemoryError=_OutOfMemoryError),
     runtime=SimpleNamespace(
@@ -344,4 +337,4 @@ cuda = SimpleNamespace(
         getDeviceProperties=lambda device: {"name": b"emulated"},
     ),
 )
-_Stream.current = _Stream()
+_Stream._current = _Stream()

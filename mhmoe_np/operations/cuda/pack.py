@@ -1,0 +1,22 @@
+"""Writing integers into their packed form (`pack.cu`): the layout is that of files."""
+
+from __future__ import annotations
+
+from mhmoe_np.operations.cuda.device import Kernels, blocks
+from mhmoe_np.operations.cuda.memory import Memory
+from mhmoe_np.operations.packing import FORMATS, PANEL, PackedMatrices
+from mhmoe_np.types import FloatArray
+
+GROUPS_OF_BLOCK = 32
+KERNELS = Kernels("pack")
+
+
+class Pack(Memory):
+    """See `Operations`: packing."""
+
+    def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
+        """See `Operations.pack_in_place`."""
+        experts, panels, groups, _ = packed.code.shape
+        grid = (experts * panels * blocks(groups, GROUPS_OF_BLOCK),)
+        sizes = panels, packed.outputs, packed.inputs, groups, FORMATS[packed.format].depth
+        KERNELS.launch("pack", q_EOI.dtype, grid, (GROUPS_OF_BLOCK, PANEL), q_EOI, *sizes, packed.code)

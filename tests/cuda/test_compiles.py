@@ -1,0 +1,81 @@
+"""Every kernel compiles for every architecture, within its budget: compiled, not run on a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mhmoe_np.operations.cuda.sources import kernel_files, source_of
+from tests.cuda import toolchain
+from tests.cuda.toolchain import ARCHITECTURES, SOURCES, Source, compiled, float_atomics, kernels_of
+
+of_each_source = pytest.mark.parametrize("source", SOURCES, ids="-".join)
+of_each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@of_each_source
+def test_cuda_13_compiles_it_without_a_warning(source: Source) -> None:
+    assert compiled()[source].log == ""
+
+
+@of_each_source
+@of_each_architecture
+def test_cuda_12_compiles_it_without_a_warning(source: Source, architecture: int) -> None:
+    assert toolchain.compiled_by_nvrtc12()[source, architecture] == ""
+
+
+@of_each_source
+def test_no_kernel_has_local_memory(source: Source) -> None:
+    for architecture in ARCHITECTURES:
+        resources = compiled()[source].resources[architecture]
+        assert set(resources) == set(kernels_of(source[0]))
+        for name, taken in resources.items():
+            assert (taken.stack_bytes, taken.local_bytes) == (0, 0), (name, architecture)
+
+
+def test_every_kernel_keeps_its_budget() -> None:
+    """One that takes more may run fewer threads at once; --write where that is meant."""
+    budget, found = toolchain.read_budget(), toolchain.measured()
+    assert {f: set(kernels) for f, kernels in budget.items()} == {f: set(k) for f, k in found.items()}
+    for file, kernels in found.items():
+        for name, by_type in kernels.items():
+            for dtype, (registers, shared_bytes) in by_type.items():
+                most_registers, most_bytes = budget[file][name][dtype]
+                assert registers <= most_registers, (file, name, dtype)
+                assert shared_bytes <= most_bytes, (file, name, dtype)
+
+
+@pytest.mark.parametrize("file", kernel_files())
+def test_every_kernel_says_how_many_threads_it_is_launched_with(file: str) -> None:
+    """Else a compiler may give it more registers than so many threads can have."""
+    for kernel in toolchain.KERNEL.finditer(source_of(file)):
+        assert kernel["bounds"], kernel["name"]
+
+
+@of_each_source
+def test_no_floats_are_added_atomically(source: Source) -> None:
+    for kernels in compiled()[source].instructions.values():
+        for name, instructions in kernels.items():
+            assert float_atomics(instructions) == [], name
+
+
+# What a source asks for: the instruction that it must become, and from which architecture on.
+INSTRUCTIONS = {
+    r"__dp4a|dp4a\.": ("IDP.4A", 75),
+    r"mma\.sync\S*\.s8": ("IMMA.", 80),
+    r"mma\.sync\S*\.tf32": ("HMMA.1688.F32.TF32", 80),
+}
+
+
+@of_each_source
+@of_each_architecture
+@pytest.mark.parametrize("asked", INSTRUCTIONS, ids=["dp4a", "int8-mma", "tf32-mma"])
+def test_what_asks_for_a_fast_instruction_gets_it(
+    source: Source, architecture: int, asked: str
+) -> None:
+    wanted, first = INSTRUCTIONS[asked]
+    kernels = compiled()[source].instructions[architecture]
+    assert any(map(len, kernels.values()))
+    if re.search(asked, source_of(source[0])) and architecture >= first:
+        assert any(wanted in instruction for body in kernels.values() for instruction in body)
