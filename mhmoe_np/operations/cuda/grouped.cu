@@ -268,11 +268,12 @@ template <class Product, class A, class B> __device__ void multiply(Product& pro
 
 // ---- a block's tile -----------------------------------------------------------------------------------------------
 
-struct Segment { int expert, first, last; };  // rows first .. last - 1; expert E: nobody's; -1: there is no such tile
+// Rows first .. last - 1 of an expert; expert E: nobody's; -1: there is no such tile.
+struct Segment { int expert, first, last; };
+__shared__ Segment found;
 
 // The block's tile: `index` when each expert's rows, and then nobody's, are cut into tiles of `rows`. A warp searches.
 __device__ Segment tile_of(const long long* start_Z, int E, int bound, int rows, int index) {
-  __shared__ Segment found;
   if (threadIdx.x < WARP) {
     const int lane = threadIdx.x;
     for (int e0 = 0; e0 <= E && index >= 0; e0 += WARP) {
