@@ -124,7 +124,7 @@ class Library:
         state = self._handles.get(handle)
         if state is None:
             return NOT_INITIALIZED
-        if "workspace" not in state and cupy_on_cpu.cuda.Stream.current._recording is not None:
+        if "workspace" not in state and cupy_on_cpu.cuda.Stream._current._recording is not None:
             return ALLOC_FAILED
         rows_a, rows_b = k if transa else m, n if transb else k
         if min(m, n, k) < 0 or {transa, transb} - {0, 1}:

@@ -44,7 +44,7 @@ emulation = Emulation()
 
 def enqueue(name: str, work: Callable[[], None]) -> None:
     """Do it now, or record it where a graph is being captured."""
-    recording = cuda.Stream.current._recording
+    recording = cuda.Stream._current._recording
     if recording is not None:
         recording.append(work)
         return
@@ -53,19 +53,19 @@ def enqueue(name: str, work: Callable[[], None]) -> None:
 
 
 def _not_while_capturing(what: str) -> None:
-    if cuda.Stream.current._recording is not None:
+    if cuda.Stream._current._recording is not None:
         raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a graph is captured")
 
 
-class MemoryPointer:
+class _MemoryPointer:
     """A place in the device's memory, as `cupy.cuda.MemoryPointer`."""
 
     def __init__(self, array: np.ndarray, offset: int = 0) -> None:
         self._array, self._offset = array, offset
         self.ptr = array.ctypes.data + offset
 
-    def __add__(self, offset: int) -> MemoryPointer:
-        return MemoryPointer(self._array, self._offset + offset)
+    def __add__(self, offset: int) -> _MemoryPointer:
+        return _MemoryPointer(self._array, self._offset + offset)
 
 
 class ndarray:  # noqa: N801
@@ -74,12 +74,12 @@ class ndarray:  # noqa: N801
     __array_ufunc__ = None  # NumPy's operators and functions raise TypeError
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None) -> None:
+    def __init__(self, shape: Any, dtype: Any = float, memptr: _MemoryPointer | None = None) -> None:
         if memptr is None:
             memory = np.empty(shape, dtype)
         else:
             memory = np.ndarray(shape, dtype, memptr._array.data, memptr._offset)
-        recording = cuda.Stream.current._recording
+        recording = cuda.Stream._current._recording
         if recording is None:
             _poison(memory)
         else:  # what nobody writes is found in every play
@@ -91,7 +91,7 @@ class ndarray:  # noqa: N801
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
         self.itemsize, self.flags = memory.itemsize, memory.flags
-        self.data = MemoryPointer(memory)
+        self.data = _MemoryPointer(memory)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -270,14 +270,14 @@ class _Graph:
 class _Stream:
     """As `cupy.cuda.Stream`."""
 
-    current: Any
+    _current: Any
 
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
         self._recording: list[Callable[[], None]] | None = None
         self.ptr = 0
 
     def use(self) -> _Stream:
-        _Stream.current = self
+        _Stream._current = self
         return self
 
     def synchronize(self) -> None:
@@ -324,9 +324,9 @@ cuda = SimpleNamespace(
     Event=_Event,
     Device=_Device,
     Graph=_Graph,
-    get_current_stream=lambda: _Stream.current,
+    get_current_stream=lambda: _Stream._current,
     get_elapsed_time=lambda first, last: (last._time - first._time) * 1e3,  # milliseconds
-    MemoryPointer=MemoryPointer,
+    MemoryPointer=_MemoryPointer,
     alloc_pinned_memory=_pinned,
     memory=SimpleNamespace(OutOfMemoryError=_OutOfMemoryError),
     runtime=SimpleNamespace(
@@ -337,4 +337,4 @@ cuda = SimpleNamespace(
         getDeviceProperties=lambda device: {"name": b"emulated"},
     ),
 )
-_Stream.current = _Stream()
+_Stream._current = _Stream()
