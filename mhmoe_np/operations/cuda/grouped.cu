@@ -258,14 +258,15 @@ using Tf32x3 = Fma<TILE>;
 #endif
 
 template <class Product, class A, class B> __device__ void multiply(Product& product, A a, B b, int K) {
+  Tiles& tiles = shared_tiles();
   a.load(0), b.load(0);
-  a.store(shared_tiles().a[0]), b.store(shared_tiles().b[0]);
+  a.store(tiles.a[0]), b.store(tiles.b[0]);
   __syncthreads();
   for (int k0 = 0, now = 0; k0 < K; k0 += STEP, now ^= 1) {
     const bool more = k0 + STEP < K;
     if (more) a.load(k0 + STEP), b.load(k0 + STEP);
-    product.step(shared_tiles().a[now], shared_tiles().b[now]);
-    if (more) a.store(shared_tiles().a[now ^ 1]), b.store(shared_tiles().b[now ^ 1]);
+    product.step(tiles.a[now], tiles.b[now]);
+    if (more) a.store(tiles.a[now ^ 1]), b.store(tiles.b[now ^ 1]);
     __syncthreads();
   }
 }
@@ -274,10 +275,10 @@ template <class Product, class A, class B> __device__ void multiply(Product& pro
 
 // Rows first .. last - 1 of an expert; expert E: nobody's; -1: there is no such tile.
 struct Segment { int expert, first, last; };
-__shared__ Segment found;
 
 // The block's tile: `index` when each expert's rows, and then nobody's, are cut into tiles of `rows`. A warp searches.
 __device__ Segment tile_of(const long long* start_Z, int E, int bound, int rows, int index) {
+  __shared__ Segment found;
   if (threadIdx.x < WARP) {
     const int lane = threadIdx.x;
     for (int e0 = 0; e0 <= E && index >= 0; e0 += WARP) {
