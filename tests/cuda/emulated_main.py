@@ -1,4 +1,4 @@
-"""`mhmoe-np` with `--backend cuda` emulated: `python -m tests.cuda.emulated_main train --backend cuda ...`."""
+"""`mhmoe-np` with `--backend cuda` emulated: `python -m tests.cuda.emulated_main train ...`."""
 
 from __future__ import annotations
 

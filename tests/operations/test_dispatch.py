@@ -133,6 +133,18 @@ def test_rows_beyond_the_kept_ones_carry_no_choice(
     assert (sent.route_R[sent.start_Z[-1] :] == -1).all()
 
 
+def test_rows_beyond_the_kept_ones_are_written_though_their_memory_was_used_before() -> None:
+    ops = cuda_operations(keep_buffers=True)
+    for capacity in (None, 2):
+        with ops.scope():
+            expert = ops.to_device(Inputs(68, float).experts(40, 30, 2, "half"))
+            sent = ops.dispatch(expert, experts=30, capacity=capacity)
+            route, _, start = (ops.to_host(part) for part in sent)
+    assert (len(route), int(start[-1])) == (60, 30)
+    assert (route[:30] >= 0).all()
+    assert (route[30:] == -1).all()
+
+
 @pytest.mark.skipif(has_gpu(), reason="only the stand-in for CuPy counts")
 def test_launches_do_not_grow_with_the_experts_and_nobody_waits() -> None:
     ops, counts = cuda_operations(), []

@@ -223,10 +223,10 @@ __device__ void attend(const Rows& queries, const Rows& keys, const Rows& values
 }
 
 // numpy_ref.attention.attention: out = softmax(q k^T / sqrt(C)) v over the S - T + t + 1 keys that query t sees, and
-// log-sum-exp. A block is a head and 128 of its queries (64 in float64), those that see the most coming first.
+// log-sum-exp. A block is a head and a tile of its queries, those that see the most coming first.
 // Work 4 C FLOP and an exponential for each query and key seen, 2 B A C T (T + 1) FLOP when S = T; moves
-// 4 B C (2 T A + 2 S G) bytes, but each block reads its queries and keys for each tile anew (from the L2 cache, 32 FLOP
-// a byte). Intensity T / 4 FLOP a byte and more: bound by arithmetic, of float32 without tensor cores.
+// 4 B C (2 T A + 2 S G) bytes, but each block reads its queries, keys and values for each tile of keys anew (from the
+// L2 cache: 21 to 32 FLOP a byte). Intensity T / 4 FLOP a byte and more: bound by arithmetic, of float32 without tensor cores.
 template <int WIDTH, int ROWS>
 __device__ void attention_of_block(VIEW(q_BTAC), VIEW(k_BSGC), VIEW(v_BSGC), REAL* out_BTAC, REAL* log_sum_exp_BAT,
                                    int B, int T, int S, int A, int G, int C, bool aligned, REAL scale,
@@ -327,7 +327,7 @@ __device__ void score_gradients(int first_row, int first_column, int T, const RE
 #define BACKWARD_ARGUMENTS \
   STEPS(q_BTAC), STEPS(k_BTGC), STEPS(v_BTGC), dout_BTAC, log_sum_exp_BAT, dot_BAT, B, T, A, G, C, aligned, scale
 
-// dq: three products for each tile of keys. A block is a head and 128 of its queries.
+// dq: three products for each tile of keys. A block is a head and a tile of its queries.
 // Work 6 C FLOP and an exponential for each query and key seen, 3 B A C T (T + 1) FLOP; moves
 // 4 B T C (3 A + 2 G) bytes: bound by arithmetic.
 template <int WIDTH, int ROWS>
@@ -354,8 +354,9 @@ __device__ void query_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dq_BTAC), Room<
 }
 
 // dk and dv: four products for each tile of queries, of each attention head of the group in order. A block is a
-// key/value head and 128 of its keys. Work 8 C FLOP and an exponential for each query and key seen,
+// key/value head and a tile of its keys. Work 8 C FLOP and an exponential for each query and key seen,
 // 4 B A C T (T + 1) FLOP; moves 4 B T C (2 A + 4 G) bytes: bound by arithmetic.
+// `kept` holds p while dp is computed, for want of registers.
 template <int WIDTH, int ROWS>
 __device__ void key_value_gradient(BACKWARD_PARAMETERS, WRITTEN_VIEW(dk_BTGC), WRITTEN_VIEW(dv_BTGC),
                                    Room<WIDTH, ROWS>& room, REAL (*kept)[THREADS]) {

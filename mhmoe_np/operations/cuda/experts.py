@@ -147,7 +147,7 @@ class Experts(Grouped, PackedProducts):
         silu: bool,
         norm: tuple[Any, Any] | None = None,
     ) -> None:
-        """h = act(gate) * up of every row; or the norm's output again, from its weights and 1 / sqrt."""
+        """h = act(gate) * up of every row; or the norm's output again, by its weights and 1 / sqrt."""
         (R, F), E = n_RF.shape, len(start_Z) - 1
         weights = (gate_up_R2F, gate_up_R2F) if norm is None else norm
         arguments = (start_Z, E, R, F, silu, norm is not None, *weights, gate_up_R2F, n_RF)

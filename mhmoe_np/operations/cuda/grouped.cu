@@ -17,7 +17,11 @@ constexpr int WIDE = 16 / sizeof(REAL);       // numbers that one instruction mo
 using Tile = REAL[STEP][TILE + PAD];  // a tile of an operand: k, line; a line is a row or a column of the result
 
 struct Tiles { Tile a[2], b[2]; };  // 34.0 KiB, of float64 36.0
-__shared__ Tiles tiles;
+// A block's only ones.
+__device__ Tiles& shared_tiles() {
+  __shared__ Tiles tiles;
+  return tiles;
+}
 
 // Where line `line` of term k lies. Without the exclusive or, lanes that write 4 terms each of 8 lines would meet in
 // banks; as it is, they meet neither then nor when fragments are read. Runs of 8 lines stay together.
@@ -255,13 +259,13 @@ using Tf32x3 = Fma<TILE>;
 
 template <class Product, class A, class B> __device__ void multiply(Product& product, A a, B b, int K) {
   a.load(0), b.load(0);
-  a.store(tiles.a[0]), b.store(tiles.b[0]);
+  a.store(shared_tiles().a[0]), b.store(shared_tiles().b[0]);
   __syncthreads();
   for (int k0 = 0, now = 0; k0 < K; k0 += STEP, now ^= 1) {
     const bool more = k0 + STEP < K;
     if (more) a.load(k0 + STEP), b.load(k0 + STEP);
-    product.step(tiles.a[now], tiles.b[now]);
-    if (more) a.store(tiles.a[now ^ 1]), b.store(tiles.b[now ^ 1]);
+    product.step(shared_tiles().a[now], shared_tiles().b[now]);
+    if (more) a.store(shared_tiles().a[now ^ 1]), b.store(shared_tiles().b[now ^ 1]);
     __syncthreads();
   }
 }

@@ -52,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(WARP * PANEL) pack(const REAL* q_EO
   __shared__ unsigned words[WARP][PANEL + 1];
   const int runs = (groups + WARP - 1) / WARP;
   const int matrix_panel = blockIdx.x / runs, first_group = (int)(blockIdx.x % runs) * WARP;
-  const int e = matrix_panel / panels, o = matrix_panel % panels * PANEL + threadIdx.y, group = first_group + threadIdx.x;
+  const int e = matrix_panel / panels, o = matrix_panel % panels * PANEL + threadIdx.y;
+  const int group = first_group + threadIdx.x;
   const bool aligned = I % PLACES == 0 && (unsigned long long)q_EOI % sizeof(Four) == 0;
   unsigned word = 0;
   if (o < O && group < groups) word = word_of_group(q_EOI + ((long long)e * O + o) * I, group, depth, I, aligned);

@@ -1,8 +1,8 @@
 // Products of int8 rows with packed weights, exact, then scaled to floats:
 // y = (lowest * sum q + step * q @ code^T) * (beta * gamma/127), which is numpy_ref.linear.bit_linear.
 //
-// Weights lie as `packing.py` says: a word has the unsigned codes of 4*DEPTH inputs of one output, DEPTH quads that are
-// unpacked in registers by a shift and a mask. Codes are at most 2, so a signed byte holds them and the byte dot product
+// Weights lie as `packing.py` says: a word has the unsigned codes of 4*DEPTH inputs of one output, DEPTH quads, which
+// Weights lie as `packing.py` says: a word has the unsigned codes of 4*DEPTH inputs of one output, DEPTH quads, unpacked
 // and the tensor cores take both operands as signed. Sums of integers need no order: all kernels give the same bits.
 //
 // Grouped products read on the device where each expert's rows start; the host only bounds the number of tiles, and
@@ -117,9 +117,11 @@ template <int DEPTH> __device__ void load_quads(const int* from, int (&quads)[DE
   }
 }
 
+constexpr int FEW_ROWS = 8;  // the most that a block takes
+
 // Where a block's warps lay their sums: of each row, a panel's.
-template <int ROWS> __device__ int (*room_of_few())[ROWS][PANEL] {
-  __shared__ int room[FEW_WARPS][ROWS][PANEL];
+__device__ int* room_of_rows() {
+  __shared__ int room[FEW_WARPS * FEW_ROWS * PANEL];
   return room;
 }
 
@@ -128,7 +130,7 @@ template <int ROWS> __device__ int (*room_of_few())[ROWS][PANEL] {
 template <class Format, int ROWS>
 __device__ void product_of_few(const Product& p, Tile tile, int panel) {
   constexpr int DEPTH = Format::DEPTH;
-  int(*room)[ROWS][PANEL] = room_of_few<ROWS>();
+  int* room = room_of_rows();  // [FEW_WARPS, ROWS, PANEL]
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, outputs = lane % 4, rows = tile.last - tile.first;
   const uint4* code = (const uint4*)(p.code + ((long long)tile.e * p.panels + panel) * p.groups * PANEL);
   const int* q[ROWS];
@@ -167,14 +169,14 @@ __device__ void product_of_few(const Product& p, Tile tile, int panel) {
       for (int o = 0; o < 4; ++o) {
         #pragma unroll
         for (int lanes = 4; lanes < WARP; lanes *= 2) sum[r][o] += __shfl_xor_sync(ALL_LANES, sum[r][o], lanes);
-        if (lane < 4) room[warp][r][lane * 4 + o] = sum[r][o];
+        if (lane < 4) room[(warp * ROWS + r) * PANEL + lane * 4 + o] = sum[r][o];
       }
   __syncthreads();
   const int r = threadIdx.x / PANEL, output = threadIdx.x % PANEL, o = panel * PANEL + output;
   if (r >= rows || o >= p.O) return;
   int total = 0;
   #pragma unroll
-  for (int w = 0; w < FEW_WARPS; ++w) total += room[w][r][output];
+  for (int w = 0; w < FEW_WARPS; ++w) total += room[(w * ROWS + r) * PANEL + output];
   finish<Format>(p, tile.e, tile.first + r, o, total);
 }
 
@@ -185,8 +187,6 @@ __device__ void product_of_few(const Product& p, int depth, Tile tile, int panel
   else if (depth == BaseThree::DEPTH) product_of_few<BaseThree, ROWS>(p, tile, panel);
   else product_of_few<OneBit, ROWS>(p, tile, panel);
 }
-
-constexpr int FEW_ROWS = 8;
 
 // numpy_ref.linear.bit_linear of one row: a step of decoding.
 // Work 2 I O integer operations; moves O I / 4 bytes of 2-bit codes: 8 operations a byte: bound by memory.
@@ -247,9 +247,14 @@ template <class Format> constexpr int STEP_INTS = 4 * Format::DEPTH;
 template <class Format> constexpr int ROW_INTS = STEP_INTS<Format> + (Format::DEPTH == OneBit::DEPTH ? 4 : 0);
 constexpr int MOST_ROW_INTS = 36;
 
-// Two steps' rows, of any format.
-template <int ROWS> __device__ int* room_of_tiles() {
-  __shared__ int4 room[2 * ROWS * MOST_ROW_INTS / 4];
+// Two steps' rows, of any format: of the tiles of 128 rows, and of those of 32.
+__device__ int* room_of_tiles() {
+  __shared__ int4 room[2 * 128 * MOST_ROW_INTS / 4];
+  return (int*)room;
+}
+
+__device__ int* room_of_small_tiles() {
+  __shared__ int4 room[2 * 32 * MOST_ROW_INTS / 4];
   return (int*)room;
 }
 
@@ -265,7 +270,7 @@ __device__ void product_of_tile(const Product& p, Tile tile, int column) {
   constexpr int DEPTH = Format::DEPTH, PRODUCTS = (DEPTH + 1) / 2, ROWS = DOWN * ROW_TILES * 16;
   constexpr int THREADS = DOWN * ACROSS * WARP, PIECES_OF_ROW = STEP_INTS<Format> / 4, PIECES = ROWS * PIECES_OF_ROW;
   constexpr int EACH = (PIECES + THREADS - 1) / THREADS;  // 16-byte pieces that a thread brings in a step
-  int* room = room_of_tiles<ROWS>();
+  int* room = ROWS == 128 ? room_of_tiles() : room_of_small_tiles();
   const int t = threadIdx.x, lane = t % WARP, warp = t / WARP, g = lane / 4, place = lane % 4;
   const int warp_row = warp / ACROSS * ROW_TILES * 16, panel = (column + warp % ACROSS * 32) / PANEL;
   const unsigned* code_of_panels = p.code + ((long long)tile.e * p.panels + panel) * p.groups * PANEL;

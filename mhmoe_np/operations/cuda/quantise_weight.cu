@@ -1,8 +1,8 @@
 // BitNet's weights: integers and a scale for each of many joined matrices, in five launches whatever their number.
 //
 // The sum behind a mean is the exact one, rounded once [D8]. A superaccumulator holds it: an integer of LIMBS digits to
-// base 2^32, the lowest bit worth the smallest float there is. Each digit is a signed 64-bit integer, so that 2^31 numbers
-// may be added before carries are settled, and adding them in any order gives the same integer: atomics may do it.
+// base 2^32, the lowest bit worth the smallest float there is. Each digit is a signed 64-bit integer, so that 2^31
+// numbers may be added before carries are settled, and in any order they give the same integer: atomics may do it.
 //
 // Each block takes one chunk of one matrix: (matrix, first, last), numbered along the flat w_OI.
 // float32's subnormal numbers are read as integers, which nothing flushes to zero.
