@@ -27,6 +27,7 @@ from tests.operations.cases import (
     of_each_backend,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     same_bits,
     unchanged,
@@ -198,6 +199,7 @@ def test_an_update_that_overflows_is_left_out(name: str) -> None:
 # ---- the GPU: the definition's own roundings -------------------------------------------------
 
 
+@of_the_device
 @of_each_dtype
 @pytest.mark.parametrize("step", [1, 2, 1000])
 @pytest.mark.parametrize("squares", [0.0, 0.5, 1e4])
@@ -211,6 +213,7 @@ def test_the_gpu_rounds_as_the_definition_does(dtype: Any, step: int, squares: f
     same_bits(actual, expected)
 
 
+@of_the_device
 def test_a_guard_of_many_numbers_is_read_to_its_end() -> None:
     r, guard = Inputs(69, float), np.ones(1000)
     for place in (0, 255, 256, 999):
@@ -220,6 +223,7 @@ def test_a_guard_of_many_numbers_is_read_to_its_end() -> None:
             adamw(CUDA, state, np.ones(1), guard, left_out, step=1, settings=ADAMW)
 
 
+@of_the_device
 def test_the_sum_of_squares_has_one_order() -> None:
     x, totals = Inputs(70, np.float32)(20000), np.zeros((3, 1))
     for total in totals:  # emulated, each with its threads in another order
