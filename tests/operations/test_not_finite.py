@@ -164,8 +164,9 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
     def step(ops: Operations, q: Any, k: Any, v: Any) -> Any:
         return ops.attention(q, k, v)
 
-    def with_cache(ops: Operations, qkv: Any, kv: Any) -> Any:
-        return ops.attention_with_cache(*heads(qkv, A, G), kv, np.array([17])), kv
+    def with_cache(ops: Operations, qkv: Any, past: Any) -> Any:
+        kv = np.concatenate([past, np.zeros((B, T + 3, 2 * G, C), past.dtype)], axis=1)
+        return ops.attention_with_cache(*heads(qkv, A, G), kv, np.array([past.shape[1]])), kv
 
     def backward(ops: Operations, qkv: Any, dout: Any, out: Any, lse: Any) -> Any:
         dqkv = np.empty_like(qkv)
@@ -182,7 +183,7 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
             hidden=frozenset({("k", -math.inf)}),
         ),
         "attention_with_cache": Case(
-            inputs | {"kv": r(B, 90, 2 * G, C)}, with_cache, hidden=frozenset({("kv", -math.inf)})
+            inputs | {"past": r(B, 17, 2 * G, C)}, with_cache
         ),
         "attention_backward": Case(saved, backward, hidden=frozenset({("lse", math.inf)})),
     }
