@@ -182,9 +182,7 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
             step,
             hidden=frozenset({("k", -math.inf)}),
         ),
-        "attention_with_cache": Case(
-            inputs | {"past": r(B, 17, 2 * G, C)}, with_cache
-        ),
+        "attention_with_cache": Case(inputs | {"past": r(B, 17, 2 * G, C)}, with_cache),
         "attention_backward": Case(saved, backward, hidden=frozenset({("lse", math.inf)})),
     }
 

@@ -29,7 +29,12 @@ def source_of(name: str) -> str:
 
 def options_of(dtype: str) -> tuple[str, ...]:
     """NVRTC's options for one float type."""
-    return (*OPTIONS, NVRTC_OPTION, f"-DREAL={REALS[dtype]}", f"-DREAL_IS_DOUBLE={int(dtype == 'float64')}")
+    return (
+        *OPTIONS,
+        NVRTC_OPTION,
+        f"-DREAL={REALS[dtype]}",
+        f"-DREAL_IS_DOUBLE={int(dtype == 'float64')}",
+    )
 
 
 def kernel_files() -> list[str]:
