@@ -258,21 +258,23 @@ using Tf32x3 = Fma<TILE>;
 #endif
 
 template <class Product, class A, class B> __device__ void multiply(Product& product, A a, B b, int K) {
+  Tiles& tiles = shared_tiles();
   a.load(0), b.load(0);
-  a.store(shared_tiles().a[0]), b.store(shared_tiles().b[0]);
+  a.store(tiles.a[0]), b.store(tiles.b[0]);
   __syncthreads();
   for (int k0 = 0, now = 0; k0 < K; k0 += STEP, now ^= 1) {
     const bool more = k0 + STEP < K;
     if (more) a.load(k0 + STEP), b.load(k0 + STEP);
-    product.step(shared_tiles().a[now], shared_tiles().b[now]);
-    if (more) a.store(shared_tiles().a[now ^ 1]), b.store(shared_tiles().b[now ^ 1]);
+    product.step(tiles.a[now], tiles.b[now]);
+    if (more) a.store(tiles.a[now ^ 1]), b.store(tiles.b[now ^ 1]);
     __syncthreads();
   }
 }
 
 // ---- a block's tile -----------------------------------------------------------------------------------------------
 
-struct Segment { int expert, first, last; };  // rows first .. last - 1; expert E: nobody's; -1: there is no such tile
+// Rows first .. last - 1 of an expert; expert E: nobody's; -1: there is no such tile.
+struct Segment { int expert, first, last; };
 
 // The block's tile: `index` when each expert's rows, and then nobody's, are cut into tiles of `rows`. A warp searches.
 __device__ Segment tile_of(const long long* start_Z, int E, int bound, int rows, int index) {
