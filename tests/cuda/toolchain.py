@@ -26,13 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mhmoe_np.operations.cuda.sources import (
-    NVRTC_OPTION,
-    REALS,
-    kernel_files,
-    options_of,
-    source_of,
-)
+from mhmoe_np.operations.cuda.sources import REALS, kernel_files, options_of, source_of
 from tests.cuda.emulator.compiling import KERNEL
 
 ARCHITECTURES = (75, 80, 90, 100)
@@ -114,7 +108,6 @@ def compile_with_nvcc(
     source: str, options: Sequence[str], architectures: Sequence[int] = ARCHITECTURES
 ) -> Compiled:
     """Compile for several architectures; a spilled register is an error."""
-    options = [option for option in options if option != NVRTC_OPTION]
     arguments = [
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
         *("-fatbin", *options, *ADDED, "-Xptxas", "--warn-on-spills", "-Werror", "all-warnings"),
