@@ -69,7 +69,8 @@ def test_whole_models_agree_with_the_peer(job: Job, monkeypatch: pytest.MonkeyPa
     assert ours[0]["times_floor"] > 1
     assert gpu_report.disagreements(ours + peers) == []
     for a, b in zip(ours, peers, strict=True):
-        assert a.get("nll") == pytest.approx(b.get("nll"), rel=2e-4)
+        if a["work"] == "train":
+            assert a["nll"] == pytest.approx(b["nll"], rel=2e-4)
     text = gpu_report.page({"facts": FACTS, "rows": ours + peers, "sections": {}}, None)
     assert len([line for line in text.splitlines() if line.startswith("| decode")]) == 6
     wrong = [row | {"nll": 9.0} if "nll" in row else row for row in peers]

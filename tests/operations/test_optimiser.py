@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.operations.table import AdamWSettings
 from tests.operations import dumb
 from tests.operations.cases import (
     ADAMW,
@@ -27,30 +27,13 @@ from tests.operations.cases import (
     of_each_backend,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     same_bits,
     unchanged,
 )
 
 FLAT = [1, 32767, 32768, 32769, 65535, 65536, 65537]
-
-
-def adamw(
-    ops: Operations,
-    state: Any,
-    squares: Any,
-    guard: Any,
-    left_out: Any,
-    *,
-    step: int,
-    settings: AdamWSettings,
-) -> None:
-    """One update; a GPU is given the step's numbers in one array of its own."""
-    if ops is not CUDA:
-        ops.adamw_in_place(*state, squares, guard, left_out, step=step, settings=settings)
-        return
-    unbias = [1 - beta**step for beta in (settings.beta1, settings.beta2)]
-    ops.adamw_in_place(*state, squares, guard, left_out, np.array([*settings, *unbias]))
 
 
 @given(step=st.integers(1, 2000), squares=st.sampled_from([0.5, 100.0]), seed=SEEDS)
@@ -63,7 +46,7 @@ def test_adamw_updates_every_parameter_by_the_formula(step: int, squares: float,
         dumb.adamw(*numbers, squares, step, *ADAMW)
         for numbers in zip(*(array.tolist() for array in state), strict=True)
     ]
-    adamw(NUMPY, state, np.array([squares]), np.zeros(2), np.zeros(1), step=step, settings=ADAMW)
+    NUMPY.adamw_in_place(*state, np.array([squares]), np.zeros(2), np.zeros(1), ADAMW.update(step))
     parameter, gradient, first, second = state
     near(np.stack([parameter, first, second], axis=1), expected)
     assert not gradient.any()
@@ -107,7 +90,7 @@ def test_adamw_agrees(
     settings = ADAMW._replace(weight_decay=decay)
     with unchanged(total, guard):
         for ops, state in ((NUMPY, expected), (FAST[name], actual)):
-            adamw(ops, state, total, guard, np.zeros(1), step=step, settings=settings)
+            ops.adamw_in_place(*state, total, guard, np.zeros(1), settings.update(step))
     # The first moment is a sum that may cancel, and what is taken from the parameter is made of it.
     first_size = np.abs(first) + np.abs(expected[2])
     root = np.sqrt(expected[3] / (1 - ADAMW.beta2**step)) + ADAMW.epsilon
@@ -123,7 +106,7 @@ def test_the_first_float32_second_moment_is_its_share_of_the_square(name: str, b
     gradient = r(100)
     state = [r(100), gradient.copy(), r(100) * 0, r(100) * 0]
     settings = AdamWSettings(1e-3, 0.9, beta2, 1e-8, 0.0, clip_norm=1.0)
-    adamw(BACKENDS[name], state, np.ones(1), np.ones(1), np.zeros(1), step=1, settings=settings)
+    BACKENDS[name].adamw_in_place(*state, np.ones(1), np.ones(1), np.zeros(1), settings.update(1))
     # The factor, the square and the product are rounded once each: half an eps, thrice.
     exact = (1 - beta2) * gradient.astype(float) ** 2
     np.testing.assert_allclose(state[3], exact, rtol=2 * np.finfo(np.float32).eps)
@@ -139,8 +122,8 @@ def test_a_gradient_beyond_the_clip_norm_is_shortened_to_it(
     clipped, shortened = copies(start), copies(start)
     shortened[1] *= factor
     loose = ADAMW._replace(clip_norm=1e9)
-    adamw(ops, clipped, np.array([norm**2]), np.zeros(1), np.zeros(1), step=2, settings=ADAMW)
-    adamw(ops, shortened, np.ones(1), np.zeros(1), np.zeros(1), step=2, settings=loose)
+    ops.adamw_in_place(*clipped, np.array([norm**2]), np.zeros(1), np.zeros(1), ADAMW.update(2))
+    ops.adamw_in_place(*shortened, np.ones(1), np.zeros(1), np.zeros(1), loose.update(2))
     for a, b in zip(clipped, shortened, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -157,7 +140,7 @@ def test_nothing_changes_where_the_guard_holds_a_number_that_is_not_finite(
     guard.ravel()[place] = bad
     left_out = np.zeros(1)
     with unchanged(*state, guard, left_out):
-        adamw(BACKENDS[name], state, np.ones(1), guard, left_out, step=1, settings=ADAMW)
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), guard, left_out, ADAMW.update(1))
 
 
 @of_each_backend
@@ -170,12 +153,12 @@ def test_an_element_whose_update_is_not_finite_stays_as_it_is(
     r, P, places = Inputs(62, dtype), 32768 + 9, [3, 32768 + 5]
     state = [r(P), r(P), r(P), r(P) ** 2]
     expected, left_out = copies(state), np.zeros(1)
-    adamw(BACKENDS[name], expected, np.ones(1), np.zeros(1), left_out, step=1, settings=ADAMW)
+    BACKENDS[name].adamw_in_place(*expected, np.ones(1), np.zeros(1), left_out, ADAMW.update(1))
     assert left_out[0] == 0
     state[spoilt][places] = bad
     before = copies(state)
     with np.errstate(all="ignore"):
-        adamw(BACKENDS[name], state, np.ones(1), np.zeros(1), left_out, step=1, settings=ADAMW)
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), np.zeros(1), left_out, ADAMW.update(1))
     assert left_out[0] == 2
     others = np.setdiff1d(np.arange(P), places)
     for was, is_now, wanted in zip(before, state, expected, strict=True):
@@ -189,7 +172,7 @@ def test_an_update_that_overflows_is_left_out(name: str) -> None:
     before, left_out = copies(state), np.zeros(1)
     mad = ADAMW._replace(learning_rate=1e39)
     with np.errstate(all="ignore"):
-        adamw(BACKENDS[name], state, np.ones(1), np.ones(1), left_out, step=1, settings=mad)
+        BACKENDS[name].adamw_in_place(*state, np.ones(1), np.ones(1), left_out, mad.update(1))
     assert left_out[0] == 9
     for was, is_now in zip(before, state, strict=True):
         np.testing.assert_array_equal(is_now, was)
@@ -198,6 +181,7 @@ def test_an_update_that_overflows_is_left_out(name: str) -> None:
 # ---- the GPU: the definition's own roundings -------------------------------------------------
 
 
+@of_the_device
 @of_each_dtype
 @pytest.mark.parametrize("step", [1, 2, 1000])
 @pytest.mark.parametrize("squares", [0.0, 0.5, 1e4])
@@ -207,19 +191,21 @@ def test_the_gpu_rounds_as_the_definition_does(dtype: Any, step: int, squares: f
     expected[3][::3] = 0
     actual = copies(expected)
     for ops, state in ((NUMPY, expected), (CUDA, actual)):
-        adamw(ops, state, np.array([squares]), np.ones(1), np.zeros(1), step=step, settings=ADAMW)
+        ops.adamw_in_place(*state, np.array([squares]), np.ones(1), np.zeros(1), ADAMW.update(step))
     same_bits(actual, expected)
 
 
+@of_the_device
 def test_a_guard_of_many_numbers_is_read_to_its_end() -> None:
     r, guard = Inputs(69, float), np.ones(1000)
     for place in (0, 255, 256, 999):
         state, left_out = [r(9), r(9), r(9), r(9) ** 2], np.zeros(1)
         guard[...], guard[place] = 1, math.nan
         with unchanged(*state, left_out):
-            adamw(CUDA, state, np.ones(1), guard, left_out, step=1, settings=ADAMW)
+            CUDA.adamw_in_place(*state, np.ones(1), guard, left_out, ADAMW.update(1))
 
 
+@of_the_device
 def test_the_sum_of_squares_has_one_order() -> None:
     x, totals = Inputs(70, np.float32)(20000), np.zeros((3, 1))
     for total in totals:  # emulated, each with its threads in another order
