@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.audit import operation_checks
-from mhmoe_np.operations.table import BitWeight, Dispatch
+from mhmoe_np.audit.host_facing import on_host
+from mhmoe_np.operations.table import BitWeight, Dispatch, Operations
+from tests.cuda.backend import cuda_operations, on_the_device
 from tests.operations import dumb
 from tests.operations.cases import (
     BACKENDS,
+    CUDA,
     EPS,
     FAST,
     LENGTHS,
     LOADS,
+    NUMBA,
     NUMPY,
     SEEDS,
     TINY,
@@ -99,30 +103,50 @@ WIDE = [
 ]
 
 
-def as_sent_by(name: str, sent: Dispatch) -> Dispatch:
+# Columns of several tiles, in rows that begin where 16 bytes may be moved at once, or not.
+TILES = [
+    {"M": 70, "choice": (3, 2), "load": "one", "limit": 60, "sub_norm": True, "U": U, "F": F}
+    for U, F in ((132, 68), (131, 67))
+]
+# A weight's gradient in parts.
+TILES += [
+    {"M": 700, "choice": (1, 1), "load": "even", "limit": limit, "sub_norm": False, "U": 8, "F": 4}
+    for limit in (None, 3)
+]
+
+
+def as_sent_by(ops: Operations, sent: Dispatch) -> Dispatch:
     """The GPU's own dispatch gives a bound's length, which no capacity lowers: the rest is nobody's."""
-    if name == "numba":
+    if ops is NUMBA:
         return sent
     return sent._replace(route_R=np.append(sent.route_R, np.full(sent.slot_MK.size % 71, -1)))
 
 
 def agrees_with_the_definition(
-    name: str, r: Inputs, routed: Any, gate_up: Any, down: Any, norm: Any, activation: Any
+    ops: Operations,
+    r: Inputs,
+    routed: Any,
+    gate_up: Any,
+    down: Any,
+    norm: Any,
+    activation: Any,
+    *,
+    coarser: float = 1,
 ) -> None:
-    """Forward and backward, entry by entry."""
-    ops, sent, R = FAST[name], routed[2], len(routed[2].route_R)
+    """Forward and backward, entry by entry; coarser: how much, than by roundings of the dtype."""
+    sent, R = routed[2], len(routed[2].route_R)
     given_arrays = (*routed, gate_up, down, norm)
     with unchanged(*given_arrays):
         y, cache = NUMPY.expert_ffn(*given_arrays, activation=activation, eps=EPS)
     sizes = ExpertSizes(*given_arrays, cache, activation)
-    own_arrays = (*routed[:2], as_sent_by(name, sent), gate_up, down, norm)
+    own_arrays = (*routed[:2], as_sent_by(ops, sent), gate_up, down, norm)
     with unchanged(*own_arrays):
         own_y, own_cache = ops.expert_ffn(*own_arrays, activation=activation, eps=EPS)
     gate_up_R2F, rstd_R = own_cache
     used = own_cache._replace(
         gate_up_R2F=gate_up_R2F[:R], rstd_R=None if rstd_R is None else rstd_R[:R]
     )
-    agree((own_y, used), (y, cache), *sizes.forward())
+    agree((own_y, used), (y, cache), *_times(coarser, sizes.forward()))
     assert not gate_up_R2F[R:].any()
     assert rstd_R is None or not rstd_R[R:].any()
 
@@ -140,14 +164,20 @@ def agrees_with_the_definition(
     )
     with unchanged(dy, *own_arrays, *padded):
         found = ops.expert_ffn_backward(dy, *own_arrays, padded, *actual_sums, activation=activation)
-    agree([*found, *actual_sums], [*expected, *expected_sums], *sizes.backward(dy, before))
+    errors = _times(coarser, sizes.backward(dy, before))
+    agree([*found, *actual_sums], [*expected, *expected_sums], *errors)
     assert (found[1][sent.slot_MK < 0] == 0).all()
+
+
+def _times(factor: float, sizes: Any) -> list[Any]:
+    return [None if size is None else factor * size for size in sizes]
 
 
 @of_each_fast_backend
 @of_each_dtype
 @of_each_activation
 @always([case | {"seed": 21} for case in WIDE])
+@always([case | {"seed": 22} for case in TILES])
 @always([case | {"sub_norm": True, "U": 5, "F": 3, "seed": 14} for case in SEGMENTS])
 @always([case | {"sub_norm": False, "U": 1, "F": 7, "seed": 15} for case in SEGMENTS])
 @given(
@@ -177,8 +207,25 @@ def test_expert_ffn_agrees(
     r, (E, K) = Inputs(seed, dtype), choice
     routed, norm = r.routed(M, U, E, K, load, limit), r(E, F) if sub_norm else None
     agrees_with_the_definition(
-        name, r, routed, r(E, 2 * F, U, spread=U**-0.5), r(E, U, F), norm, activation
+        FAST[name], r, routed, r(E, 2 * F, U, spread=U**-0.5), r(E, U, F), norm, activation
     )
+
+
+@pytest.mark.parametrize(
+    ("matmul", "coarser"),
+    [pytest.param("tf32", 2**13, marks=on_the_device), pytest.param("tf32x3", 1, marks=on_the_device)],
+)
+@pytest.mark.parametrize(("U", "F"), [(20, 72), (131, 9)])
+def test_tensor_cores_agree_to_their_precision(matmul: Any, coarser: float, U: int, F: int) -> None:
+    # TF32 has 10 bits of mantissa where float32 has 23; three products of it give about those.
+    r, ops = Inputs(31, np.float32), on_host(cuda_operations(matmul=matmul))
+    routed, norm = r.routed(150, U, 3, 2, "one", 140), r(3, F)
+    gate_up, down = r(3, 2 * F, U, spread=U**-0.5), r(3, U, F)
+    agrees_with_the_definition(ops, r, routed, gate_up, down, norm, "silu", coarser=coarser)
+    by_tensor_cores, plainly = (
+        o.expert_ffn(*routed, gate_up, down, None, activation="silu", eps=EPS)[0] for o in (ops, CUDA)
+    )
+    assert (by_tensor_cores != plainly).any()
 
 
 @of_each_fast_backend
@@ -213,7 +260,7 @@ def test_quantised_experts_agree(
     r, K = Inputs(seed, np.float64), min(K, E)
     routed = r.routed(M, U, E, K, load, capacity)
     stacks = r.bits("ternary-2bit", E, 2 * F, U), r.bits("sign-1bit", E, U, F)
-    agrees_with_the_definition(name, r, routed, *stacks, r(E, F) if normed else None, activation)
+    agrees_with_the_definition(FAST[name], r, routed, *stacks, r(E, F) if normed else None, activation)
 
 
 # ---- gradients -------------------------------------------------------------------------------
