@@ -33,6 +33,9 @@ it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip in
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
     python -m benchmarks.decode        the cost of a generated token
     python -m benchmarks.checkpoint    what checksums cost when a checkpoint is written
+    python -m benchmarks.gpu           the cuda backend beside PyTorch and its floors, on a GPU
+    python -m benchmarks.floors        what each operation of a step must cost on a GPU
+    python -m benchmarks.kernel_costs  what the cuda backend's kernels do, beside that
 """
 
 COMPARISON = """

@@ -1,6 +1,6 @@
 """What the real CuPy offers of what its stand-in does: run apart, since tests hold the stand-in for CuPy.
 
-    python -m tests.cuda.cupy_names    as JSON: what is missing from CuPy
+python -m tests.cuda.cupy_names    as JSON: what is missing from CuPy
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda.backend import cuda_operations
+from tests.cuda.backend import cuda_operations, on_the_device
 from tests.cuda.emulator import cupy_on_cpu
 from tests.operations.cases import NUMPY, Inputs, agree, heads, of_each_dtype, same_bits
 from tests.operations.test_attention import Sizes
 
 OPS = cuda_operations()
+pytestmark = on_the_device
 
 
 def on_device(*arrays: Any) -> list[Any]:

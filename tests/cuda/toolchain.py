@@ -26,13 +26,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mhmoe_np.operations.cuda.sources import REALS, kernel_files, options_of, source_of
+from mhmoe_np.operations.cuda.sources import (
+    NVRTC_OPTION,
+    REALS,
+    kernel_files,
+    options_of,
+    source_of,
+)
 from tests.cuda.emulator.compiling import KERNEL
 
 ARCHITECTURES = (75, 80, 90, 100)
 BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
-AS_CUPY = "-ftz=true"  # which it adds to all options
+# What CuPy adds to all options; and no warning of a constant that is for other kernels (177).
+ADDED = ("-ftz=true", "-diag-suppress=177")
 # What the system keeps of a block's shared memory from compute capability 9.0 on, where a kernel has any.
 SYSTEM_SHARED_BYTES, SYSTEM_SHARED_FROM = 1024, 90
 
@@ -107,9 +114,10 @@ def compile_with_nvcc(
     source: str, options: Sequence[str], architectures: Sequence[int] = ARCHITECTURES
 ) -> Compiled:
     """Compile for several architectures; a spilled register is an error."""
+    options = [option for option in options if option != NVRTC_OPTION]
     arguments = [
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
-        *("-fatbin", *options, AS_CUPY, "-Xptxas", "--warn-on-spills", "-Werror", "all-warnings"),
+        *("-fatbin", *options, *ADDED, "-Xptxas", "--warn-on-spills", "-Werror", "all-warnings"),
     ]
     versions = [metadata.version(wheel) for wheel in ("nvidia-cuda-nvcc", "nvidia-cuda-cuobjdump")]
     key = [source, *arguments, *versions]
@@ -196,7 +204,7 @@ def _nvrtc() -> Any:
 
 def compile_with_nvrtc12(source: str, options: Sequence[str], architecture: int) -> str:
     """What stops the compiler, or its warnings; empty where it gives machine code without one."""
-    arguments = [*options, AS_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-warn-spills"]
+    arguments = [*options, *ADDED, f"-arch=sm_{architecture}", "--ptxas-options=-warn-spills"]
     key = [source, *arguments, metadata.version("nvidia-cuda-nvrtc-cu12")]
     return _kept(key, lambda: [_call_nvrtc(source, arguments)])[0]
 
@@ -230,6 +238,7 @@ def _call_nvrtc(source: str, arguments: list[str]) -> str:
 
 Source = tuple[str, str]  # the file's name without its ending, the float type
 SOURCES = [(name, dtype) for name in kernel_files() for dtype in REALS]
+LARGEST_FIRST = sorted(SOURCES, key=lambda source: -len(source_of(source[0])))
 
 
 def kernels_of(name: str) -> list[str]:
@@ -241,8 +250,10 @@ def kernels_of(name: str) -> list[str]:
 def compiled() -> dict[Source, Compiled]:
     """Every file for both types, by CUDA 13."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        results = pool.map(lambda s: compile_with_nvcc(source_of(s[0]), options_of(s[1])), SOURCES)
-        return dict(zip(SOURCES, results, strict=True))
+        results = pool.map(
+            lambda s: compile_with_nvcc(source_of(s[0]), options_of(s[1])), LARGEST_FIRST
+        )
+        return dict(zip(LARGEST_FIRST, results, strict=True))
 
 
 @cache

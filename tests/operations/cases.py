@@ -59,6 +59,13 @@ def _named(backends: dict[str, Operations]) -> list[Any]:
 
 of_each_backend = pytest.mark.parametrize("name", _named(BACKENDS))
 of_each_fast_backend = pytest.mark.parametrize("name", _named(FAST))
+
+
+def of_the_device(test: Any) -> Any:
+    """A test of the cuda backend alone: marked, where it runs on a GPU."""
+    return pytest.mark.gpu(test) if CUDA_NAME == "cuda" else test
+
+
 of_each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

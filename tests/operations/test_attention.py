@@ -66,7 +66,7 @@ def test_rotation_is_a_complex_product(B: int, T: int, A: int, J: int, seed: int
     r = Inputs(seed, float)
     x, angle = r(B, T, A, 2 * J), r(T, J, spread=3.0)
     expected = dumb.rotate(x.tolist(), np.cos(angle), np.sin(angle))
-    NUMPY.rotate_in_place(x, np.cos(angle), np.sin(angle))
+    NUMPY.rotate_in_place(x, np.cos(angle), np.sin(angle), None)
     near(x, expected)
 
 
@@ -92,8 +92,8 @@ def test_rotate_in_place_agrees(
     c, s = np.abs(cos)[:, None], np.abs(sin)[:, None]
     size = np.concatenate([first * c + second * s, second * c + first * s], axis=3)
     with unchanged(cos, sin):
-        NUMPY.rotate_in_place(expected[:, :, :A], cos, sin)
-        FAST[name].rotate_in_place(actual[:, :, :A], cos, sin)
+        NUMPY.rotate_in_place(expected[:, :, :A], cos, sin, None)
+        FAST[name].rotate_in_place(actual[:, :, :A], cos, sin, None)
     agree(actual, expected, size)
     np.testing.assert_array_equal(actual[:, :, A:], whole[:, :, A:])  # the other heads stay
 

@@ -27,6 +27,7 @@ from tests.operations.cases import (
     choices,
     of_each_backend,
     of_each_fast_backend,
+    of_the_device,
     quick,
     unchanged,
 )
@@ -109,6 +110,7 @@ def test_slot_and_route_of_a_dispatch_are_inverse(
 # ---- the GPU: any number of experts and segments, and no waiting -----------------------------
 
 
+@of_the_device
 @pytest.mark.parametrize(
     ("M", "E", "K", "load"),
     [(3000, 7, 3, "even"), (9000, 2, 1, "one"), (70, 1100, 2, "even"), (5, 2100, 5, "half")],
@@ -122,6 +124,7 @@ def test_many_segments_and_many_experts_are_sorted_alike(
     agree(kept(actual), NUMPY.dispatch(expert, experts=E, capacity=capacity))
 
 
+@of_the_device
 @given(M=LENGTHS, choice=choices(), load=LOADS, capacity=st.integers(1, 60), seed=SEEDS)
 @quick(20)
 def test_rows_beyond_the_kept_ones_carry_no_choice(
@@ -133,7 +136,8 @@ def test_rows_beyond_the_kept_ones_carry_no_choice(
     assert (sent.route_R[sent.start_Z[-1] :] == -1).all()
 
 
-def test_rows_beyond_the_kept_ones_are_written_whatever_their_memory_held(
+@of_the_device
+def test_rows_beyond_the_kept_ones_are_written_though_their_memory_was_used_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cupy_on_cpu, "POISON", 0)  # emulated, it is -1 otherwise
@@ -148,6 +152,7 @@ def test_rows_beyond_the_kept_ones_are_written_whatever_their_memory_held(
     assert (route[30:] == -1).all()
 
 
+@of_the_device
 @pytest.mark.skipif(has_gpu(), reason="only the stand-in for CuPy counts")
 def test_launches_do_not_grow_with_the_experts_and_nobody_waits() -> None:
     ops, counts = cuda_operations(), []

@@ -19,6 +19,7 @@ from tests.operations.cases import (
     always,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     same_bits,
     unchanged,
@@ -45,6 +46,7 @@ def test_rows_are_added_in_their_order(
     same_bits(actual, expected)
 
 
+@of_the_device
 def test_a_vocabulary_is_sorted_in_long_segments() -> None:
     r, N, V = Inputs(74, np.float32), 2100, 5000
     ids, dx, expected = r.rng.integers(0, V, N), r(N, 3), r(V, 3)
@@ -55,6 +57,7 @@ def test_a_vocabulary_is_sorted_in_long_segments() -> None:
     same_bits(actual, expected)
 
 
+@of_the_device
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 40, 65, 600])
 def test_an_id_may_have_all_rows(N: int) -> None:
     r = Inputs(72, np.float32)
@@ -66,6 +69,7 @@ def test_an_id_may_have_all_rows(N: int) -> None:
     same_bits(actual, expected)
 
 
+@of_the_device
 def test_no_rows_change_nothing() -> None:
     dw, none = Inputs(73, float)(4, 3), np.zeros(0, np.int64)
     with unchanged(dw):

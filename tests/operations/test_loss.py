@@ -30,6 +30,7 @@ from tests.operations.cases import (
     of_each_backend,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     unchanged,
 )
@@ -74,6 +75,7 @@ def test_token_nll_agrees_around_a_chunk_of_numbas(dtype: Any, N: int, V: int) -
     token_nll_agrees(FAST["numba"], dtype, N, V, 5, 0.2, 16)
 
 
+@of_the_device
 @pytest.mark.parametrize("name", [param for param in FAST if param != "numba"])
 @of_each_dtype
 @pytest.mark.parametrize("N", [255, 256, 257, 513])

@@ -15,13 +15,14 @@ from mhmoe_np.operations.table import BitWeight, Operations, Routing
 from tests.operations.cases import (
     BACKENDS,
     DTYPES,
-    NUMBA,
+    FAST,
     NUMPY,
     SEEDS,
     Inputs,
     flat,
     heads,
     of_each_dtype,
+    of_each_fast_backend,
     packed_weight,
     quick,
     router_losses,
@@ -163,6 +164,10 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
     def step(ops: Operations, q: Any, k: Any, v: Any) -> Any:
         return ops.attention(q, k, v)
 
+    def with_cache(ops: Operations, qkv: Any, past: Any) -> Any:
+        kv = np.concatenate([past, np.zeros((B, T + 3, 2 * G, C), past.dtype)], axis=1)
+        return ops.attention_with_cache(*heads(qkv, A, G), kv, np.array([past.shape[1]])), kv
+
     def backward(ops: Operations, qkv: Any, dout: Any, out: Any, lse: Any) -> Any:
         dqkv = np.empty_like(qkv)
         ops.attention_backward(dout, *heads(qkv, A, G), out, lse, *heads(dqkv, A, G))
@@ -177,6 +182,7 @@ def attention_cases(r: Inputs) -> dict[str, Case]:
             step,
             hidden=frozenset({("k", -math.inf)}),
         ),
+        "attention_with_cache": Case(inputs | {"past": r(B, 17, 2 * G, C)}, with_cache),
         "attention_backward": Case(saved, backward, hidden=frozenset({("lse", math.inf)})),
     }
 
@@ -327,10 +333,11 @@ def floats(results: Any) -> list[Any]:
     return [array for array in flat(results) if array is not None and array.dtype.kind == "f"]
 
 
+@of_each_fast_backend
 @of_each_dtype
-@pytest.mark.parametrize("name", NAMES)
-def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, name: str) -> None:
-    case = CASES[np.dtype(dtype)][name]
+@pytest.mark.parametrize("operation", NAMES)
+def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, operation: str, name: str) -> None:
+    case = CASES[np.dtype(dtype)][operation]
     rng = np.random.default_rng(62)
 
     def results(ops: Operations, poisoned: str, index: Any, number: float) -> list[Any]:
@@ -347,7 +354,8 @@ def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, name: str) -> N
             depends = [before != after for before, after in zip(*pair, strict=True)]
             for bad in BAD:
                 where = f"{poisoned}{list(map(int, index))} = {bad}"
-                by_numpy, by_numba = (results(ops, poisoned, index, bad) for ops in (NUMPY, NUMBA))
+                both = NUMPY, FAST[name]
+                by_numpy, by_name = (results(ops, poisoned, index, bad) for ops in both)
                 shown = [~np.isfinite(part) for part in by_numpy]
                 if not any(part.any() for part in shown):
                     assert (poisoned, bad) in case.hidden, f"numpy hides {where}"
@@ -355,11 +363,12 @@ def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, name: str) -> N
                 for part, touched in enumerate(depends):
                     if math.isnan(bad):
                         assert shown[part][touched].all(), f"numpy hides {where} in part {part}"
-                    missing = touched & shown[part] & np.isfinite(by_numba[part])
-                    assert not missing.any(), f"numba hides {where} in part {part}"
+                    missing = touched & shown[part] & np.isfinite(by_name[part])
+                    assert not missing.any(), f"{name} hides {where} in part {part}"
     assert hidden == case.hidden
 
 
+@of_each_fast_backend
 @of_each_dtype
 @given(
     M=st.integers(1, 80),
@@ -371,14 +380,14 @@ def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, name: str) -> N
 )
 @quick(100)
 def test_whatever_the_logits_the_choice_is_the_definitions_and_valid(
-    dtype: Any, M: int, E: int, K: int, bad: float, share: float, seed: int
+    dtype: Any, name: str, M: int, E: int, K: int, bad: float, share: float, seed: int
 ) -> None:
     r, K = Inputs(seed, dtype), min(K, E)
     logits = r(M, E)
     logits[r.rng.random((M, E)) < share] = bad
     with np.errstate(all="ignore"):
         expected = NUMPY.route(logits, top_k=K, normalise=False)
-    actual = NUMBA.route(logits, top_k=K, normalise=False)
+    actual = FAST[name].route(logits, top_k=K, normalise=False)
     assert ((actual.expert_MK >= 0) & (actual.expert_MK < E)).all()
     assert all(len(set(row)) == K for row in actual.expert_MK.tolist())
     np.testing.assert_array_equal(actual.expert_MK, expected.expert_MK)
@@ -389,23 +398,24 @@ def test_whatever_the_logits_the_choice_is_the_definitions_and_valid(
         assert sorted(sent.route_R) == list(range(M * K))
 
 
+@of_each_fast_backend
 @of_each_dtype
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [0, 1, 0xFF, 0x3FFFFF])
 def test_a_nan_of_any_bits_stays_one_in_softmax_and_activation(
-    dtype: Any, sign: int, bits: int
+    dtype: Any, name: str, sign: int, bits: int
 ) -> None:
-    r = Inputs(63, dtype)
+    r, ops = Inputs(63, dtype), FAST[name]
     integer = np.dtype(f"i{np.dtype(dtype).itemsize}")
     nan = (np.full(1, math.nan, dtype).view(integer) | bits).view(dtype) * dtype(sign)
     assert np.isnan(nan).all()
     logits, gate_up = r(9, 40), r(9, 40)
     logits[:, 3] = gate_up[:, 3] = nan
-    routing = NUMBA.route(logits, top_k=2, normalise=True)
+    routing = ops.route(logits, top_k=2, normalise=True)
     for array in (routing.p_ME, routing.log_sum_exp_M, routing.gate_MK):
         assert np.isnan(array).all()
     np.testing.assert_array_equal(routing.expert_MK, [[0, 1]] * 9)
     for activation in ("silu", "relu2"):
-        h = NUMBA.gated_activation(gate_up, activation=activation)
+        h = ops.gated_activation(gate_up, activation=activation)
         assert np.isnan(h[:, 3]).all()
         assert np.isfinite(np.delete(h, 3, axis=1)).all()

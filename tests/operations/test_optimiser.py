@@ -27,6 +27,7 @@ from tests.operations.cases import (
     of_each_backend,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     same_bits,
     unchanged,
@@ -180,6 +181,7 @@ def test_an_update_that_overflows_is_left_out(name: str) -> None:
 # ---- the GPU: the definition's own roundings -------------------------------------------------
 
 
+@of_the_device
 @of_each_dtype
 @pytest.mark.parametrize("step", [1, 2, 1000])
 @pytest.mark.parametrize("squares", [0.0, 0.5, 1e4])
@@ -193,6 +195,7 @@ def test_the_gpu_rounds_as_the_definition_does(dtype: Any, step: int, squares: f
     same_bits(actual, expected)
 
 
+@of_the_device
 def test_a_guard_of_many_numbers_is_read_to_its_end() -> None:
     r, guard = Inputs(69, float), np.ones(1000)
     for place in (0, 255, 256, 999):
@@ -202,6 +205,7 @@ def test_a_guard_of_many_numbers_is_read_to_its_end() -> None:
             CUDA.adamw_in_place(*state, np.ones(1), guard, left_out, ADAMW.update(1))
 
 
+@of_the_device
 def test_the_sum_of_squares_has_one_order() -> None:
     x, totals = Inputs(70, np.float32)(20000), np.zeros((3, 1))
     for total in totals:  # emulated, each with its threads in another order

@@ -19,14 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.operations.numba_cpu import NumbaOperations
-from mhmoe_np.operations.numba_cpu.instruction_set import VARIABLE, InstructionSet, available, choose
-from mhmoe_np.operations.numba_cpu.packed import as_stack
-from mhmoe_np.operations.numba_cpu.packed_product import PackedProduct, packed_product, padded_inputs
 from mhmoe_np.operations.numpy_ref.quantise import expert
 from mhmoe_np.operations.packing import FORMATS, PLACES, FormatName, PackedMatrices, pack
 from mhmoe_np.operations.table import BitWeight, PackedWeight
 from tests.cuda.backend import cuda_operations
+from tests.libraries import ABSENT
 from tests.operations.cases import (
     ACTIVATIONS,
     BACKENDS,
@@ -39,13 +36,31 @@ from tests.operations.cases import (
     VALUES,
     Inputs,
     always,
+    of_each_backend,
+    of_the_device,
     packed_weight,
     quick,
     same_bits,
     unchanged,
 )
 
-SETS = {name: NumbaOperations(instruction_set=name) for name in available()}
+SETS: dict[str, Any] = {}  # none without Numba
+if "numba" not in ABSENT:
+    from mhmoe_np.operations.numba_cpu import NumbaOperations
+    from mhmoe_np.operations.numba_cpu.instruction_set import (
+        VARIABLE,
+        InstructionSet,
+        available,
+        choose,
+    )
+    from mhmoe_np.operations.numba_cpu.packed import as_stack
+    from mhmoe_np.operations.numba_cpu.packed_product import (
+        PackedProduct,
+        packed_product,
+        padded_inputs,
+    )
+
+    SETS = {name: NumbaOperations(instruction_set=name) for name in available()}
 of_each_set = pytest.mark.parametrize("instruction_set", SETS)
 of_each_format = pytest.mark.parametrize("format", FORMATS)
 
@@ -160,6 +175,7 @@ def test_every_kernel_has_the_bits_of_the_definition(
         same_bits(product(tiling, x, w._replace(packed=packed.w), None), expected)
 
 
+@of_the_device
 @pytest.mark.parametrize("rows", [200, 1400])
 def test_large_linear_maps_have_the_bits_of_the_definition_unforced(rows: int) -> None:
     r = Inputs(6, np.float32)
@@ -401,6 +417,7 @@ def test_each_row_meets_the_matrix_of_its_expert(
             same_bits(y[:R], expected)
 
 
+@of_the_device
 def test_no_rows_are_no_work() -> None:
     w = packed_weight(Inputs(22, np.float32).bits("ternary-2bit", 2, 5, 7), "ternary-2bit")
     x, start_Z = np.empty((0, 7), np.float32), np.zeros(3, np.int64)
@@ -486,7 +503,7 @@ def test_packed_experts_have_the_bits_of_fake_quantised_ones(
         same_bits(double, expected)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@of_each_backend
 def test_packed_weights_have_no_backward(name: str) -> None:
     r, ops = Inputs(18, np.float32), BACKENDS[name]
     w = packed_weight(r.bits("sign-1bit", 4, 6), "sign-1bit")

@@ -28,6 +28,7 @@ from tests.operations.cases import (
     always,
     of_each_backend,
     of_each_dtype,
+    of_the_device,
     quantise,
     quick,
     same_bits,
@@ -184,6 +185,7 @@ def test_the_mean_is_exact_whatever_the_exponents(kind: str, quantization: Any, 
             same_bits(quantise(ops, numbers, starts, quantization), expected)
 
 
+@of_the_device
 def test_the_number_of_launches_does_not_grow_with_the_matrices() -> None:
     if CUDA_NAME == "cuda":
         pytest.skip("only emulated launches are counted")
@@ -274,6 +276,7 @@ def test_rows_that_are_not_finite_are_quantised_as_defined(dtype: Any) -> None:
     assert (~np.isfinite(expected[1])).sum() == 61
 
 
+@of_the_device
 @of_each_dtype
 @pytest.mark.parametrize("I", [7, 1030])
 def test_what_a_bit_linear_acts_as_has_the_bits_of_the_definition(dtype: Any, I: int) -> None:

@@ -31,6 +31,7 @@ from tests.operations.cases import (
     of_each_backend,
     of_each_dtype,
     of_each_fast_backend,
+    of_the_device,
     quick,
     router_losses,
     router_sums,
@@ -252,6 +253,7 @@ def test_a_row_with_a_number_that_is_not_one_chooses_the_first_experts(
     same_bits([part[others] for part in found], [part[others] for part in clean])
 
 
+@of_the_device
 @of_each_dtype
 def test_the_order_of_threads_does_not_show(dtype: Any) -> None:
     # Where the backend is emulated each call has its threads in another order.
@@ -269,6 +271,7 @@ def test_the_order_of_threads_does_not_show(dtype: Any) -> None:
     same_bits(results[2], results[0])
 
 
+@of_the_device
 def test_no_rows_leave_the_statistics_as_they_are() -> None:
     E, none = 5, np.zeros((0, 2))
     routing = CUDA.route(np.zeros((0, E)), top_k=2, normalise=True)

@@ -13,7 +13,6 @@ import numpy as np
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.grouped import Grouped
 from mhmoe_np.operations.cuda.packed import PackedProducts
-from mhmoe_np.operations.cuda.packed import PackedProducts
 from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 

@@ -7,7 +7,7 @@
 // A block of 256 threads multiplies STEP terms of all sums at a time. While it does, the numbers of the next step are on
 // their way from memory into registers; shared memory has two buffers, so a step needs one barrier.
 
-constexpr int THREADS = 256, STEP = 16;
+constexpr int THREADS = 256, STEP = 8;
 constexpr int SIDE = REAL_IS_DOUBLE ? 4 : 8;  // a thread has SIDE x SIDE results
 constexpr int TILE = 16 * SIDE;               // 128 x 128, of float64 64 x 64
 constexpr int FEW = 32;                       // rows of a tile where experts have few
@@ -16,16 +16,16 @@ constexpr int WIDE = 16 / sizeof(REAL);       // numbers that one instruction mo
 
 using Tile = REAL[STEP][TILE + PAD];  // a tile of an operand: k, line; a line is a row or a column of the result
 
-struct Tiles { Tile a[2], b[2]; };  // 34.0 KiB, of float64 36.0
+struct alignas(16) Tiles { Tile a[2], b[2]; };  // 17 KiB, of float64 18
 // A block's only ones.
 __device__ Tiles& shared_tiles() {
   __shared__ Tiles tiles;
   return tiles;
 }
 
-// Where line `line` of term k lies. Without the exclusive or, lanes that write 4 terms each of 8 lines would meet in
-// banks; as it is, they meet neither then nor when fragments are read. Runs of 8 lines stay together.
-__device__ int place_of(int k, int line) { return line ^ (k / 4 % 4 * 8); }
+// Where line `line` of term k lies. Without the exclusive or, lanes that write 4 terms each of 16 lines would meet in
+// banks; as it is, they meet neither then nor when fragments are read. Runs of 16 lines stay together.
+__device__ int place_of(int k, int line) { return line ^ (k / 4 * 16); }
 
 // ---- moving runs of numbers ---------------------------------------------------------------------------------------
 
@@ -80,16 +80,16 @@ struct Rows {
   }
 };
 
-// An operand whose lines are contiguous along k. A thread reads 4 terms at a time of every 64th line.
+// An operand whose lines are contiguous along k. A thread reads 4 terms at a time of one line.
 template <int LINES> struct AlongK {
-  static constexpr int QUADS = (LINES + 63) / 64;
+  static constexpr int PER_LINE = STEP / 4, BETWEEN = THREADS / PER_LINE, QUADS = (LINES + BETWEEN - 1) / BETWEEN;
   const REAL* line[QUADS];  // null: there is none
   int K;
   bool wide;
   REAL quad[QUADS][4];
 
-  __device__ static int line_of(int q) { return (int)threadIdx.x / 4 + q * 64; }
-  __device__ static int term() { return threadIdx.x % 4 * 4; }
+  __device__ static int line_of(int q) { return (int)threadIdx.x / PER_LINE + q * BETWEEN; }
+  __device__ static int term() { return threadIdx.x % PER_LINE * 4; }
 
   __device__ void load(int k0) {
     #pragma unroll
@@ -122,7 +122,7 @@ template <int LINES> struct AcrossK {
   __device__ void load(int k0) {
     #pragma unroll
     for (int q = 0; q < QUADS; ++q) {
-      const int k = k0 + term_of(q), count = k < K ? rows.width - line0 - line() : 0;
+      const int k = k0 + term_of(q), count = term_of(q) < STEP && k < K ? rows.width - line0 - line() : 0;
       read(count > 0 ? rows[first + k] + line0 + line() : nullptr, count, wide, quad[q]);
     }
   }
@@ -148,7 +148,7 @@ template <int LINES> struct Fma {
   __device__ static int column() { return threadIdx.x % 16 * RUN; }
 
   __device__ void step(const Tile& a_tile, const Tile& b_tile) {
-    #pragma unroll
+    #pragma unroll 2  // more want registers than two blocks of a multiprocessor have
     for (int k = 0; k < STEP; ++k) {
       REAL a[2][HALF], b[2][RUN];
       #pragma unroll
@@ -459,92 +459,94 @@ extern "C" __global__ void __launch_bounds__(256) add_parts(const REAL* part_XP,
 }
 
 // ---- the kernels, for every kind of product -----------------------------------------------------------------------
+//
+// Two blocks fit on a multiprocessor, so that one multiplies while the other waits: at most 128 registers a thread.
 
-extern "C" __global__ void __launch_bounds__(256) gate_up(
+extern "C" __global__ void __launch_bounds__(256, 2) gate_up(
     const REAL* x_MU, const long long* route_R, int choices, const long long* start_Z, const REAL* w_E2FU, int
     E, int bound, int U, int F, bool silu, bool wide, REAL* gate_up_R2F, REAL* h_RF) {
   gate_up_tile<Fma<TILE>>(x_MU, route_R, choices, start_Z, w_E2FU, E, bound, U, F, silu, wide, gate_up_R2F, h_RF);
 }
 
-extern "C" __global__ void __launch_bounds__(256) gate_up_few(
+extern "C" __global__ void __launch_bounds__(256, 2) gate_up_few(
     const REAL* x_MU, const long long* route_R, int choices, const long long* start_Z, const REAL* w_E2FU, int
     E, int bound, int U, int F, bool silu, bool wide, REAL* gate_up_R2F, REAL* h_RF) {
   gate_up_tile<Fma<FEW>>(x_MU, route_R, choices, start_Z, w_E2FU, E, bound, U, F, silu, wide, gate_up_R2F, h_RF);
 }
 
-extern "C" __global__ void __launch_bounds__(256) gate_up_tf32(
+extern "C" __global__ void __launch_bounds__(256, 2) gate_up_tf32(
     const REAL* x_MU, const long long* route_R, int choices, const long long* start_Z, const REAL* w_E2FU, int
     E, int bound, int U, int F, bool silu, bool wide, REAL* gate_up_R2F, REAL* h_RF) {
   gate_up_tile<Tf32>(x_MU, route_R, choices, start_Z, w_E2FU, E, bound, U, F, silu, wide, gate_up_R2F, h_RF);
 }
 
-extern "C" __global__ void __launch_bounds__(256) gate_up_tf32x3(
+extern "C" __global__ void __launch_bounds__(256, 2) gate_up_tf32x3(
     const REAL* x_MU, const long long* route_R, int choices, const long long* start_Z, const REAL* w_E2FU, int
     E, int bound, int U, int F, bool silu, bool wide, REAL* gate_up_R2F, REAL* h_RF) {
   gate_up_tile<Tf32x3>(x_MU, route_R, choices, start_Z, w_E2FU, E, bound, U, F, silu, wide, gate_up_R2F, h_RF);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear(
+extern "C" __global__ void __launch_bounds__(256, 2) linear(
     const REAL* x_RI, const long long* start_Z, const REAL* w_EOI, int E, int bound, int I, int O, bool wide,
     REAL* y_RO) {
   linear_tile<Fma<TILE>>(x_RI, start_Z, w_EOI, E, bound, I, O, wide, y_RO);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_few(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_few(
     const REAL* x_RI, const long long* start_Z, const REAL* w_EOI, int E, int bound, int I, int O, bool wide,
     REAL* y_RO) {
   linear_tile<Fma<FEW>>(x_RI, start_Z, w_EOI, E, bound, I, O, wide, y_RO);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_tf32(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_tf32(
     const REAL* x_RI, const long long* start_Z, const REAL* w_EOI, int E, int bound, int I, int O, bool wide,
     REAL* y_RO) {
   linear_tile<Tf32>(x_RI, start_Z, w_EOI, E, bound, I, O, wide, y_RO);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_tf32x3(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_tf32x3(
     const REAL* x_RI, const long long* start_Z, const REAL* w_EOI, int E, int bound, int I, int O, bool wide,
     REAL* y_RO) {
   linear_tile<Tf32x3>(x_RI, start_Z, w_EOI, E, bound, I, O, wide, y_RO);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_backward(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_backward(
     const REAL* dy, const long long* route_R, int choices, const long long* start_Z, const REAL* w_EOI, int E,
     int bound, int O, int I, bool wide, REAL* dx_RI) {
   linear_backward_tile<Fma<TILE>>(dy, route_R, choices, start_Z, w_EOI, E, bound, O, I, wide, dx_RI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_backward_few(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_backward_few(
     const REAL* dy, const long long* route_R, int choices, const long long* start_Z, const REAL* w_EOI, int E,
     int bound, int O, int I, bool wide, REAL* dx_RI) {
   linear_backward_tile<Fma<FEW>>(dy, route_R, choices, start_Z, w_EOI, E, bound, O, I, wide, dx_RI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_backward_tf32(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_backward_tf32(
     const REAL* dy, const long long* route_R, int choices, const long long* start_Z, const REAL* w_EOI, int E,
     int bound, int O, int I, bool wide, REAL* dx_RI) {
   linear_backward_tile<Tf32>(dy, route_R, choices, start_Z, w_EOI, E, bound, O, I, wide, dx_RI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_backward_tf32x3(
+extern "C" __global__ void __launch_bounds__(256, 2) linear_backward_tf32x3(
     const REAL* dy, const long long* route_R, int choices, const long long* start_Z, const REAL* w_EOI, int E,
     int bound, int O, int I, bool wide, REAL* dx_RI) {
   linear_backward_tile<Tf32x3>(dy, route_R, choices, start_Z, w_EOI, E, bound, O, I, wide, dx_RI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) weight_gradient(
+extern "C" __global__ void __launch_bounds__(256, 2) weight_gradient(
     const REAL* dy, int dy_choices, const REAL* x, int x_choices, const long long* route_R, const long long*
     start_Z, int E, int O, int I, int parts, bool wide, REAL* to_XEOI) {
   weight_gradient_tile<Fma<TILE>>(dy, dy_choices, x, x_choices, route_R, start_Z, E, O, I, parts, wide, to_XEOI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) weight_gradient_tf32(
+extern "C" __global__ void __launch_bounds__(256, 2) weight_gradient_tf32(
     const REAL* dy, int dy_choices, const REAL* x, int x_choices, const long long* route_R, const long long*
     start_Z, int E, int O, int I, int parts, bool wide, REAL* to_XEOI) {
   weight_gradient_tile<Tf32>(dy, dy_choices, x, x_choices, route_R, start_Z, E, O, I, parts, wide, to_XEOI);
 }
 
-extern "C" __global__ void __launch_bounds__(256) weight_gradient_tf32x3(
+extern "C" __global__ void __launch_bounds__(256, 2) weight_gradient_tf32x3(
     const REAL* dy, int dy_choices, const REAL* x, int x_choices, const long long* route_R, const long long*
     start_Z, int E, int O, int I, int parts, bool wide, REAL* to_XEOI) {
   weight_gradient_tile<Tf32x3>(dy, dy_choices, x, x_choices, route_R, start_Z, E, O, I, parts, wide, to_XEOI);

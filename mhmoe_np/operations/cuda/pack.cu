@@ -63,3 +63,15 @@ extern "C" __global__ void __launch_bounds__(WARP * PANEL) pack(const REAL* q_EO
   unsigned* code_of_run = (unsigned*)code + ((long long)matrix_panel * groups + first_group) * PANEL;
   if (first_group + g < groups) code_of_run[t] = words[g][t % PANEL];
 }
+
+// scale = beta, but NaN for a row of integers of which one is not finite: codes cannot say so [D12]. A warp has a row.
+// Work E O I comparisons; reads 4 E O I bytes: bound by memory.
+extern "C" __global__ void __launch_bounds__(WARP * PANEL)
+scale_of_rows(const REAL* q_EOI, const REAL* beta_EO, long long rows, int I, REAL* scale_EO) {
+  const long long row = (long long)blockIdx.x * PANEL + threadIdx.y;
+  if (row >= rows) return;
+  REAL nothing = 0;  // 0 times a number, which is 0 unless that is not finite
+  for (int i = threadIdx.x; i < I; i += WARP) nothing += 0 * q_EOI[row * I + i];
+  nothing = sum_of_lanes(nothing);
+  if (threadIdx.x == 0) scale_EO[row] = beta_EO[row] + nothing;
+}

@@ -108,8 +108,9 @@ class PackedProducts(Quantise, Pack):
         E = len(beta_EO)
         code = self.empty((E, *code_shape(O, I, "ternary-2bit")), "uint8")
         packed = PackedMatrices(code, O, I, "ternary-2bit")  # which holds signs as well
-        self.pack_in_place(w.w.reshape(E, O, I), packed)
-        return PackedWeight(packed, beta_EO)
+        q_EOI = w.w.reshape(E, O, I)
+        self.pack_in_place(q_EOI, packed)
+        return PackedWeight(packed, self.scale_of_rows(q_EOI, beta_EO))
 
     def bytes_for(self, x_NI: FloatArray, packed: PackedMatrices) -> ByteRows:
         """The rows in bytes, padded to what a step of the tensor cores takes."""

@@ -20,7 +20,7 @@ class Rotary(Memory):
         x_BTAC: FloatArray,
         cos_YJ: FloatArray,
         sin_YJ: FloatArray,
-        first_1: IntArray | None = None,
+        first_1: IntArray | None,
     ) -> None:
         """See `Operations.rotate_in_place`."""
         B, T, A, _ = x_BTAC.shape
