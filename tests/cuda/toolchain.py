@@ -34,7 +34,9 @@ BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
 # What CuPy adds to all options; and no warning of a constant that is for other kernels (177).
 ADDED = ("-ftz=true", "-diag-suppress=177")
-ADDED_FOR_NVRTC = ("--device-as-default-execution-space",)  # as CuPy does: lambdas need it, nvcc does not
+ADDED_FOR_NVRTC = (
+    "--device-as-default-execution-space",
+)  # as CuPy does: lambdas need it, nvcc does not
 # The oldest, and a new one: what it says of the others differs little, and takes minutes.
 NVRTC12_ARCHITECTURES = (75, 90)
 # What the system keeps of a block's shared memory from compute capability 9.0 on, where a kernel has any.

@@ -56,10 +56,10 @@ def attention_with_cache(
     """See `Operations.attention_with_cache`."""
     T, G = k_BTGC.shape[1:3]
     filled = int(filled_1[0])
-    S = filled + T
-    kv_BS2GC[:, filled:S, :G] = k_BTGC
-    kv_BS2GC[:, filled:S, G:] = v_BTGC
-    return attention(q_BTAC, kv_BS2GC[:, :S, :G], kv_BS2GC[:, :S, G:])[0]
+    last = filled + T
+    kv_BS2GC[:, filled:last, :G] = k_BTGC
+    kv_BS2GC[:, filled:last, G:] = v_BTGC
+    return attention(q_BTAC, kv_BS2GC[:, :last, :G], kv_BS2GC[:, :last, G:])[0]
 
 
 def attention_backward(
