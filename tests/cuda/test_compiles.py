@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,13 @@ from tests.cuda import toolchain
 from tests.cuda.toolchain import ARCHITECTURES, SOURCES, Source, compiled, float_atomics, kernels_of
 
 of_each_source = pytest.mark.parametrize("source", SOURCES, ids="-".join)
-of_each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def of_each(architectures: dict[str, tuple[int, ...]]) -> Any:
+    """Every source, on each architecture of its type."""
+    cases = [(source, arch) for source in SOURCES for arch in architectures[source[1]]]
+    ids = [f"{file}-{dtype}-{arch}" for (file, dtype), arch in cases]
+    return pytest.mark.parametrize(("source", "architecture"), cases, ids=ids)
 
 
 @of_each_source
@@ -24,8 +31,7 @@ SPILL_WITH_CUDA_12 = {"attention_256", "cached_attention_256", "gate_up_few"}
 SPILL = re.compile(r"ptxas warning : Registers are spilled to local memory in function '(\w+)', .*")
 
 
-@of_each_source
-@pytest.mark.parametrize("architecture", toolchain.NVRTC12_ARCHITECTURES)
+@of_each(toolchain.NVRTC12_ARCHITECTURES)
 def test_cuda_12_compiles_it(source: Source, architecture: int) -> None:
     log = toolchain.compiled_by_nvrtc12()[source, architecture]
     assert set(SPILL.findall(log)) <= SPILL_WITH_CUDA_12
@@ -34,10 +40,11 @@ def test_cuda_12_compiles_it(source: Source, architecture: int) -> None:
 
 @of_each_source
 def test_no_kernel_has_local_memory(source: Source) -> None:
-    for architecture in ARCHITECTURES:
-        resources = compiled()[source].resources[architecture]
-        assert set(resources) == set(kernels_of(source[0]))
-        for name, taken in resources.items():
+    resources = compiled()[source].resources
+    assert set(resources) == set(ARCHITECTURES[source[1]])
+    for architecture, kernels in resources.items():
+        assert set(kernels) == set(kernels_of(source[0]))
+        for name, taken in kernels.items():
             assert (taken.stack_bytes, taken.local_bytes) == (0, 0), (name, architecture)
 
 
@@ -75,8 +82,7 @@ INSTRUCTIONS = {
 }
 
 
-@of_each_source
-@of_each_architecture
+@of_each(ARCHITECTURES)
 @pytest.mark.parametrize("asked", INSTRUCTIONS, ids=["dp4a", "int8-mma", "tf32-mma"])
 def test_what_asks_for_a_fast_instruction_gets_it(
     source: Source, architecture: int, asked: str

@@ -1,4 +1,4 @@
-"""Emulated, every operation gives the same bits in each order of threads, and again: no race, no atomic."""
+"""Emulated, every operation gives the same bits in each order of threads: no race, no float atomics."""
 
 from __future__ import annotations
 

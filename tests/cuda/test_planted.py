@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from mhmoe_np.operations.cuda.sources import options_of, source_of
+from tests.cuda import toolchain
 from tests.cuda.backend import ORDERS
 from tests.cuda.emulator import cupy_on_cpu as cupy
 from tests.cuda.emulator.cupy_on_cpu import emulation
 from tests.cuda.toolchain import (
-    ARCHITECTURES,
     Compiled,
     compile_with_nvcc,
     compile_with_nvrtc12,
     float_atomics,
 )
 
+ARCHITECTURES = toolchain.ARCHITECTURES["float32"]
 OPTIONS = options_of("float32")
 BARRIER = "__syncthreads();"
 KERNEL = 'extern "C" __global__ void __launch_bounds__(64) planted'
@@ -218,7 +219,7 @@ INDEXED = planted_kernel(
 @pytest.fixture(scope="module")
 def machine_code() -> Compiled:
     """Of what compiles without a warning and should not be there."""
-    compiled = compile_with_nvcc("".join([*FLOATS.values(), INTEGERS, INDEXED]), OPTIONS)
+    compiled = compile_with_nvcc("".join([*FLOATS.values(), INTEGERS, INDEXED]), OPTIONS, ARCHITECTURES)
     assert compiled.log == ""
     assert set(compiled.instructions) == set(compiled.resources) == set(ARCHITECTURES)
     return compiled

@@ -1,6 +1,6 @@
 """NVIDIA's compilers from PyPI, which need no GPU: what they make of the kernels.
 
-`nvcc` of CUDA 13 gives machine code for all `ARCHITECTURES` in one call; its resources and instructions
+`nvcc` of CUDA 13 gives machine code for all `ARCHITECTURES` of a type in one call; its resources and instructions
 are read back from that. NVRTC of CUDA 12, the oldest that CuPy may use here, is called as a library.
 Results are cached in the temporary folder.
 
@@ -29,16 +29,14 @@ from typing import Any, NamedTuple
 from mhmoe_np.operations.cuda.sources import REALS, kernel_files, options_of, source_of
 from tests.cuda.emulator.compiling import KERNEL
 
-ARCHITECTURES = (75, 80, 90, 100)
+# By float type; a file takes up to ten seconds for each. float64 is for checks of gradients.
+ARCHITECTURES = {"float32": (75, 80, 90, 100), "float64": (75, 90)}
+NVRTC12_ARCHITECTURES = {"float32": (75, 90), "float64": (75,)}
 BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
 # What CuPy adds to all options; and no warning of a constant that is for other kernels (177).
 ADDED = ("-ftz=true", "-diag-suppress=177")
-ADDED_FOR_NVRTC = (
-    "--device-as-default-execution-space",
-)  # as CuPy does: lambdas need it, nvcc does not
-# The oldest, and a new one: what it says of the others differs little, and takes minutes.
-NVRTC12_ARCHITECTURES = (75, 90)
+ADDED_FOR_NVRTC = ("--device-as-default-execution-space",)  # as CuPy does: lambdas need it, nvcc does not
 # What the system keeps of a block's shared memory from compute capability 9.0 on, where a kernel has any.
 SYSTEM_SHARED_BYTES, SYSTEM_SHARED_FROM = 1024, 90
 
@@ -110,7 +108,7 @@ def run(wheel: str, program: str, *arguments: str, folder: Path | None = None) -
 
 
 def compile_with_nvcc(
-    source: str, options: Sequence[str], architectures: Sequence[int] = ARCHITECTURES
+    source: str, options: Sequence[str], architectures: Sequence[int]
 ) -> Compiled:
     """Compile for several architectures; a spilled register is an error."""
     arguments = [
@@ -250,7 +248,8 @@ def compiled() -> dict[Source, Compiled]:
     """Every file for both types, by CUDA 13."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         results = pool.map(
-            lambda s: compile_with_nvcc(source_of(s[0]), options_of(s[1])), LARGEST_FIRST
+            lambda s: compile_with_nvcc(source_of(s[0]), options_of(s[1]), ARCHITECTURES[s[1]]),
+            LARGEST_FIRST,
         )
         return dict(zip(LARGEST_FIRST, results, strict=True))
 
@@ -258,7 +257,7 @@ def compiled() -> dict[Source, Compiled]:
 @cache
 def compiled_by_nvrtc12() -> dict[tuple[Source, int], str]:
     """What CUDA 12 says to each of them on some architectures."""
-    cases = [(source, arch) for source in LARGEST_FIRST for arch in NVRTC12_ARCHITECTURES]
+    cases = [(source, arch) for source in LARGEST_FIRST for arch in NVRTC12_ARCHITECTURES[source[1]]]
 
     def say(case: tuple[Source, int]) -> str:
         (name, dtype), architecture = case
@@ -278,7 +277,7 @@ def measured() -> Budget:
         if result.log:
             raise RuntimeError(result.log)
         for name in kernels_of(file):
-            each = [result.resources[arch][name] for arch in ARCHITECTURES]
+            each = [result.resources[arch][name] for arch in ARCHITECTURES[dtype]]
             most = [max(r.registers for r in each), max(r.shared_bytes for r in each)]
             budget.setdefault(file, {}).setdefault(name, {})[dtype] = most
     return budget
@@ -291,9 +290,8 @@ def read_budget() -> Budget:
 
 def write_budget() -> None:
     """Overwrite what is checked in by what is measured."""
-    architectures = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
     lines = [
-        "# What each kernel takes at most of a multiprocessor, over " + architectures + ":",
+        "# What each kernel takes at most of a multiprocessor, over the architectures of toolchain.py:",
         "# registers of a thread, and bytes of a block's shared memory. Compiled, not run.",
         f"# By nvcc {metadata.version('nvidia-cuda-nvcc')}; written by python -m tests.cuda.toolchain --write",
     ]
