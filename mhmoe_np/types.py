@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 DIMENSIONS = {
     "B": "sequences in the batch",
     "T": "positions being computed",
-    "S": "positions attended to (= T in training)",
-    "Y": "positions that there is room for: in a model, or in a key-value cache",
+    "S": "positions attended to (= T in training), or that a key-value cache has room for",
+    "Y": "positions that a model has room for",
     "N": "tokens, B*T",
     "D": "model width",
     "V": "vocabulary",

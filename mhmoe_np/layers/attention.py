@@ -18,7 +18,7 @@ SUB_NORM = "self_attn.attn_sub_norm.weight"
 class Past(NamedTuple):
     """The keys and values of all positions of some sequences so far, with room for more."""
 
-    kv_BY2GC: FloatArray  # keys, then values
+    kv_BS2GC: FloatArray  # keys, then values
     filled_1: IntArray  # positions
 
 

@@ -21,7 +21,7 @@ class KeyValueCache:
     Attributes:
         length: positions filled.
         positions: that there is room for.
-        layers: the backend's array of each layer, [B, Y, 2G, C]: keys, then values.
+        layers: the backend's array of each layer, [B, S, 2G, C]: keys, then values.
     """
 
     def __init__(self, model: Model, *, sequences: int, positions: int, ops: Operations) -> None:
@@ -66,8 +66,8 @@ class KeyValueCache:
         B, T = id_BT.shape
         rotary = rotary._replace(first_1=first_1)
         x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
-        for w, kv_BY2GC in zip(weights.blocks, self.layers, strict=True):
-            past = Past(kv_BY2GC, first_1)
+        for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
+            past = Past(kv_BS2GC, first_1)
             x_ND, _ = block_forward(
                 x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
             )

@@ -160,7 +160,7 @@ class AdamWSettings(NamedTuple):
         step: counts from 1.
 
         Shapes   -> update_8
-        Source   [AdamW algorithm 2]
+        Source   [spec 6 AdamW]
         """
         return np.array([*self, 1 - self.beta1**step, 1 - self.beta2**step])
 
@@ -433,7 +433,7 @@ class Operations(Protocol):
         q_BTAC: FloatArray,
         k_BTGC: FloatArray,
         v_BTGC: FloatArray,
-        kv_BY2GC: FloatArray,
+        kv_BS2GC: FloatArray,
         filled_1: IntArray,
     ) -> FloatArray:
         """Put k and v behind the positions that kv holds, and attend over all of them; return out_BTAC.
@@ -442,7 +442,7 @@ class Operations(Protocol):
         positions filled .. filled+T-1 are overwritten by k and v; then the result is `attention`'s of
         q over the first filled+T positions.
 
-        Shapes   q_BTAC, k_BTGC, v_BTGC, kv_BY2GC, filled_1 -> out_BTAC
+        Shapes   q_BTAC, k_BTGC, v_BTGC, kv_BS2GC, filled_1 -> out_BTAC
         Dtypes   float; int64 filled_1
         Views    q_BTAC, k_BTGC, v_BTGC
         Source   [spec 2 attention], [Attention eq. 1]

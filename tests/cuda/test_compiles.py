@@ -19,10 +19,17 @@ def test_cuda_13_compiles_it_without_a_warning(source: Source) -> None:
     assert compiled()[source].log == ""
 
 
+# Of these CUDA 12 spills up to 18 registers on sm_90, which CUDA 13 does not.
+SPILL_WITH_CUDA_12 = {"attention_256", "cached_attention_256", "gate_up_few"}
+SPILL = re.compile(r"ptxas warning : Registers are spilled to local memory in function '(\w+)', .*")
+
+
 @of_each_source
-@of_each_architecture
-def test_cuda_12_compiles_it_without_a_warning(source: Source, architecture: int) -> None:
-    assert toolchain.compiled_by_nvrtc12()[source, architecture] == ""
+@pytest.mark.parametrize("architecture", toolchain.NVRTC12_ARCHITECTURES)
+def test_cuda_12_compiles_it(source: Source, architecture: int) -> None:
+    log = toolchain.compiled_by_nvrtc12()[source, architecture]
+    assert set(SPILL.findall(log)) <= SPILL_WITH_CUDA_12
+    assert SPILL.sub("", log).strip() == ""
 
 
 @of_each_source

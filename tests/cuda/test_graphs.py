@@ -153,6 +153,22 @@ def test_while_memory_is_handed_out_nothing_is_played() -> None:
         assert (ops.to_host(mine) == 7).all()
 
 
+def test_a_backend_records_what_it_does_itself_after_another_was_made() -> None:
+    """Both use the one stream: a second one would be current while the first's records nothing."""
+    first, _ = cuda_operations(keep_buffers=True), cuda_operations(keep_buffers=True)
+
+    def copy(fixed: None, x_N: Any) -> Any:
+        y_N = first.empty(x_N.shape, x_N.dtype)
+        y_N[...] = 0
+        first.add_in_place(x_N, y_N)
+        return y_N
+
+    copied = first.repeated(copy)
+    for number in range(4):
+        with first.scope():
+            assert (first.to_host(copied(None, np.full(3, number, np.float32))) == number).all()
+
+
 def test_other_shapes_and_other_fixed_numbers_are_other_work() -> None:
     ops = cuda_operations(keep_buffers=True)
     seen = []

@@ -411,15 +411,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) key_value_gradient_256(DKV
 
 // ---- with a key-value cache --------------------------------------------------------------------------------------
 //
-// numpy_ref.attention.attention_with_cache. How many positions are filled is read on the device; grids are for Y.
+// numpy_ref.attention.attention_with_cache. How many positions are filled is read on the device; grids are for S.
 
 // k and v go to the cache's positions from filled on. A block is a token. Moves 16 B T G C bytes: bound by memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    write_cache(VIEW(k_BTGC), VIEW(v_BTGC), REAL* kv_BY2GC, const long long* filled_1, int T, int Y, int G, int C) {
+    write_cache(VIEW(k_BTGC), VIEW(v_BTGC), REAL* kv_BS2GC, const long long* filled_1, int T, int S, int G, int C) {
   const int b = blockIdx.x / T, t = blockIdx.x % T;
   const long long position = filled_1[0] + t;
-  if (position >= Y) return;
-  REAL* kv_2GC = kv_BY2GC + (b * (long long)Y + position) * 2 * G * C;
+  if (position >= S) return;
+  REAL* kv_2GC = kv_BS2GC + (b * (long long)S + position) * 2 * G * C;
   const REAL *k_GC = k_BTGC + b * k_BTGC_b + t * (long long)k_BTGC_t, *v_GC = v_BTGC + b * v_BTGC_b + t * (long long)v_BTGC_t;
   for (int i = threadIdx.x; i < G * C; i += THREADS) {
     const int g = i / C, c = i % C;
@@ -428,15 +428,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-#define CACHE_PARAMETERS VIEW(q_BTAC), const REAL *kv_BY2GC, const long long *filled_1
-#define CACHE_SIZES int Y, int A, int G, int C, bool aligned, REAL scale
+#define CACHE_PARAMETERS VIEW(q_BTAC), const REAL *kv_BS2GC, const long long *filled_1
+#define CACHE_SIZES int S, int A, int G, int C, bool aligned, REAL scale
 
 // T queries to the filled + T positions: as `attention`, the cache's heads being views.
 #define CACHED_PARAMETERS CACHE_PARAMETERS, REAL *out_BTAC, int B, int T, CACHE_SIZES
 #define CACHED(WIDTH)                                                                                           \
   __shared__ Room<WIDTH, FORWARD_ROWS<WIDTH>> room;                                                                    \
   const int position = 2 * G * C;                                                                               \
-  attention_of_block(STEPS(q_BTAC), kv_BY2GC, (long long)Y * position, position, C, kv_BY2GC + G * C, (long long)Y * position, position, \
+  attention_of_block(STEPS(q_BTAC), kv_BS2GC, (long long)S * position, position, C, kv_BS2GC + G * C, (long long)S * position, position, \
                      C, out_BTAC, nullptr, B, T, (int)filled_1[0] + T, A, G, C, aligned, scale, room)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) cached_attention_32(CACHED_PARAMETERS) { CACHED(32); }
@@ -447,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cached_attention_256(CACHE
 // One query a sequence, T = 1. A tile's rows are the attention heads of a group, so that the cache is read once for all
 // of them; a block takes SPLIT positions, and what it finds is a part: for each head the sums over its positions of
 // e^(score - largest) v, the largest score and the sum of e^(score - largest). Blocks of positions that are not filled
-// end at once, without a part. A part depends on its positions alone, whatever Y and the number of positions filled.
+// end at once, without a part. A part depends on its positions alone, whatever S and the number of positions filled.
 // Work 4 S A C FLOP a sequence (of 16 heads a group, where there are fewer); moves 8 S G C bytes: intensity A / (2 G)
 // FLOP a byte: bound by memory.
 template <int WIDTH>
@@ -455,12 +455,12 @@ __device__ void attention_step(CACHE_PARAMETERS, REAL* parts, int splits, CACHE_
   const int group = A / G, sixteens = (group + LANES - 1) / LANES, all = gridDim.x / splits;
   const int split = blockIdx.x / all, rest = blockIdx.x % all, g = rest % G, part_of_group = rest / G % sixteens;
   const int b = rest / G / sixteens, a = g * group + part_of_group * LANES;
-  const int filled = min(Y, (int)filled_1[0] + 1), begin = split * SPLIT, end = min(filled, begin + SPLIT);
+  const int filled = min(S, (int)filled_1[0] + 1), begin = split * SPLIT, end = min(filled, begin + SPLIT);
   if (begin >= filled) return;
   const int count = min(LANES, (g + 1) * group - a), position = 2 * G * C;
-  const REAL* kv_Y2GC = kv_BY2GC + b * (long long)Y * position + g * C;
+  const REAL* kv_S2GC = kv_BS2GC + b * (long long)S * position + g * C;
   const Rows queries = {q_BTAC + b * q_BTAC_b + a * q_BTAC_head, q_BTAC_head, count, C, aligned};
-  const Rows keys = {kv_Y2GC, position, end, C, aligned}, values = {kv_Y2GC + G * C, position, end, C, aligned};
+  const Rows keys = {kv_S2GC, position, end, C, aligned}, values = {kv_S2GC + G * C, position, end, C, aligned};
   Softmax<WIDTH, 1> softmax;
   attend(queries, keys, values, begin, end, end, 0, scale, room, softmax);
   const int step = splits * (C + 2);  // from one head's part to the next head's
@@ -475,7 +475,7 @@ __device__ void attention_step(CACHE_PARAMETERS, REAL* parts, int splits, CACHE_
 #define STEP_PARAMETERS CACHE_PARAMETERS, REAL *parts, int splits, CACHE_SIZES
 #define ATTENTION_STEP(WIDTH)    \
   __shared__ Room<WIDTH, 1> room; \
-  attention_step(STEPS(q_BTAC), kv_BY2GC, filled_1, parts, splits, Y, A, G, C, aligned, scale, room)
+  attention_step(STEPS(q_BTAC), kv_BS2GC, filled_1, parts, splits, S, A, G, C, aligned, scale, room)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_32(STEP_PARAMETERS) { ATTENTION_STEP(32); }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_64(STEP_PARAMETERS) { ATTENTION_STEP(64); }
@@ -485,8 +485,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_step_256
 // out = sum_i e^(m_i - m) sums_i / sum_i e^(m_i - m) total_i over the parts in order, m their largest score. A block is
 // a head. Moves 4 B A C S / SPLIT bytes: bound by a launch.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_step_end(const REAL* parts, const long long* filled_1, int splits, int Y, int C, REAL* out_BTAC) {
-  const int there = (min(Y, (int)filled_1[0] + 1) + SPLIT - 1) / SPLIT;
+    attention_step_end(const REAL* parts, const long long* filled_1, int splits, int S, int C, REAL* out_BTAC) {
+  const int there = (min(S, (int)filled_1[0] + 1) + SPLIT - 1) / SPLIT;
   const REAL* part = parts + blockIdx.x * (long long)splits * (C + 2);
   REAL largest = -infinity(), total = 0;
   for (int i = 0; i < there; ++i) largest = larger(part[i * (C + 2) + C], largest);

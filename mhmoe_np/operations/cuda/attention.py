@@ -78,28 +78,28 @@ class Attention(Rotary):
         q_BTAC: FloatArray,
         k_BTGC: FloatArray,
         v_BTGC: FloatArray,
-        kv_BY2GC: FloatArray,
+        kv_BS2GC: FloatArray,
         filled_1: IntArray,
     ) -> FloatArray:
         """See `Operations.attention_with_cache`."""
         B, T, A, C = q_BTAC.shape
-        Y, G, real, width = kv_BY2GC.shape[1], k_BTGC.shape[2], q_BTAC.dtype, _width(C)
+        S, G, real, width = kv_BS2GC.shape[1], k_BTGC.shape[2], q_BTAC.dtype, _width(C)
         out_BTAC = self.empty((B, T, A, C), real)
-        new = *_arguments(k_BTGC, v_BTGC), kv_BY2GC, filled_1
-        KERNELS.launch("write_cache", real, (B * T,), (THREADS,), *new, T, Y, G, C)
-        given = *_arguments(q_BTAC), kv_BY2GC, filled_1
-        sizes = Y, A, G, C, _aligned(q_BTAC, kv_BY2GC), C**-0.5
+        new = *_arguments(k_BTGC, v_BTGC), kv_BS2GC, filled_1
+        KERNELS.launch("write_cache", real, (B * T,), (THREADS,), *new, T, S, G, C)
+        given = *_arguments(q_BTAC), kv_BS2GC, filled_1
+        sizes = S, A, G, C, _aligned(q_BTAC, kv_BS2GC), C**-0.5
         if T > 1:
             grid = (B * A * blocks(T, _forward_rows(width, real)),)
             name = f"cached_attention_{width}"
             KERNELS.launch(name, real, grid, (THREADS,), *given, out_BTAC, B, T, *sizes)
             return out_BTAC
-        splits = blocks(Y, SPLIT)
+        splits = blocks(S, SPLIT)
         parts = self.empty((B, A, splits, C + 2), real)
         grid = (B * G * blocks(A // G, LANES) * splits,)
         KERNELS.launch(f"attention_step_{width}", real, grid, (THREADS,), *given, parts, splits, *sizes)
         KERNELS.launch(
-            "attention_step_end", real, (B * A,), (THREADS,), parts, filled_1, splits, Y, C, out_BTAC
+            "attention_step_end", real, (B * A,), (THREADS,), parts, filled_1, splits, S, C, out_BTAC
         )
         return out_BTAC
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import cupy
@@ -21,7 +22,8 @@ from mhmoe_np.settings.run import Matmul
 class Memory:
     """See `Operations`: memory. Every group of operations stands on it.
 
-    All work goes through one stream. Packed weights lie as in files.
+    All work goes through one stream, which all backends of the process share. Packed weights lie as in
+    files.
 
     Attributes:
         matmul: how float32 products are computed.
@@ -31,8 +33,7 @@ class Memory:
     def __init__(self, *, keep_buffers: bool, matmul: Matmul) -> None:
         self.matmul = matmul
         self.compute_capability = int(cupy.cuda.Device().compute_capability)
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._stream.use()
+        self._stream = _stream().use()
         self._workspace = Workspace(_allocated) if keep_buffers else None
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -95,6 +96,12 @@ class Memory:
     def packed_to_host(self, packed: PackedMatrices) -> PackedMatrices:
         """See `Operations.packed_to_host`."""
         return packed._replace(code=self.to_host(packed.code))
+
+
+@cache
+def _stream() -> Any:
+    """The process's one stream: kernels go to CuPy's current one, cuBLAS's products and graphs to ours."""
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 def _allocated(shape: int | tuple[int, ...], dtype: DTypeLike = np.uint8) -> Any:

@@ -50,8 +50,8 @@ class Router(Memory):
             (blocks(M, ROWS),),
             BLOCK,
             *(dgate_MK, *routing, counted_M, count_E, M, E, K, normalise),
-            np.float64(daux * E / choices / sub_tokens),  # Switch eq. 4
-            float(2 * dz / sub_tokens),  # ST-MoE eq. 5
+            np.float64(daux * E / choices / sub_tokens),  # of the balance loss
+            float(2 * dz / sub_tokens),  # of the z-loss
             dlogits_ME,
         )
         return dlogits_ME

@@ -11,8 +11,6 @@ REALS = {"float32": "float", "float64": "double"}
 # No contraction of a*b + c: where a fused product is wanted a kernel says `fma`. So the same bits come
 # out on every device, and on the CPU that emulates one. CuPy itself adds -ftz=true [D17].
 OPTIONS = ("--fmad=false", "--std=c++17")
-# NVRTC takes the body of a generic lambda for a function of the host; nvcc needs no such option.
-NVRTC_OPTION = "-default-device"
 
 
 @cache
@@ -28,13 +26,8 @@ def source_of(name: str) -> str:
 
 
 def options_of(dtype: str) -> tuple[str, ...]:
-    """NVRTC's options for one float type."""
-    return (
-        *OPTIONS,
-        NVRTC_OPTION,
-        f"-DREAL={REALS[dtype]}",
-        f"-DREAL_IS_DOUBLE={int(dtype == 'float64')}",
-    )
+    """The compiler's options for one float type."""
+    return (*OPTIONS, f"-DREAL={REALS[dtype]}", f"-DREAL_IS_DOUBLE={int(dtype == 'float64')}")
 
 
 def kernel_files() -> list[str]:

@@ -50,16 +50,16 @@ def attention_with_cache(
     q_BTAC: FloatArray,
     k_BTGC: FloatArray,
     v_BTGC: FloatArray,
-    kv_BY2GC: FloatArray,
+    kv_BS2GC: FloatArray,
     filled_1: IntArray,
 ) -> FloatArray:
     """See `Operations.attention_with_cache`."""
     T, G = k_BTGC.shape[1:3]
     filled = int(filled_1[0])
-    S = filled + T
-    kv_BY2GC[:, filled:S, :G] = k_BTGC
-    kv_BY2GC[:, filled:S, G:] = v_BTGC
-    return attention(q_BTAC, kv_BY2GC[:, :S, :G], kv_BY2GC[:, :S, G:])[0]
+    last = filled + T
+    kv_BS2GC[:, filled:last, :G] = k_BTGC
+    kv_BS2GC[:, filled:last, G:] = v_BTGC
+    return attention(q_BTAC, kv_BS2GC[:, :last, :G], kv_BS2GC[:, :last, G:])[0]
 
 
 def attention_backward(
