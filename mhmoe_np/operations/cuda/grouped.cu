@@ -300,15 +300,19 @@ __device__ Segment tile_of(const long long* start_Z, int E, int bound, int rows,
   return found;
 }
 
-template <int LINES> __device__ AlongK<LINES> rows_along_k(Rows rows, Segment tile, bool wide) {
+// The operand whose line l lies at line(l); null: there is none.
+template <int LINES, class Line> __device__ AlongK<LINES> along_k(int K, bool wide, Line line) {
   AlongK<LINES> a;
-  a.K = rows.width, a.wide = wide;
+  a.K = K, a.wide = wide;
   #pragma unroll
-  for (int q = 0; q < a.QUADS; ++q) {
-    const int row = tile.first + a.line_of(q);
-    a.line[q] = a.line_of(q) < LINES && row < tile.last ? rows[row] : nullptr;
-  }
+  for (int q = 0; q < a.QUADS; ++q) a.line[q] = a.line_of(q) < LINES ? line(a.line_of(q)) : nullptr;
   return a;
+}
+
+template <int LINES> __device__ AlongK<LINES> rows_along_k(Rows rows, Segment tile, bool wide) {
+  return along_k<LINES>(rows.width, wide, [&](int line) {
+    return tile.first + line < tile.last ? rows[tile.first + line] : nullptr;
+  });
 }
 
 // ---- numpy_ref.experts.expert_ffn ---------------------------------------------------------------------------------
@@ -328,14 +332,11 @@ __device__ void gate_up_tile(const REAL* x_MU, const long long* route_R, int cho
 
   Product product;
   if (tile.expert < E) {
-    AlongK<TILE> b;
-    b.K = U, b.wide = wide;
     const REAL* w_2FU = w_E2FU + (long long)tile.expert * 2 * F * U;
-    #pragma unroll
-    for (int q = 0; q < b.QUADS; ++q) {
-      const int line = b.line_of(q), f = f0 + line % HALF;
-      b.line[q] = f < F ? w_2FU + (long long)(line / HALF * F + f) * U : nullptr;
-    }
+    const auto b = along_k<TILE>(U, wide, [&](int line) {
+      const int f = f0 + line % HALF;
+      return f < F ? w_2FU + (long long)(line / HALF * F + f) * U : nullptr;
+    });
     multiply(product, rows_along_k<Product::ROWS>({x_MU, U, route_R, choices}, tile, wide), b, U);
   }
   product.each([&](int line, int column, const auto& gate, const auto& up) {
@@ -362,13 +363,10 @@ __device__ void linear_tile(const REAL* x_RI, const long long* start_Z, const RE
   const Segment tile = tile_of(start_Z, E, bound, Product::ROWS, blockIdx.x / columns);
   if (tile.expert < 0 || tile.expert == E) return;
 
-  AlongK<TILE> b;
-  b.K = I, b.wide = wide;
-  #pragma unroll
-  for (int q = 0; q < b.QUADS; ++q) {
-    const int o = o0 + b.line_of(q);
-    b.line[q] = o < O ? w_EOI + ((long long)tile.expert * O + o) * I : nullptr;
-  }
+  const REAL* w_OI = w_EOI + (long long)tile.expert * O * I;
+  const auto b = along_k<TILE>(I, wide, [&](int line) {
+    return o0 + line < O ? w_OI + (long long)(o0 + line) * I : nullptr;
+  });
   Product product;
   multiply(product, rows_along_k<Product::ROWS>({x_RI, I, nullptr, 0}, tile, wide), b, I);
   product.each([&](int line, int column, const auto& left, const auto& right) {
