@@ -80,7 +80,8 @@ struct Rows {
   }
 };
 
-// An operand whose lines are contiguous along k. A thread reads 4 terms at a time of one line.
+// An operand whose lines are contiguous along k. A thread reads 4 terms at a time of one line. There may be more threads
+// than lines: those beyond LINES must be null.
 template <int LINES> struct AlongK {
   static constexpr int PER_LINE = STEP / 4, BETWEEN = THREADS / PER_LINE, QUADS = (LINES + BETWEEN - 1) / BETWEEN;
   const REAL* line[QUADS];  // null: there is none
@@ -334,7 +335,7 @@ __device__ void gate_up_tile(const REAL* x_MU, const long long* route_R, int cho
     #pragma unroll
     for (int q = 0; q < b.QUADS; ++q) {
       const int line = b.line_of(q), f = f0 + line % HALF;
-      b.line[q] = f < F ? w_2FU + (long long)(line / HALF * F + f) * U : nullptr;
+      b.line[q] = line < TILE && f < F ? w_2FU + (long long)(line / HALF * F + f) * U : nullptr;
     }
     multiply(product, rows_along_k<Product::ROWS>({x_MU, U, route_R, choices}, tile, wide), b, U);
   }
@@ -367,7 +368,7 @@ __device__ void linear_tile(const REAL* x_RI, const long long* start_Z, const RE
   #pragma unroll
   for (int q = 0; q < b.QUADS; ++q) {
     const int o = o0 + b.line_of(q);
-    b.line[q] = o < O ? w_EOI + ((long long)tile.expert * O + o) * I : nullptr;
+    b.line[q] = b.line_of(q) < TILE && o < O ? w_EOI + ((long long)tile.expert * O + o) * I : nullptr;
   }
   Product product;
   multiply(product, rows_along_k<Product::ROWS>({x_RI, I, nullptr, 0}, tile, wide), b, I);
