@@ -36,7 +36,9 @@ BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
 # What CuPy adds to all options; and no warning of a constant that is for other kernels (177).
 ADDED = ("-ftz=true", "-diag-suppress=177")
-ADDED_FOR_NVRTC = ("--device-as-default-execution-space",)  # as CuPy does: lambdas need it, nvcc does not
+ADDED_FOR_NVRTC = (
+    "--device-as-default-execution-space",
+)  # as CuPy does: lambdas need it, nvcc does not
 # What the system keeps of a block's shared memory from compute capability 9.0 on, where a kernel has any.
 SYSTEM_SHARED_BYTES, SYSTEM_SHARED_FROM = 1024, 90
 
@@ -107,9 +109,7 @@ def run(wheel: str, program: str, *arguments: str, folder: Path | None = None) -
 # ---- nvcc ------------------------------------------------------------------------------------
 
 
-def compile_with_nvcc(
-    source: str, options: Sequence[str], architectures: Sequence[int]
-) -> Compiled:
+def compile_with_nvcc(source: str, options: Sequence[str], architectures: Sequence[int]) -> Compiled:
     """Compile for several architectures; a spilled register is an error."""
     arguments = [
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),

@@ -7,6 +7,7 @@ addresses come out the same each time, with every number that changes in the dev
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -104,6 +105,9 @@ class Repeated:
         with ExitStack() as stack:
             mark = workspace.mark()
             stack.callback(workspace.hand_out_to, mark)
+            if gc.isenabled():  # What it frees, as cuBLAS's handles, may wait for the device.
+                gc.disable()
+                stack.callback(gc.enable)
             self._stream.begin_capture()
             try:
                 call.result = self._work(fixed, *call.inputs.arrays)
