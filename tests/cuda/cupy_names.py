@@ -1,4 +1,4 @@
-"""What the real CuPy offers of what its stand-in does: run apart, since tests hold the stand-in for CuPy.
+"""What the real CuPy offers of what its stand-in does: run apart from tests, which have the stand-in.
 
 python -m tests.cuda.cupy_names    as JSON: what is missing from CuPy
 """

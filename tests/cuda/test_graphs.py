@@ -1,4 +1,4 @@
-"""What a step costs the host, by the stand-in's counters: launches, waits, copies; and what is recorded."""
+"""What a step costs the host, by the stand-in's counters, and what is recorded of it."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def all_of(kind: str, ops: Operations, dtype: Any, seed: int = 0) -> dict[str, A
         for layer, statistics in enumerate(result.statistics):
             found |= {f"{step} {layer} {k}": v for k, v in statistics._asdict().items()}
         found |= {f"{step} {name}": np.array(counts) for name, counts in result.matrices.items()}
-    found |= {name: tensor for name, tensor in learner.parameters.to_host(ops).tensors.items()}
+    found |= learner.parameters.to_host(ops).tensors
     tokens = rng.integers(0, config.vocab_size, (2, 10))
     tokens[1, 7:] = -100
     traced = trace(learner.model, tokens, gradients=True, ops=ops)

@@ -1,4 +1,4 @@
-"""Mistakes of the usual kinds, planted in kernels: each is caught. Compiled and emulated, not run on a GPU.
+"""Mistakes of the usual kinds, planted in kernels: each is caught. Compiled and emulated, not on a GPU.
 
 What only a sanitizer catches is in `test_sanitizers.py`.
 """
@@ -212,7 +212,8 @@ INTEGERS = planted_kernel(
 INDEXED = planted_kernel(
     "indexed",
     "float* out, int N",
-    "float x[32];\n#pragma unroll 1\nfor (int i = 0; i < N; ++i) x[i * i & 31] = out[i]; out[0] = x[N & 15];",
+    "float x[32];\n#pragma unroll 1\nfor (int i = 0; i < N; ++i) x[i * i & 31] = out[i]; "
+    "out[0] = x[N & 15];",
 )
 
 

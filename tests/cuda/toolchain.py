@@ -1,7 +1,7 @@
 """NVIDIA's compilers from PyPI, which need no GPU: what they make of the kernels.
 
-`nvcc` of CUDA 13 gives machine code for all `ARCHITECTURES` of a type in one call; its resources and instructions
-are read back from that. NVRTC of CUDA 12, the oldest that CuPy may use here, is called as a library.
+`nvcc` of CUDA 13 gives machine code for all `ARCHITECTURES` of a type in one call; its resources and
+instructions are read back from that. NVRTC of CUDA 12, the oldest that CuPy may use here, is called as a library.
 Results are cached in the temporary folder.
 
     python -m tests.cuda.toolchain --write    the resources of all kernels into `resources.toml`
@@ -39,7 +39,7 @@ ADDED = ("-ftz=true", "-diag-suppress=177")
 ADDED_FOR_NVRTC = (
     "--device-as-default-execution-space",
 )  # as CuPy does: lambdas need it, nvcc does not
-# What the system keeps of a block's shared memory from compute capability 9.0 on, where a kernel has any.
+# What the system keeps of a block's shared memory, if it has any, from compute capability 9.0 on.
 SYSTEM_SHARED_BYTES, SYSTEM_SHARED_FROM = 1024, 90
 
 FLOAT_TYPES = r"\.(?:F16|BF16|F32|F64)"
@@ -293,7 +293,7 @@ def write_budget() -> None:
     lines = [
         "# What each kernel takes at most of a multiprocessor, over the architectures of toolchain.py:",
         "# registers of a thread, and bytes of a block's shared memory. Compiled, not run.",
-        f"# By nvcc {metadata.version('nvidia-cuda-nvcc')}; written by python -m tests.cuda.toolchain --write",
+        f"# By nvcc {metadata.version('nvidia-cuda-nvcc')}: python -m tests.cuda.toolchain --write",
     ]
     for file, kernels in sorted(measured().items()):
         lines += ["", f"[{file}]"]

@@ -1,4 +1,4 @@
-"""Kernels compiled for the CPU by g++, once for all processes: results are cached in the temporary folder."""
+"""Kernels compiled for the CPU by g++, once for all processes: kept in the temporary folder."""
 
 from __future__ import annotations
 
