@@ -1,6 +1,12 @@
+<<<<<<< HEAD
 """What the real CuPy offers of what its stand-in does: run apart from tests, which have the stand-in.
 
 python -m tests.cuda.cupy_names    as JSON: what is missing from CuPy
+=======
+"""What the stand-in offers and the real CuPy lacks: run apart, since tests hold the stand-in for CuPy.
+
+    python -m tests.cuda.cupy_names    prints it as JSON; needs no GPU
+>>>>>>> cuda-gate
 """
 
 from __future__ import annotations
@@ -8,78 +14,93 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from tests.cuda.emulator import cupy_on_cpu
 
-# The stand-in's own, for tests.
-OWN = {"emulation", "Emulation", "enqueue", "POISON", "MAX_GRID"}
-# What kernels and functions of CuPy's own in C hide from `inspect`, found by calling.
-UNKNOWN = inspect.Signature([inspect.Parameter("any", inspect.Parameter.VAR_KEYWORD)])
+# For the tests, not for the backend: besides these the stand-in's public names must be CuPy's.
+OWN = {"Emulation", "emulation", "enqueue", "POISON", "MAX_GRID"}
+IMPORTED = {"annotations", "ctypes", "np", "Any", "Callable", "Counter", "SimpleNamespace", "perf_counter"}
+IMPORTED |= {"compiled"}
 
 
 def offered() -> dict[str, Any]:
     """The stand-in's public names."""
+    names = set(vars(cupy_on_cpu)) - OWN - IMPORTED
+    return {name: getattr(cupy_on_cpu, name) for name in names if not name.startswith("_")}
+
+
+def instances() -> dict[str, Any]:
+    """One of each class, for its attributes; by the path of its class."""
+    cuda = cupy_on_cpu.cuda
+    array = cupy_on_cpu.empty((2,), np.float32)
     return {
-        name: value
-        for name, value in vars(cupy_on_cpu).items()
-        if not name.startswith("_")
-        and name not in OWN
-        and not inspect.ismodule(value)
-        and getattr(value, "__module__", cupy_on_cpu.__name__) in (cupy_on_cpu.__name__, "types")
-        and name not in {"SimpleNamespace", "annotations"}
+        "ndarray": array,
+        "cuda.MemoryPointer": array.data,
+        "cuda.Stream": cuda.Stream(),
+        "cuda.Event": cuda.Event(),
+        "cuda.Device": cuda.Device(),
+        "cuda.Graph": cuda.Graph([]),
     }
 
 
 def missing(mine: Any, theirs: Any, path: str) -> list[str]:
-    """The names and parameters below `mine` that `theirs` lacks."""
-    if isinstance(mine, SimpleNamespace):
-        found = []
-        for name, value in vars(mine).items():
-            if hasattr(theirs, name):
-                found += missing(value, getattr(theirs, name), f"{path}.{name}")
-            else:
-                found.append(f"{path}.{name}")
-        return found
-    found = _missing_parameters(mine, theirs, path)
-    if inspect.isclass(mine):
+    """The names and parameters at and below `mine` that `theirs` lacks."""
+    if isinstance(mine, SimpleNamespace) or inspect.isclass(mine):
+        found = [] if isinstance(mine, SimpleNamespace) else _parameters_missing(mine, theirs, path)
         for name, value in vars(mine).items():
             if name.startswith("_"):
                 continue
-            if not hasattr(theirs, name):
-                found.append(f"{path}.{name}")
-            elif inspect.isfunction(value):
-                found += _missing_parameters(value, getattr(theirs, name), f"{path}.{name}")
-    return found
+            below = f"{path}.{name}"
+            found += missing(value, getattr(theirs, name), below) if hasattr(theirs, name) else [below]
+        return found
+    return _parameters_missing(mine, theirs, path) if callable(mine) else []
 
 
-def _missing_parameters(mine: Any, theirs: Any, path: str) -> list[str]:
-    if not callable(mine):
-        return []
-    if not callable(theirs):
-        return [f"{path} cannot be called"]
+def _parameters_missing(mine: Any, theirs: Any, path: str) -> list[str]:
     known = _parameters(theirs)
-    names = [name for name in _parameters(mine) or () if name not in ("self", "args", "kwargs")]
     if known is None:
         return []
-    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return [f"{path}({name})" for name in names if name not in known and not free]
+    return [f"{path}({name})" for name in _parameters(mine) or [] if name not in known]
 
 
-def _parameters(function: Any) -> dict[str, inspect.Parameter] | None:
+def _parameters(function: Any) -> list[str] | None:
+    """Their names; None where neither a signature nor a docstring tells, or any is taken."""
     try:
-        return dict(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        return [p.name for p in parameters.values() if p.name != "self" and p.kind is not p.VAR_POSITIONAL]
     except (TypeError, ValueError):
-        return None
+        # Cython writes the signature into the docstring's first line, C types before the names.
+        first = re.match(r"[\w.]+\((.*)\)", function.__doc__ or "")
+        if first is None or "**" in first[1]:
+            return None
+        return [part.split("=")[0].split()[-1] for part in first[1].split(",") if part.strip()]
+
+
+def all_missing(cupy: Any) -> list[str]:
+    """What `cupy` lacks of the stand-in."""
+    found = []
+    for name, value in offered().items():
+        found += missing(value, getattr(cupy, name), name) if hasattr(cupy, name) else [name]
+    for path, instance in instances().items():
+        theirs = cupy
+        for part in path.split("."):
+            theirs = getattr(theirs, part)
+        found += [
+            f"{path}.{name}"
+            for name in vars(instance)
+            if not (name.startswith("_") or hasattr(theirs, name) or f".{name} (" in (theirs.__doc__ or ""))
+        ]
+    return sorted(found)
 
 
 if __name__ == "__main__":
-    cupy = importlib.import_module("cupy")
-    assert cupy is not cupy_on_cpu
-    lacks = [
-        entry
-        for name, value in offered().items()
-        for entry in (missing(value, getattr(cupy, name), name) if hasattr(cupy, name) else [name])
-    ]
-    print(json.dumps({"version": cupy.__version__, "offered": sorted(offered()), "missing": lacks}))
+    real = importlib.import_module("cupy")
+    assert real is not cupy_on_cpu
+    print(json.dumps({"version": real.__version__, "offered": sorted(offered()), "missing": all_missing(real)}))

@@ -60,9 +60,9 @@ def _not_while_capturing(what: str) -> None:
 class _MemoryPointer:
     """A place in the device's memory, as `cupy.cuda.MemoryPointer`."""
 
-    def __init__(self, array: np.ndarray, offset: int = 0) -> None:
-        self._array, self._offset = array, offset
-        self.ptr = array.ctypes.data + offset
+    def __init__(self, mem: np.ndarray, offset: int) -> None:
+        self._array, self._offset = mem, offset
+        self.ptr = mem.ctypes.data + offset
 
     def __add__(self, offset: int) -> _MemoryPointer:
         return _MemoryPointer(self._array, self._offset + offset)
@@ -91,7 +91,7 @@ class ndarray:  # noqa: N801
         self.shape, self.dtype, self.strides = memory.shape, memory.dtype, memory.strides
         self.ndim, self.size, self.nbytes = memory.ndim, memory.size, memory.nbytes
         self.itemsize, self.flags = memory.itemsize, memory.flags
-        self.data = _MemoryPointer(memory)
+        self.data = _MemoryPointer(memory, 0)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -144,12 +144,14 @@ class ndarray:  # noqa: N801
         emulation.waits += 1
         return self._memory.copy()
 
-    def set(self, array: np.ndarray, stream: Any = None) -> None:
-        if array.dtype != self.dtype or array.shape != self.shape:
-            raise ValueError(f"{array.dtype}{array.shape} into {self.dtype}{self.shape}")
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+        if not isinstance(arr, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if arr.dtype != self.dtype or arr.shape != self.shape:
+            raise ValueError(f"{arr.dtype}{arr.shape} into {self.dtype}{self.shape}")
         _not_while_capturing("a copy to the device")
         emulation.uploads += 1
-        self._memory[...] = array
+        self._memory[...] = arr
 
 
 def _array(memory: np.ndarray) -> ndarray:
@@ -325,7 +327,7 @@ cuda = SimpleNamespace(
     Device=_Device,
     Graph=_Graph,
     get_current_stream=lambda: _Stream._current,
-    get_elapsed_time=lambda first, last: (last._time - first._time) * 1e3,  # milliseconds
+    get_elapsed_time=lambda start_event, end_event: (end_event._time - start_event._time) * 1e3,
     MemoryPointer=_MemoryPointer,
     alloc_pinned_memory=_pinned,
     memory=SimpleNamespace(OutOfMemoryError=_OutOfMemoryError),
