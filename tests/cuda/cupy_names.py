@@ -1,12 +1,6 @@
-<<<<<<< HEAD
 """What the real CuPy offers of what its stand-in does: run apart from tests, which have the stand-in.
 
-python -m tests.cuda.cupy_names    as JSON: what is missing from CuPy
-=======
-"""What the stand-in offers and the real CuPy lacks: run apart, since tests hold the stand-in for CuPy.
-
-    python -m tests.cuda.cupy_names    prints it as JSON; needs no GPU
->>>>>>> cuda-gate
+python -m tests.cuda.cupy_names    prints it as JSON; needs no GPU
 """
 
 from __future__ import annotations
@@ -24,7 +18,16 @@ from tests.cuda.emulator import cupy_on_cpu
 
 # For the tests, not for the backend: besides these the stand-in's public names must be CuPy's.
 OWN = {"Emulation", "emulation", "enqueue", "POISON", "MAX_GRID"}
-IMPORTED = {"annotations", "ctypes", "np", "Any", "Callable", "Counter", "SimpleNamespace", "perf_counter"}
+IMPORTED = {
+    "annotations",
+    "ctypes",
+    "np",
+    "Any",
+    "Callable",
+    "Counter",
+    "SimpleNamespace",
+    "perf_counter",
+}
 IMPORTED |= {"compiled"}
 
 
@@ -74,7 +77,9 @@ def _parameters(function: Any) -> list[str] | None:
         parameters = inspect.signature(function).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return None
-        return [p.name for p in parameters.values() if p.name != "self" and p.kind is not p.VAR_POSITIONAL]
+        return [
+            p.name for p in parameters.values() if p.name != "self" and p.kind is not p.VAR_POSITIONAL
+        ]
     except (TypeError, ValueError):
         # Cython writes the signature into the docstring's first line, C types before the names.
         first = re.match(r"[\w.]+\((.*)\)", function.__doc__ or "")
@@ -95,7 +100,9 @@ def all_missing(cupy: Any) -> list[str]:
         found += [
             f"{path}.{name}"
             for name in vars(instance)
-            if not (name.startswith("_") or hasattr(theirs, name) or f".{name} (" in (theirs.__doc__ or ""))
+            if not (
+                name.startswith("_") or hasattr(theirs, name) or f".{name} (" in (theirs.__doc__ or "")
+            )
         ]
     return sorted(found)
 
@@ -103,4 +110,8 @@ def all_missing(cupy: Any) -> list[str]:
 if __name__ == "__main__":
     real = importlib.import_module("cupy")
     assert real is not cupy_on_cpu
-    print(json.dumps({"version": real.__version__, "offered": sorted(offered()), "missing": all_missing(real)}))
+    print(
+        json.dumps(
+            {"version": real.__version__, "offered": sorted(offered()), "missing": all_missing(real)}
+        )
+    )
