@@ -74,7 +74,7 @@ def test_it_offers_nothing_that_cupy_lacks() -> None:
         lambda x: float(x[0]),
         lambda x: int(x[0]),
         lambda x: bool(x[0:1]),
-        lambda x: list(x)[0] > 0,
+        lambda x: next(iter(x)) > 0,
         lambda x: x[np.array([0])],
         lambda x: x[x],
         lambda x: x[[0, 1]],

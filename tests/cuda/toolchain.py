@@ -1,8 +1,8 @@
 """NVIDIA's compilers from PyPI, which need no GPU: what they make of the kernels.
 
 `nvcc` of CUDA 13 gives machine code for all `ARCHITECTURES` of a type in one call; its resources and
-instructions are read back from that. NVRTC of CUDA 12, the oldest that CuPy may use here, is called as a
-library. Results are cached in the temporary folder.
+instructions are read back from that. NVRTC of CUDA 12, the oldest that CuPy may use here, is called as
+a library. Results are cached in the temporary folder.
 
     python -m tests.cuda.toolchain --write    the resources of all kernels into `resources.toml`
 """

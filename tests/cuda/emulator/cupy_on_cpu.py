@@ -4,7 +4,8 @@ It offers the small part of CuPy that the backend uses, under CuPy's own names a
 what CuPy refuses (NumPy arrays in kernels, implicit conversion, waiting or allocating while a graph is
 captured) and what would hide a mistake (arithmetic, NumPy functions on device arrays, a kernel's
 argument of another type than its parameter). Memory that nobody wrote yet holds NaN, or -1. Kernels run
-on the CPU behind `cuda_on_cpu.hpp`. Counted: launches, graphs played, waits of the host, copies to the device.
+on the CPU behind `cuda_on_cpu.hpp`. Counted: launches, graphs played, waits of the host, copies to the
+device.
 """
 
 from __future__ import annotations
