@@ -102,7 +102,7 @@ class Memory:
 
 @cache
 def _stream() -> Any:
-    """The process's one stream: kernels go to CuPy's current one, cuBLAS's products and graphs to ours."""
+    """The process's one: kernels go to CuPy's current stream, cuBLAS's products and graphs to ours."""
     return cupy.cuda.Stream(non_blocking=True)
 
 
