@@ -85,10 +85,15 @@ unsigned barriers;
 void happens_before(void* what) { __tsan_release(what); }
 void happens_after(void* what) { __tsan_acquire(what); }
 
+// By the launcher: what a fiber did before it makes another happens before that one.
+void make_fibers(size_t count) {
+  for (auto& of_block : sanitizer_fibers)
+    for (size_t i = 0; i < count; ++i)
+      if (!of_block[i]) of_block[i] = __tsan_create_fiber(0);
+}
+
 void enter_fiber(Fiber* to) {
-  void*& fiber = to ? sanitizer_fibers[parity][to - fibers] : launcher_fiber;
-  if (!fiber) fiber = __tsan_create_fiber(0);
-  __tsan_switch_to_fiber(fiber, NO_SYNC);
+  __tsan_switch_to_fiber(to ? sanitizer_fibers[parity][to - fibers] : launcher_fiber, NO_SYNC);
 }
 #define RACES(...) __VA_ARGS__
 #else
@@ -297,7 +302,7 @@ const char* launch(const unsigned* grid, const unsigned* size, size_t dynamic, u
   if (dynamic > SHARED_BYTES) error = "too much shared memory";
   if (!error.empty()) return error.c_str();
   entry = kernel, entry_arguments = arguments;
-  RACES(launcher_fiber = __tsan_get_current_fiber();)
+  RACES(launcher_fiber = __tsan_get_current_fiber(); make_fibers(threads);)
   put_in_order(order, threads, order_seed);
   std::vector<unsigned> order_of_blocks;
   put_in_order(order_of_blocks, blocks, order_seed);
