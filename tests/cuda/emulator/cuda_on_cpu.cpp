@@ -178,10 +178,13 @@ extern "C" void emulator_thread() {
 }
 
 void run_block() {
-  static char* stacks = nullptr;
-  if (!stacks)
-    stacks = static_cast<char*>(mmap(nullptr, STACK_BYTES * MOST_THREADS, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static char* all_stacks = nullptr;
+  const size_t bytes = STACK_BYTES * MOST_THREADS;
+  if (!all_stacks)
+    all_stacks = static_cast<char*>(mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* stacks = all_stacks;
+  RACES(parity ^= 1; stacks += parity * bytes;)  // else blocks would race for their stacks
   for (unsigned place = 0; place < order.size(); ++place) {
     const unsigned i = order[place];
     const dim3 size = block.size;
@@ -201,7 +204,7 @@ void run_block() {
     warps[i].arrived = 0;
   }
   alive = order.size(), arrived = 0;
-  RACES(parity ^= 1; happens_before(&begun);)
+  RACES(happens_before(&begun);)
   go_to(&fibers[order[0]], &launcher);
 #ifdef __SANITIZE_ADDRESS__
   if (!error.empty()) __asan_unpoison_memory_region(stacks, STACK_BYTES * order.size());  // frames that never returned
