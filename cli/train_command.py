@@ -63,6 +63,7 @@ def command(
     CONFIG.toml has tables [model], [data], [training] and [optimizer]; --preset lies under it,
     --set and the named options over it.
     """
+    prepare(backend)
     from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG
     from mhmoe_np.training.continuation import folder_to_resume
     from mhmoe_np.training.run import init_source, resume_run, start_run
@@ -72,7 +73,6 @@ def command(
     over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
-    prepare(backend)
     given = base_layers(config, preset) if config or preset else None
     if run is None:
         base = given or base_layers(None, None)

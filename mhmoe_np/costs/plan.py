@@ -6,6 +6,7 @@ model on two small micro-batches; how time and buffers grow from one to the othe
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -99,6 +100,7 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
     probes = []
     if smaller < larger:
         probes.append(_probe_alone(smaller, parameters, moments, config, load))
+        gc.collect()  # its learner, which refers to itself
     ops = load()
     learner = Learner(parameters, moments, updates=0, ops=ops)
     probes.append(_probe(learner, larger, config, ops))

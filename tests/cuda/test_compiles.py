@@ -90,5 +90,7 @@ def test_what_asks_for_a_fast_instruction_gets_it(
     wanted, first = INSTRUCTIONS[asked]
     kernels = compiled()[source].instructions[architecture]
     assert any(map(len, kernels.values()))
+    if "tf32" in asked and source[1] == "float64":
+        return  # no such thing
     if re.search(asked, source_of(source[0])) and architecture >= first:
         assert any(wanted in instruction for body in kernels.values() for instruction in body)

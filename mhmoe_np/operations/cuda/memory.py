@@ -67,11 +67,13 @@ class Memory:
         """See `Operations.device`."""
         runtime = cupy.cuda.runtime
         version = runtime.driverGetVersion()
+        free, total = runtime.memGetInfo()
         return Device(
             runtime.getDeviceProperties(0)["name"].decode(),
             f"{version // 1000}.{version % 1000 // 10}",
             f"CuPy {cupy.__version__}",
-            *runtime.memGetInfo(),
+            free + cupy.get_default_memory_pool().free_bytes(),  # what CuPy keeps for later arrays
+            total,
         )
 
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +102,7 @@ class Memory:
 
 @cache
 def _stream() -> Any:
-    """The process's one stream: kernels go to CuPy's current one, products and graphs to ours."""
+    """The process's one: kernels go to CuPy's current stream, cuBLAS's products and graphs to ours."""
     return cupy.cuda.Stream(non_blocking=True)
 
 

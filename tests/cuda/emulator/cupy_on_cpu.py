@@ -182,6 +182,11 @@ def _pinned(size: int) -> Any:
     return memoryview(bytearray(size))
 
 
+def get_default_memory_pool() -> Any:
+    """As CuPy's, one that keeps nothing."""
+    return SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None, total_bytes=lambda: 0)
+
+
 # ---- kernels ---------------------------------------------------------------------------------
 
 
