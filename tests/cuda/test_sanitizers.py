@@ -18,8 +18,8 @@ import pytest
 ADDRESS = "address,undefined"
 THREAD = "thread"
 FLAGS = {
-    ADDRESS: "-fsanitize=address,undefined -fsanitize-sections=shared_memory -fno-sanitize-recover=all -O1",
-    THREAD: "-fsanitize=thread -O1",
+    ADDRESS: f"-fsanitize={ADDRESS} -fsanitize-sections=shared_memory -fno-sanitize-recover=all -O1",
+    THREAD: f"-fsanitize={THREAD} -O1",
 }
 LIBRARIES = {ADDRESS: ("libasan.so", "libubsan.so"), THREAD: ("libtsan.so",)}
 # Python frees little at its end, and fibers' stacks are none that the sanitizer knows.
@@ -44,7 +44,8 @@ code = source_of("sums")
 assert old in code
 module = cupy.RawModule(code=code.replace(old, new), options=options_of("float32"))
 N = 600
-x, onto, total = on_device(np.ones(N, np.float32)), on_device(np.ones(N, np.float32)), on_device(np.zeros(1))
+x, onto = (on_device(np.ones(N, np.float32)) for _ in range(2))
+total = on_device(np.zeros(1))
 module.get_function("add_sum")((1,), (256,), (x, np.int64(N), total))
 module.get_function("add_in_place")((3,), (256,), (x, np.int64(N), onto))
 """

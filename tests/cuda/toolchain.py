@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -234,6 +235,8 @@ def _call_nvrtc(source: str, arguments: list[str]) -> str:
 # ---- all kernels -----------------------------------------------------------------------------
 
 Source = tuple[str, str]  # the file's name without its ending, the float type
+# Wheels are there for it alone of what the tests run on.
+IS_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
 SOURCES = [(name, dtype) for name in kernel_files() for dtype in REALS]
 LARGEST_FIRST = sorted(SOURCES, key=lambda source: -len(source_of(source[0])))
 

@@ -1,4 +1,4 @@
-"""The whole table once on the emulated backend: for a process of its own, under one of g++'s sanitizers.
+"""The whole table once on the emulated backend, in a process of its own under one of g++'s sanitizers.
 
     python -m tests.cuda.under_sanitizer [small]
 
