@@ -1,8 +1,8 @@
 """The whole table, and mistakes planted, under g++'s sanitizers. Emulated, not run on a GPU.
 
-The address sanitizer sees what lies outside an array, in shared memory too; the undefined behaviour's one
-what overflows, and vectors at addresses that the hardware refuses; the thread sanitizer two threads,
-of one block or of two, that touch a number without a barrier between them.
+The address sanitizer sees what lies outside an array, in shared memory too; undefined behaviour's sees
+integers that overflow, and vectors at addresses that the hardware refuses; the thread sanitizer sees two
+threads, of one block or of two, that touch a number without a barrier between them.
 """
 
 from __future__ import annotations
