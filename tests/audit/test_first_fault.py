@@ -246,6 +246,7 @@ FORWARD_AND_BACK: list[tuple[str, str, int, str, int | None, str]] = [
 ]
 INTEGERS = {"dispatch"}  # gives nothing that could be other than finite
 ELSEWHERE = {  # of the table, but not of the forward and backward of a batch
+    "attention_with_cache",
     "token_nll",
     "quantise_rows",
     "quantise_weight",

@@ -11,6 +11,7 @@ from mhmoe_np.operations.cuda.sources import kernel_files, source_of
 from tests.cuda import toolchain
 from tests.cuda.toolchain import ARCHITECTURES, SOURCES, Source, compiled, float_atomics, kernels_of
 
+pytestmark = pytest.mark.skipif(not toolchain.IS_HERE, reason="no wheels of the compilers")
 of_each_source = pytest.mark.parametrize("source", SOURCES, ids="-".join)
 
 

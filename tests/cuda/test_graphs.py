@@ -20,7 +20,7 @@ from tests.cuda.backend import cuda_operations, emulated_only, on_the_device
 from tests.cuda.emulator.cupy_on_cpu import emulation
 from tests.cuda.test_models import SETTINGS, batches_of
 
-KINDS = ["mh2-shared", "mh2-capacity", "mh3-sign", "mh2-ternary", "dense"]
+KINDS = ["mh2-capacity", "mh3-sign", "dense"]
 
 pytestmark = on_the_device
 
@@ -107,7 +107,7 @@ def test_a_recorded_step_has_the_bits_of_one_made_anew(kind: str) -> None:
     for keep_buffers in (True, False):
         ops = cuda_operations(keep_buffers=keep_buffers)
         learner, rng = learner_of(kind, ops), np.random.default_rng(3)
-        for step in range(5):
+        for step in range(4):
             result = learner.step(
                 batches_of(learner.model.config, rng), SETTINGS._replace(learning_rate=1e-3 * step)
             )

@@ -63,7 +63,7 @@ def sum_by(launch: Any) -> float:
 
 
 def test_a_missing_barrier_shows_in_some_order() -> None:
-    results = {"right": [], "wrong": []}
+    results: dict[str, list[float]] = {"right": [], "wrong": []}
     for emulation.order_seed in ORDERS:
         results["right"].append(sum_by(kernel("add_sum")))
         results["wrong"].append(sum_by(kernel("add_sum", BARRIER, "")))
@@ -217,6 +217,9 @@ INDEXED = planted_kernel(
 )
 
 
+with_compilers = pytest.mark.skipif(not toolchain.IS_HERE, reason="no wheels of the compilers")
+
+
 @pytest.fixture(scope="module")
 def machine_code() -> Compiled:
     """Of what compiles without a warning and should not be there."""
@@ -226,23 +229,27 @@ def machine_code() -> Compiled:
     return compiled
 
 
+@with_compilers
 @pytest.mark.parametrize("name", FLOATS)
 def test_floats_added_atomically_are_seen_in_machine_code(name: str, machine_code: Compiled) -> None:
     for kernels in machine_code.instructions.values():
         assert float_atomics(kernels[name])
 
 
+@with_compilers
 def test_integers_added_atomically_are_none_of_them(machine_code: Compiled) -> None:
     for kernels in machine_code.instructions.values():
         assert any("ATOMS" in instruction for instruction in kernels["integers"])
         assert float_atomics(kernels["integers"]) == []
 
 
+@with_compilers
 def test_an_array_that_is_indexed_at_run_time_is_seen(machine_code: Compiled) -> None:
     for resources in machine_code.resources.values():
         assert resources["indexed"].stack_bytes > 0  # which no warning told
 
 
+@with_compilers
 def test_registers_that_spill_are_refused() -> None:
     values = range(80)  # 1024 threads have 64 registers each
     body = "".join(f"float x{i} = out[{i} * 64 + threadIdx.x];" for i in values) + BARRIER
@@ -252,6 +259,7 @@ def test_registers_that_spill_are_refused() -> None:
     assert "spill" in compile_with_nvrtc12(source, OPTIONS, 90)
 
 
+@with_compilers
 def test_too_much_shared_memory_is_refused() -> None:
     body = f"__shared__ float x[12289]; x[threadIdx.x] = out[0]; {BARRIER} out[1] = x[(int)out[0]];"
     source = planted_kernel("hoards", "float* out", body)

@@ -50,7 +50,7 @@ def test_it_offers_nothing_that_cupy_lacks() -> None:
         [sys.executable, "-m", "tests.cuda.cupy_names"], capture_output=True, text=True, check=False
     )
     if "No module named 'cupy'" in found.stderr:
-        pytest.skip("CuPy is not installed: pip install mhmoe-np[cuda-test]")
+        pytest.skip("CuPy is not installed: pip install mhmoe-np[test]")
     assert found.returncode == 0, found.stderr
     answer = json.loads(found.stdout)
     assert answer["missing"] == []
