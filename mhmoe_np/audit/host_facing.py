@@ -32,7 +32,7 @@ class HostFacing:
         self.empty, self.zeros, self.empty_packed = host.empty, host.zeros, host.empty_packed
         self.scope, self.to_device, self.to_host = host.scope, host.to_device, host.to_host
         self.packed_to_device, self.packed_to_host = host.packed_to_device, host.packed_to_host
-        self.repeated, self.device = host.repeated, host.device
+        self.repeated, self.device, self.buffer_bytes = host.repeated, host.device, host.buffer_bytes
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """The operation of this name."""
