@@ -25,7 +25,7 @@ from benchmarks.sizes import BITNET, SIZES, benchmark_config
 from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.storage.tensors import save_tensors
-from mhmoe_np.training.environment import environment
+from mhmoe_np.training.environment import processor
 
 Work = Literal["train", "evaluate"]
 PEERS = {
@@ -219,17 +219,16 @@ def compare(
         "rounds": repeats,
         "disturbed_rounds": dropped,
         "parts_ms": parts,
-        "machine": machine(threads),
+        "machine": machine(),
     }
 
 
-def machine(threads: int) -> str:
+def machine() -> str:
     """The processor, as its maker and its family name it."""
-    name = environment(threads=threads, backend="numba")["processor"]
     facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
     widest = "AVX-512" if "avx512f" in facts.get("flags", "") else "AVX2"
     family, kind = facts.get("cpu family", "?"), facts.get("model", "?")
-    return f"{name} (family {family} model {kind}, {widest}, {os.cpu_count()} cores)"
+    return f"{processor()} (family {family} model {kind}, {widest}, {os.cpu_count()} cores)"

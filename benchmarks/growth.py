@@ -110,7 +110,7 @@ def main() -> None:
         results[name] = {
             "key": CURVES[name].key,
             "tokens": CURVES[name].tokens,
-            "machine": machine(cores()),
+            "machine": machine(),
             "points": points,
         }
         draw_curve(name, results[name])

@@ -38,7 +38,7 @@ from mhmoe_np.operations.packing import FORMATS, FormatName, pack
 from mhmoe_np.operations.table import PackedWeight
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.settings.presets import MODEL_PRESETS, PAPER_MODELS
-from mhmoe_np.training.environment import environment
+from mhmoe_np.training.environment import processor
 
 SIZES = (768, 2048, 4096)
 ROWS = (1, 16, 64, 256)
@@ -264,7 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     if not arguments.json:
-        print(f"{environment(threads=max(arguments.threads), backend='numba')['processor']}")
+        print(processor())
         print(
             f"{'case':32s}{'rows':>5s}{'threads':>8s}  {'isa':12s}{'format':14s}"
             f"{'ratio':>7s}{'gops':>9s}"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import environment_of_sides, machine
-from mhmoe_np.operations.load import cores
 from mhmoe_np.settings.presets import PAPER_MODELS
 from mhmoe_np.training.run_folder import METRICS
 
@@ -90,7 +89,7 @@ def main() -> None:
             if not options.json:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if not options.only:
-        found = {"machine": machine(cores()), "rows": rows}
+        found = {"machine": machine(), "rows": rows}
         FORECASTS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if options.json:
         print(json.dumps(rows))

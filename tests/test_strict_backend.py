@@ -23,57 +23,28 @@ from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.inference.generate import Sampling, generate
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
-from mhmoe_np.model.loss import Batch
-from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.packed import pack_weights, unpack_weights
-from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.checked import BrokenPromise, Checked
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import AdamWSettings, Operations
-from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import parse_run_config
 from mhmoe_np.training.preparation import create_run_folder
-from mhmoe_np.training.step import Learner
 from mhmoe_np.training.trainer import Trainer
 from tests.strict_backend import NotOnTheDevice, StrictArray, StrictOperations, strict_operations
+from tests.whole_models import SETTINGS, batches_of, config_of, learner_of, parameters_of
 
-SETTINGS = AdamWSettings(1e-3, 0.9, 0.95, 1e-6, 0.1, 1.0)
 STATE_FILES = ("model.safetensors", "optimizer.safetensors")
 NUMPY = cast(Operations, numpy_ref)
 
 
-def _config(kind: str) -> ModelConfig:
-    return ModelConfig.model_validate(settings(kind))
-
-
-def _parameters(kind: str) -> Parameters:
-    parameters = Parameters(_config(kind), np.float32)
-    initialise(parameters, 0)
-    return parameters
-
-
-def _micro_batches(config: ModelConfig, rng: np.random.Generator) -> list[Batch]:
-    """Two, with padding."""
-    tokens = rng.integers(0, config.vocab_size, (4, 9))
-    targets = tokens[:, 1:].copy()
-    targets[1, 5:] = -100
-    inputs = np.ascontiguousarray(tokens[:, :-1])
-    return [Batch(inputs[:2], targets[:2]), Batch(inputs[2:], targets[2:])]
-
-
-def _learner(kind: str, ops: Operations) -> Learner:
-    config = _config(kind)
-    return Learner(_parameters(kind), Moments.zeros(config, np.float32), updates=0, ops=ops)
-
-
 def _all_of(kind: str, ops: Operations) -> list[Any]:
     """Training, trace, evaluation and decoding: everything that came out."""
-    learner, rng = _learner(kind, ops), np.random.default_rng(0)
+    learner, rng = learner_of(kind, ops), np.random.default_rng(0)
     config = learner.model.config
     found: list[Any] = []
-    for micro_batches in (_micro_batches(config, rng), _micro_batches(config, rng)[:1]):
+    for micro_batches in (batches_of(config, rng), batches_of(config, rng)[:1]):
         result = learner.step(micro_batches, SETTINGS)
         found += [*result.losses, result.gradient_norm, *result.matrices.values()]
         found += [part for layer in result.statistics for part in layer]
@@ -118,21 +89,21 @@ def test_a_backend_that_prefers_packed_weights_packs_them_in_its_own_layout(kind
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_read_once(kind: str, parts: int) -> None:
     ops, strict = strict_operations(prefers_packed=True)
-    learner, rng = _learner(kind, ops), np.random.default_rng(1)
+    learner, rng = learner_of(kind, ops), np.random.default_rng(1)
     for _ in range(2):
         strict.doors = Counter()
-        learner.step(_micro_batches(learner.model.config, rng)[:parts], SETTINGS)
+        learner.step(batches_of(learner.model.config, rng)[:parts], SETTINGS)
         assert strict.doors["to_host"] == 1
         assert strict.doors["packed_to_host"] == strict.doors["packed_to_device"] == 0
 
 
 @pytest.mark.parametrize("kind", ["dense-ternary", "mh2-ternary-projections", "mh3-sign"])
 def test_packed_models_are_packed_run_saved_and_unpacked(kind: str, tmp_path: Path) -> None:
-    config = _config(kind)
+    config = config_of(kind)
     format = formats_for(config)[0]
     outcomes = []
     for name, ops in (("numpy", NUMPY), ("strict", strict_operations()[0])):
-        weights = pack_weights(_parameters(kind).to_device(ops), format, ops=ops)
+        weights = pack_weights(parameters_of(kind).to_device(ops), format, ops=ops)
         folder = tmp_path / name
         folder.mkdir()
         save_packed_model(folder, config, weights.to_host(ops), None)
@@ -148,8 +119,8 @@ def test_packed_models_are_packed_run_saved_and_unpacked(kind: str, tmp_path: Pa
 
 def test_a_checkpoint_is_saved_and_loaded(tmp_path: Path) -> None:
     ops, _ = strict_operations()
-    learner = _learner("mh2-shared", ops)
-    learner.step(_micro_batches(learner.model.config, np.random.default_rng(3)), SETTINGS)
+    learner = learner_of("mh2-shared", ops)
+    learner.step(batches_of(learner.model.config, np.random.default_rng(3)), SETTINGS)
     host = learner.parameters.to_host(ops)
     save_model(tmp_path, host, None)
     loaded = load_model(tmp_path, np.float32, ops=ops).weights.to_host(ops)
@@ -208,8 +179,8 @@ def test_gradcheck_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _train_once(ops: Operations, kind: str = "mh2-shared") -> None:
-    learner = _learner(kind, ops)
-    learner.step(_micro_batches(learner.model.config, np.random.default_rng(5)), SETTINGS)
+    learner = learner_of(kind, ops)
+    learner.step(batches_of(learner.model.config, np.random.default_rng(5)), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -309,8 +280,8 @@ def test_every_kind_keeps_the_promises_of_the_table(kind: str, backend: Any) -> 
     ops = cast(Operations, Checked(load_operations(backend)))
     _all_of(kind, ops)
     if kind in QUANTISED:
-        config = _config(kind)
-        weights = pack_weights(_parameters(kind), formats_for(config)[-1], ops=ops)
+        config = config_of(kind)
+        weights = pack_weights(parameters_of(kind), formats_for(config)[-1], ops=ops)
         model = Model.with_weights(config, weights, ops=ops)
         forward(model, np.zeros((1, 3), np.int64), None, drop=False, ops=ops)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mhmoe_np.operations.door import promises
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import PackedMatrices
 from mhmoe_np.operations.table import Operations
@@ -27,15 +28,13 @@ class HostFacing:
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
         self.name, self.prefers_packed = ops.name, ops.prefers_packed
-        # Memory is the definition's: NumPy's own, and nothing is used again.
-        host = load_operations("numpy")
-        self.empty, self.zeros, self.empty_packed = host.empty, host.zeros, host.empty_packed
-        self.scope, self.to_device, self.to_host = host.scope, host.to_device, host.to_host
-        self.packed_to_device, self.packed_to_host = host.packed_to_device, host.packed_to_host
-        self.repeated, self.device, self.buffer_bytes = host.repeated, host.device, host.buffer_bytes
+        self._host = load_operations("numpy")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """The operation of this name."""
+        """The operation of this name; all else is memory: NumPy's own, and nothing is used again."""
+        if name not in promises():
+            memory: Callable[..., Any] = getattr(self._host, name)
+            return memory
         operation = getattr(self._ops, name)
 
         def call(*arguments: Any, **options: Any) -> Any:

@@ -38,9 +38,7 @@ REPEATS = 2  # the faster counts
 class Memory(NamedTuple):
     """Bytes of each part at the peak of training."""
 
-    program: (
-        int  # interpreter, libraries, compiled kernels, prepared text; on a device: what others use
-    )
+    program: int  # interpreter, libraries, kernels, prepared text; on a device what others use
     parameters: int
     gradient: int
     moments: int

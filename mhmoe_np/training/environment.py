@@ -24,7 +24,7 @@ def environment(*, threads: int, ops: Operations, init: Path | None = None) -> d
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "backend": ops.name,
@@ -34,7 +34,8 @@ def environment(*, threads: int, ops: Operations, init: Path | None = None) -> d
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor, as it names itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

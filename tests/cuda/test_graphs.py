@@ -7,33 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhmoe_np.audit.models import settings
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.model.moments import Moments
-from mhmoe_np.model.parameters import Parameters, initialise
-from mhmoe_np.operations.table import Operations
-from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.training.step import Learner
 from tests.cuda.backend import cuda_operations, emulated_only, on_the_device
 from tests.cuda.emulator.cupy_on_cpu import emulation
-from tests.cuda.test_models import SETTINGS, batches_of
+from tests.whole_models import SETTINGS, batches_of, learner_of, parameters_of
 
 KINDS = ["mh2-capacity", "mh3-sign", "dense"]
 
 pytestmark = on_the_device
-
-
-def parameters_of(kind: str, **changes: Any) -> Parameters:
-    parameters = Parameters(ModelConfig.model_validate(settings(kind) | changes), np.float32)
-    initialise(parameters, 0)
-    return parameters
-
-
-def learner_of(kind: str, ops: Operations, **changes: Any) -> Learner:
-    parameters = parameters_of(kind, **changes)
-    return Learner(parameters, Moments.zeros(parameters.config, np.float32), updates=0, ops=ops)
 
 
 @emulated_only

@@ -8,25 +8,21 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from mhmoe_np.audit.models import BASE, KINDS, QUANTISED, settings
+from mhmoe_np.audit.models import BASE, KINDS, QUANTISED
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch
-from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.packed import pack_weights
-from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations.checked import Checked
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numpy_ref import quantise
-from mhmoe_np.operations.table import AdamWSettings, Operations
-from mhmoe_np.settings.model import ModelConfig
-from mhmoe_np.training.step import Learner
+from mhmoe_np.operations.table import Operations
 from tests.cuda.backend import cuda_operations, on_the_device
+from tests.whole_models import SETTINGS, batches_of, learner_of, parameters_of
 
-SETTINGS = AdamWSettings(1e-3, 0.9, 0.95, 1e-6, 0.1, 1.0)
 NUMPY = load_operations("numpy")
 # With 2 and 3 heads, shared expert, capacity, and both BitNet forms.
 LONG = ["mh3-shared-sub-norm", "mh2-capacity", "mh2-ternary", "mh3-sign"]
@@ -37,30 +33,10 @@ UNTIED = {"mh2-ternary-projections": {"moe_projection_bias": True}}
 pytestmark = on_the_device
 
 
-def parameters_of(kind: str, dtype: Any = np.float32, seed: int = 0) -> Parameters:
-    config = ModelConfig.model_validate(settings(kind) | UNTIED.get(kind, {}))
-    parameters = Parameters(config, dtype)
-    initialise(parameters, seed)
-    return parameters
-
-
-def learner_of(kind: str, ops: Operations, dtype: Any = np.float32, seed: int = 0) -> Learner:
-    parameters = parameters_of(kind, dtype, seed)
-    return Learner(parameters, Moments.zeros(parameters.config, dtype), updates=0, ops=ops)
-
-
-def batches_of(config: ModelConfig, rng: np.random.Generator) -> list[Batch]:
-    """Two micro-batches, with padding."""
-    tokens = rng.integers(0, config.vocab_size, (4, 9))
-    targets = tokens[:, 1:].copy()
-    targets[1, 5:] = -100
-    inputs = np.ascontiguousarray(tokens[:, :-1])
-    return [Batch(inputs[:2], targets[:2]), Batch(inputs[2:], targets[2:])]
-
-
 def all_of(kind: str, ops: Operations, dtype: Any, seed: int = 0) -> dict[str, Any]:
     """What training, a trace, a score and decoding come to."""
-    learner, rng = learner_of(kind, ops, dtype, seed), np.random.default_rng(0)
+    learner = learner_of(kind, ops, dtype, seed, **UNTIED.get(kind, {}))
+    rng = np.random.default_rng(0)
     config = learner.model.config
     found: dict[str, Any] = {}
     for step in range(2):

@@ -37,9 +37,8 @@ BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
 # What CuPy adds to all options; and no warning of a constant that is for other kernels (177).
 ADDED = ("-ftz=true", "-diag-suppress=177")
-ADDED_FOR_NVRTC = (
-    "--device-as-default-execution-space",
-)  # as CuPy does: lambdas need it, nvcc does not
+# As CuPy does: lambdas need it, nvcc does not.
+ADDED_FOR_NVRTC = ("--device-as-default-execution-space",)
 # What the system keeps of a block's shared memory, if it has any, from compute capability 9.0 on.
 SYSTEM_SHARED_BYTES, SYSTEM_SHARED_FROM = 1024, 90
 

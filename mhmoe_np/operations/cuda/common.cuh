@@ -32,9 +32,23 @@ template <class T> __device__ T sum_of_block(T x, T* room) {
   return sum;
 }
 
-// numpy_ref.feed_forward.gated_activation of one number: act(gate) * up, act being SiLU or squared ReLU.
-template <class T> __device__ T sigmoid(T x) { return 1 / (1 + exp(-x)); }
-template <class T> __device__ T gated(T gate, T up, bool silu) {
-  const T positive = larger(gate, T(0));
-  return silu ? gate * sigmoid(gate) * up : positive * positive * up;
+// The activations of numpy_ref.feed_forward, and their slopes.
+struct Activated { REAL value, slope; };
+
+// silu(g) = g s with s = sigmoid(g);  silu'(g) = s + g s (1 - s).
+struct Silu {};
+__device__ Activated activated(Silu, REAL g) {
+  const REAL s = 1 / (1 + exp(-g)), value = g * s;
+  return {value, s + value * (1 - s)};
 }
+
+// relu2(g) = max(g, 0)^2;  relu2'(g) = 2 max(g, 0).
+struct Relu2 {};
+__device__ Activated activated(Relu2, REAL g) {
+  const REAL positive = larger(g, REAL(0));
+  return {positive * positive, 2 * positive};
+}
+
+// Where a kernel is told which of the two it is; and numpy_ref.feed_forward.gated_activation of one number.
+__device__ Activated activated(bool silu, REAL g) { return silu ? activated(Silu(), g) : activated(Relu2(), g); }
+__device__ REAL gated(REAL gate, REAL up, bool silu) { return activated(silu, gate).value * up; }

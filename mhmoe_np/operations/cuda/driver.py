@@ -14,7 +14,7 @@ from mhmoe_np.settings.run import Matmul
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 OLDEST_CUDA = 12
 OLDEST_COMPUTE_CAPABILITY = 75
-TENSOR_CORES_COMPUTE_CAPABILITY = 80  # those that multiply TF32
+TENSOR_CORES_COMPUTE_CAPABILITY = 80  # those that multiply TF32, and bytes as `packed.cu` has them
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 ELSEWHERE = "use --backend numba"
 

@@ -118,15 +118,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows_backward(
   if (normed) pull = sum_of_lanes(pull) / F;
 
   for (int f = lane; f < F; f += WARP) {
-    const REAL g = gate_F[f], up = up_F[f];
-    REAL act, slope;
-    if (silu) {
-      const REAL s = sigmoid(g);
-      act = g * s, slope = s + act * (1 - s);
-    } else {
-      const REAL positive = larger(g, REAL(0));
-      act = positive * positive, slope = 2 * positive;
-    }
+    const REAL up = up_F[f];
+    const auto [act, slope] = activated(silu, gate_F[f]);
     REAL dh = gate * a_F[f];
     if (normed) {
       const REAL hat = act * up * rstd, dn = dh;

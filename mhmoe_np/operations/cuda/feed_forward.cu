@@ -2,22 +2,6 @@
 
 constexpr int COLUMNS = 32, ROWS = 8;  // of a block: a warp has 32 neighbours of one row
 
-struct Activated { REAL value, slope; };
-
-// silu(g) = g s with s = sigmoid(g);  silu'(g) = s + g s (1 - s).
-struct Silu {};
-__device__ Activated activated(Silu, REAL g) {
-  const REAL s = 1 / (1 + exp(-g)), value = g * s;
-  return {value, s + value * (1 - s)};
-}
-
-// relu2(g) = max(g, 0)^2;  relu2'(g) = 2 max(g, 0).
-struct Relu2 {};
-__device__ Activated activated(Relu2, REAL g) {
-  const REAL positive = larger(g, REAL(0));
-  return {positive * positive, 2 * positive};
-}
-
 template <class Activation> __device__ void gate(const REAL* gate_up_N2F, int N, int F, REAL* h_NF) {
   const int n = blockIdx.x * ROWS + threadIdx.y, f = blockIdx.y * COLUMNS + threadIdx.x;
   if (n >= N || f >= F) return;

@@ -16,8 +16,9 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from mhmoe_np.operations.cuda.workspace import ALIGNMENT_BYTES, Mark, Workspace
+from mhmoe_np.operations.workspace import Mark, Workspace
 
+ALIGNMENT_BYTES = 256  # CUDA's own
 Allocate = Callable[[int], Any]
 
 

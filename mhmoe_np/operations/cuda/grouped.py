@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mhmoe_np.operations.cuda.device import Kernels, blocks
+from mhmoe_np.operations.cuda.driver import TENSOR_CORES_COMPUTE_CAPABILITY
 from mhmoe_np.operations.cuda.memory import Memory
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -19,7 +20,6 @@ TILES = {"float32": 128, "float64": 64}  # rows and columns of a tile
 FEW = 32  # rows of a tile where experts have few
 SPREAD = 264  # blocks that keep a large device busy: two for each of an H100's processors
 ROWS_OF_PART = 256  # of a weight gradient's, on average, at least
-TENSOR_CORES_SINCE = 80  # compute capability, for tf32
 KERNELS = Kernels("grouped")
 
 
@@ -127,7 +127,7 @@ class Grouped(Memory):
         return kernel + suffix, tile, tile
 
     def _suffix(self, dtype: Any) -> str:
-        possible = dtype == np.float32 and self.compute_capability >= TENSOR_CORES_SINCE
+        possible = dtype == np.float32 and self.compute_capability >= TENSOR_CORES_COMPUTE_CAPABILITY
         return f"_{self.matmul}" if possible and self.matmul != "float32" else ""
 
 

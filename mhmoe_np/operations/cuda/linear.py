@@ -115,13 +115,9 @@ class Linear(Products, PackedProducts, Sums):
         dx[n,i] = sum_o dy[n,o] w[o,i];  dw[o,i] = sum_n dy[n,o] x[n,i];  db[o] = sum_n dy[n,o].
         Work 4 N I O FLOP: bound by arithmetic.
         """
-        if isinstance(w_OI, PackedWeight):
-            raise TypeError("packed weights have no gradient")
         dx_NI = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():
-            acting: tuple[FloatArray, FloatArray] = (
-                self.straight_through(x_NI, w_OI) if isinstance(w_OI, BitWeight) else (x_NI, w_OI)
-            )
+            acting = self.straight_through(x_NI, w_OI)
             split = self._splits(x_NI)
             dy, x, w = (self._operand(array, split=split) for array in (dy_NO, *acting))
             self._multiply(dy, x, dw_OI, transpose_a=True, add=True)

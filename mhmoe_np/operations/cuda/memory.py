@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.errors import UserError
-from mhmoe_np.operations.cuda.graphs import Repeated
-from mhmoe_np.operations.cuda.workspace import Workspace
+from mhmoe_np.operations.cuda.graphs import ALIGNMENT_BYTES, Repeated
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, code_shape
 from mhmoe_np.operations.table import Device
+from mhmoe_np.operations.workspace import Workspace
 from mhmoe_np.settings.run import Matmul
+
+SLAB_BYTES = 64 << 20
 
 
 class Memory:
@@ -34,7 +36,11 @@ class Memory:
         self.matmul = matmul
         self.compute_capability = int(cupy.cuda.Device().compute_capability)
         self._stream = _stream().use()
-        self._workspace = Workspace(_allocated) if keep_buffers else None
+        self._workspace = (
+            Workspace(_allocated, _array_in, alignment=ALIGNMENT_BYTES, slab_bytes=SLAB_BYTES)
+            if keep_buffers
+            else None
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See `Operations.empty`."""
@@ -104,6 +110,10 @@ class Memory:
 def _stream() -> Any:
     """The process's one: kernels go to CuPy's current stream, cuBLAS's products and graphs to ours."""
     return cupy.cuda.Stream(non_blocking=True)
+
+
+def _array_in(slab: Any, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return cupy.ndarray(shape, dtype, memptr=slab.data + start)
 
 
 def _allocated(shape: int | tuple[int, ...], dtype: DTypeLike = np.uint8) -> Any:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mhmoe_np.operations.cuda.device import Kernels, blocks
+from mhmoe_np.operations.cuda.driver import TENSOR_CORES_COMPUTE_CAPABILITY
 from mhmoe_np.operations.cuda.pack import Pack
 from mhmoe_np.operations.cuda.quantise import ByteRows, Quantise
 from mhmoe_np.operations.packing import FORMATS, PackedMatrices, code_shape
 from mhmoe_np.operations.table import BitWeight, PackedWeight
 from mhmoe_np.types import FloatArray, IntArray
 
-INT8_TENSOR_CORES = 80  # the compute capability from which a device has those that are used here
 FEW = 32  # up to so many rows the weights, unpacked anew for every 8, are what takes time
 FEW_OF_EXPERT = 4  # the same, of each expert on average
 MANY_OF_EXPERT = 96  # from so many on, tiles of 128 rows are full enough
@@ -52,8 +52,6 @@ def tiling_for(rows: int, outputs: int, *, experts: int | None, tensor_cores: bo
 
 class PackedProducts(Quantise, Pack):
     """What the operations that take quantised weights share."""
-
-    compute_capability: int
 
     def bit_linear(self, x_NI: FloatArray, w: BitWeight | PackedWeight) -> FloatArray:
         """y = (q @ w^T) * (beta * gamma/127) of one matrix, see `numpy_ref.linear`."""
@@ -119,7 +117,7 @@ class PackedProducts(Quantise, Pack):
 
     @property
     def _has_tensor_cores(self) -> bool:
-        return self.compute_capability >= INT8_TENSOR_CORES
+        return self.compute_capability >= TENSOR_CORES_COMPUTE_CAPABILITY
 
 
 def _operands(weight: PackedWeight, q: ByteRows) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, blocks, run, tasks_of
+from mhmoe_np.operations.numpy_ref.attention import extended, rows_from
 from mhmoe_np.types import FloatArray, IntArray
 
 QUERY_ROWS = 64
@@ -245,8 +246,8 @@ class Attention(Buffers):
         self, x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
     ) -> None:
         """See `Operations.rotate_in_place`."""
-        T, first = x_BTAC.shape[1], 0 if first_1 is None else int(first_1[0])
-        cos_TJ, sin_TJ = cos_YJ[first : first + T], sin_YJ[first : first + T]
+        T = x_BTAC.shape[1]
+        cos_TJ, sin_TJ = (rows_from(table_YJ, first_1, T) for table_YJ in (cos_YJ, sin_YJ))
         tasks = len(x_BTAC) * blocks(T, QUERY_ROWS)
         run(Rotate(x_BTAC, cos_TJ, sin_TJ), tasks, macs=x_BTAC.size * ELEMENT_MACS)
 
@@ -274,12 +275,7 @@ class Attention(Buffers):
         filled_1: IntArray,
     ) -> FloatArray:
         """See `Operations.attention_with_cache`."""
-        T, G = k_BTGC.shape[1:3]
-        filled = int(filled_1[0])
-        last = filled + T
-        kv_BS2GC[:, filled:last, :G] = k_BTGC
-        kv_BS2GC[:, filled:last, G:] = v_BTGC
-        return self.attention(q_BTAC, kv_BS2GC[:, :last, :G], kv_BS2GC[:, :last, G:])[0]
+        return self.attention(q_BTAC, *extended(k_BTGC, v_BTGC, kv_BS2GC, filled_1))[0]
 
     def attention_backward(
         self,

@@ -9,15 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mhmoe_np.operations.numba_cpu.workspace import Workspace
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
+from mhmoe_np.operations.workspace import Workspace
+
+ALIGNMENT_BYTES = 64
+SLAB_BYTES = 32 << 20
 
 
 class Buffers:
     """The storage half of the backend; every group of operations stands on it."""
 
     def __init__(self, *, keep_buffers: bool) -> None:
-        self._workspace = Workspace() if keep_buffers else None
+        self._workspace = (
+            Workspace(_slab, _array_in, alignment=ALIGNMENT_BYTES, slab_bytes=SLAB_BYTES)
+            if keep_buffers
+            else None
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See `Operations.empty`."""
@@ -67,3 +74,15 @@ class Buffers:
     def scope(self) -> AbstractContextManager[None]:
         """See `Operations.scope`."""
         return nullcontext() if self._workspace is None else self._workspace.scope()
+
+
+def _slab(size: int) -> NDArray[np.uint8]:
+    room = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT_BYTES
+    return room[start : start + size]
+
+
+def _array_in(
+    slab: NDArray[np.uint8], start: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    return np.ndarray(shape, dtype, slab.data, start)

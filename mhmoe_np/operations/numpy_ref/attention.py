@@ -7,13 +7,22 @@ import numpy as np
 from mhmoe_np.types import FloatArray, IntArray
 
 
+def rows_from(table_YJ: FloatArray, first_1: IntArray | None, count: int) -> FloatArray:
+    """The rows that `Operations.rotate_in_place` takes of a table: `count` of them.
+
+    Shapes   table_YJ, first_1? -> [T, J]
+    Source   [spec 2 RoPE]
+    """
+    first = 0 if first_1 is None else int(first_1[0])
+    return table_YJ[first : first + count]
+
+
 def rotate_in_place(
     x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
 ) -> None:
     """See `Operations.rotate_in_place`."""
-    T, J = x_BTAC.shape[1], cos_YJ.shape[1]
-    first = 0 if first_1 is None else int(first_1[0])
-    cos_TJ, sin_TJ = cos_YJ[first : first + T], sin_YJ[first : first + T]
+    J = cos_YJ.shape[1]
+    cos_TJ, sin_TJ = (rows_from(table_YJ, first_1, x_BTAC.shape[1]) for table_YJ in (cos_YJ, sin_YJ))
     first_BTAJ, second_BTAJ = x_BTAC[..., :J].copy(), x_BTAC[..., J:].copy()
     cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]  # the same for all heads
     # RoPE eq. 34: (a, b) -> (a cos - b sin, b cos + a sin), here with b = C/2 places after a
@@ -54,12 +63,23 @@ def attention_with_cache(
     filled_1: IntArray,
 ) -> FloatArray:
     """See `Operations.attention_with_cache`."""
+    return attention(q_BTAC, *extended(k_BTGC, v_BTGC, kv_BS2GC, filled_1))[0]
+
+
+def extended(
+    k_BTGC: FloatArray, v_BTGC: FloatArray, kv_BS2GC: FloatArray, filled_1: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Put k and v behind the `filled` positions of a cache; return all keys and values, as views.
+
+    Shapes   k_BTGC, v_BTGC, kv_BS2GC, filled_1 -> [B, filled+T, G, C], twice
+    Source   [spec 2 attention]
+    """
     T, G = k_BTGC.shape[1:3]
     filled = int(filled_1[0])
     last = filled + T
     kv_BS2GC[:, filled:last, :G] = k_BTGC
     kv_BS2GC[:, filled:last, G:] = v_BTGC
-    return attention(q_BTAC, kv_BS2GC[:, :last, :G], kv_BS2GC[:, :last, G:])[0]
+    return kv_BS2GC[:, :last, :G], kv_BS2GC[:, :last, G:]
 
 
 def attention_backward(

@@ -1,6 +1,8 @@
-"""A workspace on the device: the same sequence of calls receives the same addresses in every step.
+"""A workspace that owns its buffers: a steady-state training step allocates nothing large.
 
-So a step allocates nothing, and what was recorded of one can be played again.
+The same sequence of calls receives the same addresses in every step. So on the host a large array costs
+no page faults, one for every 4 kB of a fresh one, and on a device what was recorded of a step can be
+played again.
 """
 
 from __future__ import annotations
@@ -10,12 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import cupy
 import numpy as np
 from numpy.typing import DTypeLike
-
-ALIGNMENT_BYTES = 256  # CUDA's own
-SLAB_BYTES = 64 << 20
 
 
 class Mark(NamedTuple):
@@ -31,16 +29,30 @@ class Workspace:
     An array handed out inside a scope must not be used after it. Slabs are kept for good.
     """
 
-    def __init__(self, allocate: Callable[[int], Any]) -> None:
-        """allocate: makes a slab of so many bytes."""
-        self._allocate = allocate
+    def __init__(
+        self,
+        allocate: Callable[[int], Any],
+        view: Callable[[Any, int, tuple[int, ...], np.dtype[Any]], Any],
+        *,
+        alignment: int,
+        slab_bytes: int,
+    ) -> None:
+        """Where its memory comes from.
+
+        allocate: makes a slab of so many bytes, at a multiple of `alignment`, with that as `nbytes`.
+        view: the C-contiguous array in a slab from a byte on, of a shape and a dtype.
+        alignment: bytes, of every array.
+        slab_bytes: the least that a slab has.
+        """
+        self._allocate, self._view = allocate, view
+        self._alignment, self._slab_bytes = alignment, slab_bytes
         self._slabs: list[Any] = []
         self._used: list[int] = []  # bytes of each slab that were ever handed out
         self._slab = self._offset = 0
 
     @property
     def used_bytes(self) -> int:
-        """How much was ever handed out at once."""
+        """How much was ever handed out at once; on the host the rest of the slabs takes no memory."""
         return sum(self._used)
 
     @property
@@ -58,16 +70,18 @@ class Workspace:
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """An uninitialised C-contiguous array."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        dtype = np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize
         while True:
             if self._slab == len(self._slabs):
-                self._slabs.append(self._allocate(max(SLAB_BYTES, size)))
+                self._slabs.append(self._allocate(max(self._slab_bytes, size)))
                 self._used.append(0)
-            slab, start = self._slabs[self._slab], self._offset
+            slab = self._slabs[self._slab]
+            start = -(-self._offset // self._alignment) * self._alignment
             if start + size <= slab.nbytes:
-                self._offset = -(-(start + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-                self._used[self._slab] = max(self._used[self._slab], start + size)
-                return cupy.ndarray(shape, dtype, memptr=slab.data + start)
+                self._offset = start + size
+                self._used[self._slab] = max(self._used[self._slab], self._offset)
+                return self._view(slab, start, shape, dtype)
             self._slab, self._offset = self._slab + 1, 0
 
     @contextmanager
