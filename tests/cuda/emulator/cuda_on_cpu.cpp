@@ -18,6 +18,11 @@
 #ifdef WATCHES_RACES
 extern "C" void __tsan_acquire(void*), __tsan_release(void*), __tsan_switch_to_fiber(void*, unsigned);
 extern "C" void *__tsan_create_fiber(unsigned), *__tsan_get_current_fiber();
+// The sanitizer's fibers for even and odd blocks, which are not ordered either. All libraries use those of the first
+// that was loaded, for there may be 8128.
+extern "C" {
+[[gnu::visibility("default")]] void* emulator_fibers[2][1024];
+}
 #endif
 
 // Begin and end of the section, from the linker: absent where no kernel has shared memory.
@@ -72,14 +77,14 @@ std::string error;
 void (*entry)(void**);
 void** entry_arguments;
 void* launcher;  // its stack pointer
+void* nowhere;   // the stack pointer of a fiber that is left for good
 
 // ---- what the thread sanitizer is told -----------------------------------------------------------------------------
 #ifdef WATCHES_RACES
 constexpr unsigned NO_SYNC = 1;
 void* launcher_fiber;
-void* sanitizer_fibers[2][MOST_THREADS];  // of even and odd blocks: blocks are not ordered either
 unsigned parity;                          // of the block
-char begun, ended, fenced, barrier[2], lane_arrived[MOST_THREADS];
+char begun, ended, fenced, barrier[2], warp_arrived[MOST_WARPS];
 unsigned barriers;
 
 void happens_before(void* what) { __tsan_release(what); }
@@ -87,13 +92,13 @@ void happens_after(void* what) { __tsan_acquire(what); }
 
 // By the launcher: what a fiber did before it makes another happens before that one.
 void make_fibers(size_t count) {
-  for (auto& of_block : sanitizer_fibers)
+  for (auto& of_block : emulator_fibers)
     for (size_t i = 0; i < count; ++i)
       if (!of_block[i]) of_block[i] = __tsan_create_fiber(0);
 }
 
 void enter_fiber(Fiber* to) {
-  __tsan_switch_to_fiber(to ? sanitizer_fibers[parity][to - fibers] : launcher_fiber, NO_SYNC);
+  __tsan_switch_to_fiber(to ? emulator_fibers[parity][to - fibers] : launcher_fiber, NO_SYNC);
 }
 #define RACES(...) __VA_ARGS__
 #else
@@ -176,7 +181,6 @@ extern "C" void emulator_thread() {
   RACES(happens_before(&ended); happens_before(&barrier[barriers & 1]);)
   me()->ended = true;
   if (--alive && arrived == alive) end_barrier();  // those that ended are not waited for
-  void* nowhere;
   Fiber* other = alive ? next() : nullptr;
   if (alive && !other) report_deadlock();
   go_to(other, &nowhere);
@@ -212,7 +216,7 @@ void run_block() {
   RACES(happens_before(&begun);)
   go_to(&fibers[order[0]], &launcher);
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stacks, STACK_BYTES * order.size());  // frames that never returned
+  if (!error.empty()) __asan_unpoison_memory_region(stacks, STACK_BYTES * order.size());  // frames that never returned
 #endif
 }
 
@@ -237,7 +241,6 @@ Thread* self;
 
 [[noreturn]] void fail(const char* reason) {
   error = reason;
-  void* nowhere;
   go_to(nullptr, &nowhere);
   __builtin_unreachable();
 }
@@ -267,7 +270,7 @@ const void* share_bytes(const void* value, size_t bytes, unsigned& mask, const c
   copy(warp.brought.byte + bytes * mine->lane, value, bytes);
   mine->mask = mask, mine->operation = operation;
   warp.arrived |= 1u << mine->lane;
-  RACES(happens_before(&lane_arrived[mine - fibers]);)
+  RACES(happens_before(&warp_arrived[mine->warp]);)
   if ((warp.arrived & mask) != mask) {
     wait_as(Wait::warp);
     RACES(happens_after(const_cast<void*>(mine->shared));)
@@ -279,10 +282,9 @@ const void* share_bytes(const void* value, size_t bytes, unsigned& mask, const c
   for (unsigned lane = 0; lane < WARP; ++lane) {
     if (!(mask >> lane & 1)) continue;
     Fiber& fiber = fibers[mine->warp * WARP + lane];
-    RACES(happens_after(&lane_arrived[&fiber - fibers]);)
     fiber.wait = Wait::no, fiber.shared = kept;
   }
-  RACES(happens_before(kept);)
+  RACES(happens_after(&warp_arrived[mine->warp]); happens_before(kept);)
   return kept;
 }
 

@@ -198,7 +198,8 @@ class RawModule:
 
     def get_function(self, name: str) -> Callable[..., None]:
         if self._library is None:
-            self._library = ctypes.CDLL(str(compiled(self._code, self._options)))
+            library = str(compiled(self._code, self._options))
+            self._library = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # for `emulator_fibers`
         return _Kernel(self._library, name)
 
 
