@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mhmoe_np.operations.numpy_ref import memory
+from mhmoe_np.operations.door import promises
+from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import PackedMatrices
 from mhmoe_np.operations.table import Operations
 
@@ -27,12 +28,16 @@ class HostFacing:
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
         self.name, self.prefers_packed = ops.name, ops.prefers_packed
+        self._host = load_operations("numpy")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """The operation of this name; memory is NumPy's own, and nothing is used again."""
-        if hasattr(memory, name):
-            host: Callable[..., Any] = getattr(memory, name)
-            return host
+        """The operation of this name.
+
+        What promises nothing of its arrays is memory: NumPy's own, and nothing is used again.
+        """
+        if name in vars(Operations) and name not in promises():
+            memory: Callable[..., Any] = getattr(self._host, name)
+            return memory
         operation = getattr(self._ops, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
