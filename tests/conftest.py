@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mhmoe_cli.main import main
 from tests.libraries import ABSENT, is_there
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,5 +61,23 @@ def mhmoe(tmp_path: Path) -> Run:
         assert result.returncode == code, result.stderr + result.stdout
         assert "Traceback" not in result.stderr
         return result
+
+    return run
+
+
+@pytest.fixture
+def mhmoe_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """The same in this process, which has imported and compiled most already: many times as fast."""
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["mhmoe-np", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed, said = capsys.readouterr()
+        assert ended.value.code == code, said + printed
+        return subprocess.CompletedProcess(sys.argv, code, printed, said)
 
     return run

@@ -59,7 +59,7 @@ def test_packed_counts_operations_and_compares_times(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("work", "model"),
-    [("train", "mhmoe"), ("train", "mhmoe-bitnet"), ("evaluate", "mhmoe-bitnet")],
+    [("train", "mhmoe"), ("evaluate", "mhmoe-bitnet")],
 )
 def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, tmp_path: Path) -> None:
     options = ("--size", "A", "--model", model, "--peer", "torch", "--repeats", "1", "--json")

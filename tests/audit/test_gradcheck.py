@@ -19,13 +19,13 @@ from mhmoe_np.audit.operation_checks import check_operations
 from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.checked import BrokenPromise
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import BackendName, BitWeight, Operations
+from mhmoe_np.operations.table import BitWeight, Operations
 from tests.conftest import Run
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_every_operation_and_model_is_within_its_bound(backend: BackendName) -> None:
-    checks = list(check_all(load_operations(backend)))
+def test_every_operation_and_model_is_within_its_bound() -> None:
+    """On numba; on numpy the command below says so."""
+    checks = list(check_all(load_operations("numba")))
     assert len(checks) > 60
     assert [check for check in checks if not check.passed] == []
 
@@ -159,6 +159,7 @@ def test_an_operation_that_breaks_the_tables_promises_is_stopped() -> None:
 
 def test_the_command_prints_a_list_of_errors_and_bounds(mhmoe: Run) -> None:
     checks = json.loads(mhmoe("gradcheck", "--json", "--backend", "numpy").stdout)
+    assert len(checks) > 60
     keys = {"name", "max_rel_error", "bound", "argument", "entry"}
     assert all(set(check) == keys for check in checks)
     assert all(check["max_rel_error"] <= check["bound"] <= 1e-6 for check in checks)

@@ -86,12 +86,12 @@ def test_the_command_writes_what_the_library_computes(mhmoe: Run, tmp_path: Path
     ],
 )
 def test_unfit_tokens_are_one_line_and_write_nothing(
-    mhmoe: Run, tmp_path: Path, array: np.ndarray, word: str
+    mhmoe_here: Run, tmp_path: Path, array: np.ndarray, word: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings("dense")))
-    mhmoe("init", "config.json", "--out", "model", "--seed", 0)
+    mhmoe_here("init", "config.json", "--out", "model", "--seed", 0)
     np.save(tmp_path / "tokens.npy", array)
-    result = mhmoe("trace", "model", "--tokens", "tokens.npy", "--out", "t.safetensors", code=2)
+    result = mhmoe_here("trace", "model", "--tokens", "tokens.npy", "--out", "t.safetensors", code=2)
     assert word in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "t.safetensors").exists()

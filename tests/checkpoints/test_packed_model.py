@@ -191,12 +191,12 @@ def test_float64_traces_of_a_packed_model_are_those_of_float32_to_its_rounding(
 
 
 @pytest.fixture
-def model(mhmoe: Run, tmp_path: Path) -> Path:
+def model(mhmoe_here: Run, tmp_path: Path) -> Path:
     """A checkpoint `model`, its packed form `packed`, and `tokens.npy`."""
     (tmp_path / "config.json").write_text(json.dumps(settings("mh2-ternary-shared-capacity")))
     np.save(tmp_path / "tokens.npy", TOKENS)
-    mhmoe("init", "config.json", "--out", "model", "--seed", 4)
-    printed = mhmoe("pack", "model", "--out", "packed").stdout
+    mhmoe_here("init", "config.json", "--out", "model", "--seed", 4)
+    printed = mhmoe_here("pack", "model", "--out", "packed").stdout
     assert "ternary-2bit" in printed
     assert "bits/weight" in printed
     return tmp_path
@@ -273,10 +273,10 @@ def test_a_processor_without_wide_vectors_gives_its_own_fake_quantised_bits(mode
 
 
 def test_an_unknown_instruction_set_is_one_line(
-    mhmoe: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+    mhmoe_here: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "sse9")
-    result = mhmoe("inspect", "packed", code=2)
+    result = mhmoe_here("inspect", "packed", code=2)
     assert result.stderr.count("\n") == 1
     assert f"{VARIABLE}=sse9" in result.stderr
     assert "portable" in result.stderr
@@ -299,19 +299,19 @@ def test_an_unknown_instruction_set_is_one_line(
     ],
 )
 def test_bad_requests_are_one_line_and_write_nothing(
-    mhmoe: Run, model: Path, arguments: list[str], words: list[str]
+    mhmoe_here: Run, model: Path, arguments: list[str], words: list[str]
 ) -> None:
     before = sorted(path.name for path in model.iterdir())
-    result = mhmoe(*arguments, code=2)
+    result = mhmoe_here(*arguments, code=2)
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert sorted(path.name for path in model.iterdir()) == before
 
 
-def test_a_float_model_is_not_packed(mhmoe: Run, tmp_path: Path) -> None:
+def test_a_float_model_is_not_packed(mhmoe_here: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings("mh2")))
-    mhmoe("init", "config.json", "--out", "model", "--seed", 4)
-    result = mhmoe("pack", "model", "--out", "packed", code=2)
+    mhmoe_here("init", "config.json", "--out", "model", "--seed", 4)
+    result = mhmoe_here("pack", "model", "--out", "packed", code=2)
     assert "quantization is 'none'" in result.stderr
     assert not (tmp_path / "packed").exists()
 
@@ -348,39 +348,41 @@ def _flip(path: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused(mhmoe: Run, model: Path, damage: Any, word: str) -> None:
+def test_a_damaged_or_foreign_file_is_refused(
+    mhmoe_here: Run, model: Path, damage: Any, word: str
+) -> None:
     path = model / "packed" / "packed.safetensors"
     before = path.read_bytes()
     damage(path)
     if path.read_bytes() != before:
-        assert "packed.safetensors: damaged" in mhmoe("inspect", "packed", code=2).stderr
+        assert "packed.safetensors: damaged" in mhmoe_here("inspect", "packed", code=2).stderr
         # As if somebody had made it so: what the file itself says is looked at, too.
         reseal(path.parent, path.name)
-    result = mhmoe("inspect", "packed", code=2)
+    result = mhmoe_here("inspect", "packed", code=2)
     assert result.stderr.count("\n") == 1
     assert word in result.stderr, result.stderr
 
 
-def test_a_missing_file_is_named(mhmoe: Run, model: Path) -> None:
+def test_a_missing_file_is_named(mhmoe_here: Run, model: Path) -> None:
     (model / "packed" / "packed.safetensors").unlink()
-    assert "packed.safetensors: no such file" in mhmoe("inspect", "packed", code=2).stderr
+    assert "packed.safetensors: no such file" in mhmoe_here("inspect", "packed", code=2).stderr
 
 
-def test_a_packed_file_of_version_1_is_read(mhmoe: Run, model: Path) -> None:
+def test_a_packed_file_of_version_1_is_read(mhmoe_here: Run, model: Path) -> None:
     path = model / "packed" / "packed.safetensors"
-    expected = mhmoe("inspect", "packed").stdout
+    expected = mhmoe_here("inspect", "packed").stdout
     tensors = load_file(path)
     _rewrite(path, version=1, sha256=packed_file._checksum(tensors))
     (model / "packed" / "checksums.json").unlink()  # that release wrote none
-    assert mhmoe("inspect", "packed").stdout == expected
+    assert mhmoe_here("inspect", "packed").stdout == expected
 
 
-def test_a_packed_file_beside_a_float_configuration_is_refused(mhmoe: Run, model: Path) -> None:
+def test_a_packed_file_beside_a_float_configuration_is_refused(mhmoe_here: Run, model: Path) -> None:
     path = model / "packed" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization": "none", "use_sub_norm": False}))
     reseal(path.parent, path.name)
-    assert "'none'" in mhmoe("inspect", "packed", code=2).stderr
+    assert "'none'" in mhmoe_here("inspect", "packed", code=2).stderr
 
 
 def test_a_saved_float_checkpoint_is_still_read_as_such(tmp_path: Path) -> None:

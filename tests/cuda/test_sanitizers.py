@@ -91,11 +91,9 @@ def under(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("sanitizer", "sizes"), [(ADDRESS, []), (THREAD, ["small"])], ids=[ADDRESS, THREAD]
-)
-def test_the_whole_table_is_clean(sanitizer: str, sizes: list[str]) -> None:
-    done = under(sanitizer, "-m", "tests.cuda.under_sanitizer", *sizes)
+@pytest.mark.parametrize("sanitizer", FLAGS)
+def test_the_whole_table_is_clean(sanitizer: str) -> None:
+    done = under(sanitizer, "-m", "tests.cuda.under_sanitizer")
     assert "Sanitizer" not in done.stderr, done.stderr[:4000]
     assert "runtime error" not in done.stderr, done.stderr[:4000]
     assert done.returncode == 0, done.stderr[-4000:]

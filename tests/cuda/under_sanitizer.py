@@ -1,13 +1,12 @@
 """The whole table once on the emulated backend, in a process of its own under one of g++'s sanitizers.
 
-    python -m tests.cuda.under_sanitizer [small]
+    python -m tests.cuda.under_sanitizer
 
-Needs the environment that `test_sanitizers.py` gives. small: a few rows, for the thread sanitizer.
+Needs the environment that `test_sanitizers.py` gives. Of a few rows: it takes many times as long.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from mhmoe_np.operations import load
 
 SMALL = {"N": 20, "D": 37, "V": 210, "M": 33}
-MOST_POSITIONS = 90  # of attention, where it is small
+MOST_POSITIONS = 90  # of attention
 
 
 def without_numba() -> None:
@@ -29,7 +28,7 @@ def without_numba() -> None:
 
 
 def with_small_sizes() -> None:
-    """See the module."""
+    """What `run_table` computes, smaller."""
     from tests.operations import cases, runs
 
     for name, size in SMALL.items():
@@ -42,15 +41,14 @@ def with_small_sizes() -> None:
     cases.Inputs.joint = short  # type: ignore[method-assign]
 
 
-def main(small: bool) -> None:
+def main() -> None:
     """Run it in float32: float64 is the same source."""
     without_numba()
-    if small:
-        with_small_sizes()
+    with_small_sizes()
     from tests.operations import cases, runs
 
     assert set(runs.run_table(cases.CUDA, np.float32, seed=1)) == runs.TABLE
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] == ["small"])
+    main()

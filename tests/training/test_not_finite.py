@@ -29,6 +29,8 @@ CHOSEN = [
     "mh2-sign-shared",
     "mh3-sign-projections-bias",
 ]
+# What an emulated kernel does with such a number is tested operation by operation; here, a few.
+EMULATED = ["mh2-z-loss"]
 # Every token goes in, and through every expert (5 of them, of 96 sub-tokens at least).
 WINDOWS = np.random.default_rng(71).permutation(102).reshape(6, 17) % BASE["vocab_size"]
 
@@ -38,6 +40,11 @@ def of_kind(kind: str) -> Parameters:
     parameters = Parameters(ModelConfig.model_validate(BASE | KINDS[kind]), np.float32)
     initialise(parameters, seed=72)
     return parameters
+
+
+def numbers(backend: str) -> tuple[float, ...]:
+    """That are not finite."""
+    return (math.nan,) if "emulated" in backend else (math.nan, math.inf, -math.inf)
 
 
 def beginner(parameters: Parameters, ops: Operations) -> Learner:
@@ -58,14 +65,13 @@ def test_every_tensor_is_in_one_of_the_chosen_models() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    # Emulated, every third: the operations have tests of their own.
-    [(k, b) for b in BACKENDS for k in (CHOSEN[2::3] if "emulated" in b else CHOSEN)],
+    [(k, b) for b in BACKENDS for k in (EMULATED if "emulated" in b else CHOSEN)],
 )
 def test_a_parameter_that_is_not_finite_stops_training(kind: str, backend: str) -> None:
     parameters, ops = of_kind(kind), BACKENDS[backend]
     rng = np.random.default_rng(73)
     for name, tensor in parameters.tensors.items():
-        for bad in (math.nan,) if "emulated" in backend else (math.nan, math.inf, -math.inf):
+        for bad in numbers(backend):
             place = np.unravel_index(rng.integers(tensor.size), tensor.shape)
             kept, tensor[place] = tensor[place], bad
             before = parameters.flat_P.copy()
@@ -87,9 +93,9 @@ def test_a_parameter_that_is_not_finite_stops_training(kind: str, backend: str) 
 def test_what_the_loss_does_not_see_stops_training_before_it_spreads(
     spoilt: str, kind: str, backend: str
 ) -> None:
-    for bad in (math.nan, math.inf, -math.inf):
+    for bad in numbers(backend):
         parameters = of_kind(kind)
-        for name in parameters.tensors:
+        for name in list(parameters.tensors)[:: 9 if "emulated" in backend else 1]:
             learner = beginner(parameters, BACKENDS[backend])
             with np.errstate(all="ignore"):
                 learner.add_gradient([Batch.of(WINDOWS)])

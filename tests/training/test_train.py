@@ -181,9 +181,9 @@ def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    mhmoe: Run, tmp_path: Path, arguments: list[str], words: list[str]
+    mhmoe_here: Run, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
-    result = mhmoe(*arguments, code=2)
+    result = mhmoe_here(*arguments, code=2)
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert list(tmp_path.iterdir()) == [] or list((tmp_path / "runs").iterdir()) == []
