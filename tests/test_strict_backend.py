@@ -171,7 +171,7 @@ def test_gradcheck_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every tenth model; every kind trains and traces above."""
     monkeypatch.setattr(gradcheck, "KINDS", list(KINDS)[::10])
     checks = list(gradcheck.check_all(strict_operations()[0]))
-    assert len(checks) > 30
+    assert len(checks) > 25
     assert [check.name for check in checks if not check.passed] == []
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mhmoe_np.operations import load
 
 SMALL = {"N": 20, "D": 37, "V": 210, "M": 33}
-MOST_POSITIONS = 90  # of attention
+MOST_POSITIONS = 70  # of attention
 
 
 def without_numba() -> None:

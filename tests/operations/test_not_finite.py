@@ -339,6 +339,7 @@ def floats(results: Any) -> list[Any]:
 def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, operation: str, name: str) -> None:
     case = CASES[np.dtype(dtype)][operation]
     rng = np.random.default_rng(62)
+    drawn = 0 if "emulated" in name else 3  # places in each array, besides its first and middle one
 
     def results(ops: Operations, poisoned: str, index: Any, number: float) -> list[Any]:
         arrays = {key: value.copy() for key, value in case.arrays.items()}
@@ -348,7 +349,7 @@ def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, operation: str,
 
     hidden = set()
     for poisoned, array in case.arrays.items():
-        for position in (0, array.size // 2, *rng.integers(0, array.size, 3)):
+        for position in (0, array.size // 2, *rng.integers(0, array.size, drawn)):
             index = np.unravel_index(position, array.shape)
             pair = [results(NUMPY, poisoned, index, number) for number in (array[index], -7)]
             depends = [before != after for before, after in zip(*pair, strict=True)]
