@@ -92,6 +92,10 @@ def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
             lock = _empty_locked_directory(temporary)
         except Taken:
             raise Taken(f"{path}: another process is making it; choose another name") from None
+        except BaseException:  # interrupted between making and locking it
+            with contextlib.suppress(OSError):
+                temporary.rmdir()
+            raise
         try:
             fill(temporary)
             for entry in temporary.rglob("*"):

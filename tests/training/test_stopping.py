@@ -14,10 +14,13 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from mhmoe_np.checkpoints.checkpoint import checkpoints_of
+from mhmoe_np.errors import Interrupted
+from mhmoe_np.storage import files
 from tests.conftest import Run
 from tests.resume import MAIN, command, digests, prepare, straight
 
@@ -103,6 +106,18 @@ def test_a_signal_during_preparation_leaves_nothing_behind(
     assert said.count("mhmoe-np: ") == 1
     assert "Traceback" not in said
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_signal_before_the_folder_is_locked_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Path) -> NoReturn:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(files, "lock_folder", interrupted)
+    with pytest.raises(Interrupted):
+        files.write_directory_atomically(tmp_path / "runs" / "run", lambda folder: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
