@@ -33,9 +33,7 @@ PEERS = {
     "torch-compile": ("benchmarks.torch_side", "--compile"),
     "hf-mixtral": ("benchmarks.hf_side",),
 }
-BATCHES = 8
 TURN_SECONDS = 0.7  # at least so long is a turn, in whole steps
-WARM_STEPS = BATCHES + 1  # each batch once: torch.compile compiles again as shapes change
 LOSS_TOLERANCE = 2e-5  # relative, of float32 rounding
 BITNET_TOLERANCE = 2e-4  # activations at a tie may quantise apart
 MEMORY_KEEPING = {
@@ -111,7 +109,7 @@ def take_turn(side: Process, work: Work, steps: int) -> Turn:
 
 
 def interleave(
-    sides: list[Process], work: Work, repeats: int, disturbed: float
+    sides: list[Process], work: Work, warm_steps: int, repeats: int, disturbed: float
 ) -> tuple[list[list[float]], int]:
     """Seconds a step of each side's undisturbed turns, and how many rounds were dropped.
 
@@ -119,7 +117,7 @@ def interleave(
     """
     steps = []
     for side in sides:
-        side.ask(f"{work} {WARM_STEPS}")
+        side.ask(f"{work} {warm_steps}")
         steps.append(max(1, round(TURN_SECONDS / side.ask(f"{work} 1")[0])))
     kept: list[list[float]] = [[] for _ in sides]
     rounds = 0
@@ -156,10 +154,15 @@ def compare(
     work: Work,
     *,
     threads: int,
+    batches: int,
     repeats: int,
     disturbed: float,
 ) -> dict[str, Any]:
-    """One row of the report. `disturbed`: the foreign share of the machine that spoils a turn.
+    """One row of the report.
+
+    batches: so many different ones take turns; each is seen once before anything is timed, for
+    torch.compile compiles again as shapes change.
+    disturbed: the foreign share of the machine that spoils a turn.
 
     Raises SystemExit: the two sides' losses differ by more than rounding, or the machine is busy.
     """
@@ -171,7 +174,7 @@ def compare(
         parameters = Parameters(config, np.float32)
         initialise(parameters, seed=0)
         save_tensors(weights, parameters.tensors)
-        np.save(tokens, rng.integers(0, config.vocab_size, (BATCHES, batch, window + 1)))
+        np.save(tokens, rng.integers(0, config.vocab_size, (batches, batch, window + 1)))
         arguments = [
             *("--size", size, "--model", model, "--threads", str(threads)),
             *("--work", work, "--weights", str(weights), "--tokens", str(tokens)),
@@ -181,7 +184,9 @@ def compare(
         other = Process(module, arguments + extra, MEMORY_KEEPING)
         losses = ours.ask("loss"), other.ask("loss")
         check_agreement(*losses, tolerance=tolerance_of(model))
-        (our_seconds, peer_seconds), dropped = interleave([ours, other], work, repeats, disturbed)
+        (our_seconds, peer_seconds), dropped = interleave(
+            [ours, other], work, batches + 1, repeats, disturbed
+        )
         memory = ours.ask("memory")[0], other.ask("memory")[0]
         sgemm = max(ours.ask("sgemm")[0], other.ask("sgemm")[0])
         ours.end(), other.end()

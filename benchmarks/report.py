@@ -28,6 +28,7 @@ def main(work: Work, description: str) -> None:
     parser.add_argument("--model", choices=MODELS, help="default: mhmoe, beside hf-mixtral: mixtral")
     parser.add_argument("--peer", choices=PEERS, default="torch")
     parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--batches", type=int, default=8, help="different ones, seen before the timing")
     parser.add_argument("--repeats", type=int, default=7, help="undisturbed turns of each side")
     parser.add_argument(
         "--disturbed", type=float, default=0.05, help="share of others that spoils a turn"
@@ -44,6 +45,7 @@ def main(work: Work, description: str) -> None:
         options.peer,
         work,
         threads=options.threads,
+        batches=options.batches,
         repeats=options.repeats,
         disturbed=options.disturbed,
     )

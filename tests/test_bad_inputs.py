@@ -29,7 +29,7 @@ from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 from tests.bad_cases import LONG_NUMBER, MODEL, NUMPY, RUN, TEXT
 from tests.bad_inputs import described, prepare, run_case, snapshot
 
-CASES, CHUNK = 100, 20
+CASES, CHUNK = 80, 20
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
 Refused = Callable[..., str]
 

@@ -63,7 +63,7 @@ def test_packed_counts_operations_and_compares_times(monkeypatch: pytest.MonkeyP
 )
 def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, tmp_path: Path) -> None:
     options = ("--size", "A", "--model", model, "--peer", "torch", "--repeats", "1", "--json")
-    options += ("--results", str(tmp_path), "--disturbed", "1")
+    options += ("--batches", "1", "--results", str(tmp_path), "--disturbed", "1")
     row = json.loads(benchmark(f"benchmarks.{work}", *options).stdout)
     name = f"{work}-A-{model}-torch-{row['threads']}-threads"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}

@@ -168,10 +168,10 @@ def test_a_run_trains_stops_resumes_and_generates(tmp_path: Path, quantization: 
 
 
 def test_gradcheck_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every tenth model; every kind trains and traces above."""
-    monkeypatch.setattr(gradcheck, "KINDS", list(KINDS)[::10])
+    """With one model; every kind trains and traces above."""
+    monkeypatch.setattr(gradcheck, "KINDS", ["mh2-ternary-shared-capacity"])
     checks = list(gradcheck.check_all(strict_operations()[0]))
-    assert len(checks) > 25
+    assert len(checks) > 20
     assert [check.name for check in checks if not check.passed] == []
 
 

@@ -29,7 +29,6 @@ CHOSEN = [
     "mh2-sign-shared",
     "mh3-sign-projections-bias",
 ]
-# What an emulated kernel does with such a number is tested operation by operation; here, a few.
 EMULATED = ["mh2-z-loss"]
 # Every token goes in, and through every expert (5 of them, of 96 sub-tokens at least).
 WINDOWS = np.random.default_rng(71).permutation(102).reshape(6, 17) % BASE["vocab_size"]
@@ -43,7 +42,7 @@ def of_kind(kind: str) -> Parameters:
 
 
 def numbers(backend: str) -> tuple[float, ...]:
-    """That are not finite."""
+    """That are not finite; emulated, one: what an operation makes of the others is tested there."""
     return (math.nan,) if "emulated" in backend else (math.nan, math.inf, -math.inf)
 
 
@@ -70,7 +69,7 @@ def test_every_tensor_is_in_one_of_the_chosen_models() -> None:
 def test_a_parameter_that_is_not_finite_stops_training(kind: str, backend: str) -> None:
     parameters, ops = of_kind(kind), BACKENDS[backend]
     rng = np.random.default_rng(73)
-    for name, tensor in parameters.tensors.items():
+    for name, tensor in list(parameters.tensors.items())[:: 3 if "emulated" in backend else 1]:
         for bad in numbers(backend):
             place = np.unravel_index(rng.integers(tensor.size), tensor.shape)
             kept, tensor[place] = tensor[place], bad

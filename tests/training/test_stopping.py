@@ -88,7 +88,7 @@ def in_preparation(folder: Path) -> tuple[subprocess.Popen[str], list[Path]]:
     """A run of a text so long that it is still being prepared, and what was in the folder before."""
     prepare(folder, steps=10)
     text = (folder / "text.txt").read_text()
-    (folder / "text.txt").write_text("".join(f"{text} {i}" for i in range(300)))
+    (folder / "text.txt").write_text("".join(f"{text} {i}" for i in range(100)))
     before = sorted(folder.iterdir())
     process = start(folder, out="runs/run")
     wait(process, lambda: (folder / "runs" / ".tmp-run").exists())
