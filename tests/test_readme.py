@@ -31,20 +31,20 @@ def test_the_default_run_trains_scores_three_domains_and_prints_a_sample(
 
 
 def test_a_bitnet_model_is_trained_inspected_packed_run_and_unpacked(
-    mhmoe: Run, tmp_path: Path
+    mhmoe: Run, mhmoe_here: Run, tmp_path: Path
 ) -> None:
     mhmoe("train", "--preset", "quick-bitnet", "--steps", 2)
-    assert "float32" in mhmoe("inspect", "runs/quick-bitnet").stdout
+    assert "float32" in mhmoe_here("inspect", "runs/quick-bitnet").stdout
     mhmoe("pack", "runs/quick-bitnet", "--out", "packed")
     mhmoe("unpack", "packed", "--out", "floats")
     same = [
-        mhmoe("generate", name, "--prompt", "Call me", "--max-new-tokens", 5).stdout
+        mhmoe_here("generate", name, "--prompt", "Call me", "--max-new-tokens", 5).stdout
         for name in ("runs/quick-bitnet", "packed", "floats")
     ]
     assert same[0] == same[1] == same[2]
     held_out = tmp_path / "runs" / "quick-bitnet" / "validation" / "speech.jsonl"
     scores = {
-        mhmoe("eval", name, "--domain", f"s={held_out}", "--json").stdout
+        mhmoe_here("eval", name, "--domain", f"s={held_out}", "--json").stdout
         for name in ("runs/quick-bitnet", "packed", "floats")
     }
     assert len(scores) == 1
