@@ -123,7 +123,7 @@ def turns(monkeypatch: pytest.MonkeyPatch, foreign: list[float]) -> None:
 def test_a_disturbed_turn_is_dropped_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     turns(monkeypatch, [0.0, 0.0, 0.2, 0.0, 0.0, 0.06, 0.05, 0.0])
     sides = [Idle(), Idle()]
-    kept, dropped = compare.interleave(sides, "train", 2, 0.05)  # type: ignore[arg-type]
+    kept, dropped = compare.interleave(sides, "train", 2, 2, 0.05)  # type: ignore[arg-type]
     assert kept == [[0.0, 6.0], [1.0, 7.0]]
     assert dropped == 2
 
@@ -131,7 +131,7 @@ def test_a_disturbed_turn_is_dropped_on_both_sides(monkeypatch: pytest.MonkeyPat
 def test_a_machine_that_is_never_quiet_gives_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     turns(monkeypatch, [0.0, 0.5])
     with pytest.raises(SystemExit, match="other processes disturb the measurement"):
-        compare.interleave([Idle(), Idle()], "train", 2, 0.05)  # type: ignore[list-item]
+        compare.interleave([Idle(), Idle()], "train", 2, 2, 0.05)  # type: ignore[list-item]
 
 
 def test_the_stopwatch_knows_only_operations_of_the_table() -> None:
