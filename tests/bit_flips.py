@@ -36,8 +36,8 @@ def make(folder: Path) -> list[tuple[str, Path]]:
     prepare(folder, steps=9)
     quantised = ["--set", "quantization=bitnet_b158", "--set", "schedule=two-stage"]
     for name, options in (("run", []), ("quantised", quantised)):
-        options = [*options, "--backend", "numpy"]
-        subprocess.run([*command(folder, name), *options], check=True, capture_output=True)
+        arguments = [*command(folder, name), "--backend", "numpy", *options]
+        subprocess.run(arguments, check=True, capture_output=True)
     main = command(folder, "x")[:3]
     packed = []
     for format in ("ternary-2bit", "ternary-base3"):

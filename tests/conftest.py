@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from mhmoe_cli.main import main
 from tests.libraries import ABSENT, is_there
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,6 +69,8 @@ def mhmoe_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """The same in this process, which has imported and compiled most already: many times as fast."""
+    # Not above: from its source tree alone, as on a machine with a GPU, the package is under no name.
+    from mhmoe_cli.main import main
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import tomli_w
 
-from mhmoe_cli.main import main
 from mhmoe_np.data.documents import read_domain
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import parameter_table
@@ -28,6 +27,7 @@ from mhmoe_np.settings.presets import MODEL_PRESETS
 from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 from tests.bad_cases import LONG_NUMBER, MODEL, NUMPY, RUN, TEXT
 from tests.bad_inputs import described, prepare, run_case, snapshot
+from tests.conftest import Run
 
 CASES, CHUNK = 80, 20
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
@@ -51,18 +51,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Refused]:
+def refused(folder: Path, mhmoe_here: Run) -> Refused:
     """Run the command line in this process: code 2 and one line, which is returned."""
 
     def run(*arguments: object) -> str:
         before = snapshot(folder)
-        monkeypatch.setattr(sys, "argv", ["mhmoe-np", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 2
-        errors = capsys.readouterr().err
+        errors = mhmoe_here(*arguments, code=2).stderr
         assert errors.startswith("mhmoe-np: ")
         assert errors.count("\n") == 1
         assert snapshot(folder) == before
