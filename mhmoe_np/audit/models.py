@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mh2": MH2,
     "mh3": MH3,
     "mh2-bias": MH2 | {"moe_projection_bias": True},
+    "mh2-residual": MH2 | {"moe_residual": True},
     "mh2-raw-gates": MH2 | {"norm_topk_prob": False},
     "mh2-no-head": MH2 | {"moe_head_layer": False},
     "mh2-no-merge": MH2 | {"moe_merge_layer": False},

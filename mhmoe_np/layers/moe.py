@@ -80,7 +80,8 @@ def moe_forward(
 
     Shapes   x_ND -> y_ND
     Source   [P1 eq. 2-4], with one head and no projections [P1 eq. 1]; the splitting [P2 eq. 4], the
-             joining [P2 eq. 8]; [spec 3 head layer], [spec 3 reshape], [spec 3 merge layer]
+             joining [P2 eq. 8]; [spec 3 head layer], [spec 3 reshape], [spec 3 merge layer]; the
+             residual, where `moe_residual` asks for it, [P2 eq. 6], [D3]
     """
     N, D = x_ND.shape
     H, U = config.moe_heads, config.sub_token_width
@@ -108,6 +109,9 @@ def moe_forward(
         activation=config.hidden_act,
         eps=config.rms_norm_eps,
     )
+
+    if config.moe_residual:
+        ops.add_in_place(x_MU, y_MU)  # P2 eq. 6: o = x + sum_p g_p f_p(x), of each sub-token
 
     y_ND, joined_ND = y_MU.reshape(N, D), None  # P2 eq. 8: a token's sub-tokens side by side
     if config.moe_merge_layer:
@@ -143,7 +147,7 @@ def moe_backward(
     the router the task sends dgate, the balance loss and the z-loss what `losses` says.
 
     Shapes   dy_ND, cache, losses -> dx_ND
-    Source   [P1 eq. 2-4], [spec 3 head layer], [spec 3 merge layer]
+    Source   [P1 eq. 2-4], [P2 eq. 6], [spec 3 head layer], [spec 3 merge layer]
     """
     assert cache.counted_M is not None
     N, D = dy_ND.shape
@@ -166,6 +170,8 @@ def moe_backward(
         dw.get(SUB_NORM),
         activation=config.hidden_act,
     )
+    if config.moe_residual:  # P2 eq. 6
+        ops.add_in_place(djoined_ND.reshape(cache.x_MU.shape), dx_MU)
     dlogits_ME = ops.route_backward(
         dgate_MK, cache.routing, cache.counted_M, losses, normalise=config.norm_topk_prob
     )

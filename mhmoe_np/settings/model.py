@@ -71,6 +71,7 @@ class ModelConfig(StrictModel):
     moe_head_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
     moe_merge_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
     moe_projection_bias: bool = False
+    moe_residual: bool = False
     norm_topk_prob: bool = Field(default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1)
     # An expert's capacity must fit an integer.
     moe_capacity_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None

@@ -29,7 +29,7 @@ PADDED[2, 11:] = -100
 def test_every_tensor_of_a_trace_equals_the_independent_model(
     kind: str, tokens: np.ndarray, backend: BackendName
 ) -> None:
-    # The layer: [P1 eq. 1-5], [P2 eq. 4-5, 8], [spec 3 head layer], [spec 3 reshape],
+    # The layer: [P1 eq. 1-5], [P2 eq. 4-6, 8], [spec 3 head layer], [spec 3 reshape],
     # [spec 3 softmax], [spec 3 K largest], [spec 3 Expert], [spec 3 merge layer],
     # [spec 3 SharedExpert].
     # The rest: [spec 1 Model keys], [spec 1 tensor names], [spec 1 embed_tokens], [spec 1 not tied],

@@ -46,6 +46,7 @@ class Config:
     moe_head_layer: bool | None = None
     moe_merge_layer: bool | None = None
     moe_projection_bias: bool = False
+    moe_residual: bool = False
     norm_topk_prob: bool | None = None
     moe_capacity_factor: float | None = None
     shared_expert_intermediate_size: int = 0
@@ -360,7 +361,10 @@ def moe(config: Config, weights: dict[str, Tensor], prefix: str, x: Tensor) -> t
     tokens = projection(config, weights, f"{prefix}.head_proj", x) if config.moe_head_layer else x
     sub_tokens = tokens.reshape(N * H, D // H)  # token-major: row n·H + j
     routing = route(config, weights[f"{prefix}.gate.weight"], sub_tokens)
-    y = run_experts(config, weights, prefix, sub_tokens, routing).reshape(N, D)
+    y = run_experts(config, weights, prefix, sub_tokens, routing)
+    if config.moe_residual:
+        y = y + sub_tokens
+    y = y.reshape(N, D)
     if config.moe_merge_layer:
         y = projection(config, weights, f"{prefix}.merge_proj", y)
     if config.shared_expert_intermediate_size > 0:
