@@ -22,7 +22,7 @@ PAGE = RESULTS.parent / "README.md"
 HEAD = """# Benchmarks
 
 This page is made by `python -m benchmarks.readme` of what the benchmarks wrote into `results/`; nothing in
-it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip install -e '.[bench]'`.
+it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip install -e '.[test]'`.
 
     python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
                                [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]

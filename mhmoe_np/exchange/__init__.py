@@ -1,0 +1,1 @@
+"""Models of other implementations, in and out: their configuration, tensor names and files."""
