@@ -31,6 +31,7 @@ it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip in
     python -m benchmarks.plan          whether `mhmoe-np plan` is right
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
+    python -m benchmarks.questions     what the settings that users ask about do to perplexity (docs/questions.md)
     python -m benchmarks.decode        the cost of a generated token
     python -m benchmarks.checkpoint    what checksums cost when a checkpoint is written
     python -m benchmarks.gpu           the cuda backend beside PyTorch and its floors, on a GPU
