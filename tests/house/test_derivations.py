@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from latex2mathml.converter import convert
 
+from mhmoe_np.operations import numpy_ref
+from mhmoe_np.operations.table import Operations
 from tests.house.ledger import ROOT, section, units_of
 
 DOCS = ROOT / "docs"
@@ -159,16 +162,19 @@ def test_every_formula_is_one_for_github(name: str) -> None:
         assert "\\" not in re.sub("&#x0*5C;", "\\\\", convert(formula)), formula
 
 
+def run_after_the_first(block: str) -> None:
+    """A block as a reader pastes it: after the first one, by itself."""
+    names: dict[str, object] = {}
+    for python in (page().python[0], block):
+        exec(compile(python, "derivations.md", "exec"), names)
+
+
 def test_the_python_of_the_page_runs() -> None:
-    """Each block after the first one and by itself, as a reader pastes it."""
-    first, *others = page().python
-    assert len(others) >= 12
-    for block in others:
-        assert "same(" in block or "assert" in block
-        names: dict[str, object] = {}
-        exec(compile(first, "the first block", "exec"), names)
+    _, *blocks = page().python
+    assert len(blocks) > 12
+    for block in blocks:
         try:
-            exec(compile(block, "a block", "exec"), names)
+            run_after_the_first(block)
         except Exception as error:
             error.add_note(block)
             raise
@@ -188,3 +194,20 @@ def test_the_python_of_the_page_runs() -> None:
 )
 def test_a_misnamed_one_is_found(sentence: str, fault: str) -> None:
     assert fault in misnamed(Page(sentence))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in vars(Operations) if name.endswith(("_backward", "_and_gradient"))]
+)
+def test_a_gradient_off_by_a_thousandth_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(numpy_ref, name)
+
+    def wrong(first: Any, *others: Any, **options: Any) -> Any:
+        return right(1.001 * first, *others, **options)
+
+    monkeypatch.setattr(numpy_ref, name, wrong)
+    blocks = [block for block in page().python if f"ops.{name}(" in block]
+    assert blocks
+    for block in blocks:
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            run_after_the_first(block)
