@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, packed, parts, readme
+from benchmarks import compare, packed, parts, questions, readme
 from benchmarks.sizes import benchmark_config
+from mhmoe_cli.run_settings import option_tables, resolved_config
 from mhmoe_np.costs.model import macs_per_token, parameter_count
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import choose
@@ -146,3 +149,33 @@ def test_the_page_is_made_of_the_results() -> None:
 def test_a_peer_of_another_architecture_is_refused() -> None:
     options = ("--peer", "hf-mixtral", "--model", "dense")
     assert "--model mixtral" in benchmark("benchmarks.train", *options, code=2).stderr
+
+
+def test_each_change_of_the_questions_is_one_of_its_preset() -> None:
+    for question in questions.QUESTIONS.values():
+        for preset, change in itertools.product(question.presets, question.changes):
+            plain, changed = (
+                resolved_config(None, preset, option_tables(settings, (), steps=None)).model_dump()
+                for settings in ((), (change,))
+            )
+            key = change.partition("=")[0]
+            assert plain["model"].pop(key) != changed["model"].pop(key)
+            assert plain == changed
+
+
+def test_a_question_compares_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(_: questions.Runs, preset: str, change: str, seed: int) -> Path:
+        run = tmp_path / f"{preset}{change}{seed}"
+        run.mkdir()
+        nll = math.log(100 + seed) + (math.log(1.05) if change else 0)
+        # Domains count by their tokens: 3 and 1 make the mean.
+        domains = {"a": {"nll": 3 * (nll - 1), "tokens": 3}, "b": {"nll": nll + 3, "tokens": 1}}
+        (run / "evaluation.json").write_text(json.dumps({"domains": domains}))
+        return run
+
+    monkeypatch.setattr(questions.Runs, "trained", evaluated)
+    row = questions.compare(questions.Runs(tmp_path, None, None), "small", "a=1", [0, 1])
+    assert row["token_ppl"] == [100, 101]
+    assert row["token_ppl_changed"] == [105, 106.05]
+    assert row["percent_higher"] == [5, 5]
+    assert row["mean_percent_higher"] == 5
