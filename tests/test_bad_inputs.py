@@ -29,7 +29,7 @@ from tests.bad_cases import LONG_NUMBER, MODEL, NUMPY, RUN, TEXT
 from tests.bad_inputs import described, prepare, run_case, snapshot
 from tests.conftest import Run
 
-CASES, CHUNK = 80, 20
+CASES, CHUNK = 40, 20
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
 Refused = Callable[..., str]
 

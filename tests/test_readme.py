@@ -17,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_default_run_trains_scores_three_domains_and_prints_a_sample(
-    mhmoe: Run, tmp_path: Path
+    mhmoe: Run, mhmoe_here: Run, tmp_path: Path
 ) -> None:
     printed = mhmoe("train", "--steps", 2).stdout
     assert "sample:" in printed
@@ -25,18 +25,18 @@ def test_the_default_run_trains_scores_three_domains_and_prints_a_sample(
     assert set(scores) == {"books", "lexicon", "speech"}
     assert all(score["bits_per_byte"] > 0 for score in scores.values())
     # A second run takes a folder of its own, and --resume auto finds the last one.
-    mhmoe("train", "--steps", 2)
+    mhmoe_here("train", "--steps", 2)
     assert (tmp_path / "runs" / "quick-2").is_dir()
-    assert "runs/quick-2 is finished" in mhmoe("train", "--resume", "auto").stderr
+    assert "runs/quick-2 is finished" in mhmoe_here("train", "--resume", "auto").stderr
 
 
 def test_a_bitnet_model_is_trained_inspected_packed_run_and_unpacked(
-    mhmoe: Run, mhmoe_here: Run, tmp_path: Path
+    mhmoe_here: Run, tmp_path: Path
 ) -> None:
-    mhmoe("train", "--preset", "quick-bitnet", "--steps", 2)
+    mhmoe_here("train", "--preset", "quick-bitnet", "--steps", 2)
     assert "float32" in mhmoe_here("inspect", "runs/quick-bitnet").stdout
-    mhmoe("pack", "runs/quick-bitnet", "--out", "packed")
-    mhmoe("unpack", "packed", "--out", "floats")
+    mhmoe_here("pack", "runs/quick-bitnet", "--out", "packed")
+    mhmoe_here("unpack", "packed", "--out", "floats")
     same = [
         mhmoe_here("generate", name, "--prompt", "Call me", "--max-new-tokens", 5).stdout
         for name in ("runs/quick-bitnet", "packed", "floats")
@@ -50,15 +50,17 @@ def test_a_bitnet_model_is_trained_inspected_packed_run_and_unpacked(
     assert len(scores) == 1
 
 
-def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe: Run, tmp_path: Path) -> None:
+def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe_here: Run, tmp_path: Path) -> None:
     (tmp_path / "my_texts").mkdir()
     for i in range(3):
         text = " ".join(f"word{i}{j % 97}" for j in range(3000))
         (tmp_path / "my_texts" / f"{i}.txt").write_text(text)
     options = ("--data", "my_texts/", "--out", "runs/mine", "--steps", 2)
-    mhmoe("train", "--preset", "small-mh-moe-3", *options)
-    mhmoe("train", "--resume", "runs/mine", "--steps", 3)
-    mhmoe("train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1)
+    mhmoe_here("train", "--preset", "small-mh-moe-3", *options)
+    mhmoe_here("train", "--resume", "runs/mine", "--steps", 3)
+    mhmoe_here(
+        "train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1
+    )
 
 
 def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
 
 
 def test_its_python_does_what_the_commands_do(
-    mhmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert block is not None
@@ -80,8 +82,8 @@ def test_its_python_does_what_the_commands_do(
     names: dict[str, Any] = {}
     exec(re.sub(r'"steps": (\d)0', r'"steps": \1', block[1]), names)  # 2 and 3, not 20 and 30
 
-    mhmoe("train", "--steps", 2, "--out", "runs/by-command")
-    mhmoe("train", "--resume", "runs/by-command", "--steps", 3)
+    mhmoe_here("train", "--steps", 2, "--out", "runs/by-command")
+    mhmoe_here("train", "--resume", "runs/by-command", "--steps", 3)
     ours, commands = tmp_path / "runs" / "from-python", tmp_path / "runs" / "by-command"
     assert digests(ours) == digests(commands)
     for name in ("evaluation.json", "config.toml", "environment.json"):
@@ -92,10 +94,10 @@ def test_its_python_does_what_the_commands_do(
     assert gradients == {f"grad.{name}" for name in names["trainer"].learner.parameters.tensors}
 
 
-def test_a_small_preset_can_be_planned(mhmoe: Run) -> None:
-    assert "memory at the peak" in mhmoe("plan", "--preset", "small-mh-moe-3").stdout
+def test_a_small_preset_can_be_planned(mhmoe_here: Run) -> None:
+    assert "memory at the peak" in mhmoe_here("plan", "--preset", "small-mh-moe-3").stdout
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_parity_solves(mhmoe: Run, heads: int) -> None:
-    assert "experts E" in mhmoe("parity", "--heads", heads, "--top-k", 2).stdout
+def test_parity_solves(mhmoe_here: Run, heads: int) -> None:
+    assert "experts E" in mhmoe_here("parity", "--heads", heads, "--top-k", 2).stdout

@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.model.language_model import ForwardCache, Model, backward, checked_ids, forward
+from mhmoe_np.model.language_model import (
+    ForwardCache,
+    Model,
+    backward,
+    checked_ids,
+    forward,
+    known_ids,
+)
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.sums import StepResult, StepSums
 from mhmoe_np.operations.table import Operations
@@ -38,10 +45,12 @@ class Batch(NamedTuple):
         """What a model is given of it, still on the host.
 
         Shapes   -> id_BT, target_N, counted_M
-        Raises   ValueError: see `checked_ids`.
+        Raises   ValueError: a target is neither -100 nor of the vocabulary; see `checked_ids`.
         """
         target_N = np.ascontiguousarray(self.target_BT.reshape(-1), np.int64)
-        counted_M = np.repeat(target_N != IGNORED, config.moe_heads)
+        counted_N = target_N != IGNORED
+        known_ids(target_N[counted_N], config)
+        counted_M = np.repeat(counted_N, config.moe_heads)
         return DeviceBatch(checked_ids(self.input_BT, config), target_N, counted_M)
 
 

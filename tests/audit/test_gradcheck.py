@@ -24,7 +24,7 @@ from tests.conftest import Run
 
 
 def test_every_operation_and_model_is_within_its_bound() -> None:
-    """On numba; on numpy the command below says so."""
+    """On numba; the definition's gradients are compared with autograd's: `test_trace`."""
     checks = list(check_all(load_operations("numba")))
     assert len(checks) > 60
     assert [check for check in checks if not check.passed] == []
@@ -157,9 +157,12 @@ def test_an_operation_that_breaks_the_tables_promises_is_stopped() -> None:
         check_model("dense", ops)
 
 
-def test_the_command_prints_a_list_of_errors_and_bounds(mhmoe: Run) -> None:
-    checks = json.loads(mhmoe("gradcheck", "--json", "--backend", "numpy").stdout)
-    assert len(checks) > 60
+def test_the_command_prints_a_list_of_errors_and_bounds(
+    mhmoe_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradcheck, "KINDS", ["mh3-shared-sub-norm", "mh2-residual", "mh2-sign"])
+    checks = json.loads(mhmoe_here("gradcheck", "--json", "--backend", "numpy").stdout)
+    assert len(checks) > 20
     keys = {"name", "max_rel_error", "bound", "argument", "entry"}
     assert all(set(check) == keys for check in checks)
     assert all(check["max_rel_error"] <= check["bound"] <= 1e-6 for check in checks)

@@ -105,6 +105,15 @@ def test_a_score_does_not_depend_on_how_many_windows_go_at_once(length: int) -> 
     assert one == pytest.approx(total, rel=1e-13)
 
 
+@pytest.mark.parametrize("target", [37, -1])
+def test_a_target_is_of_the_vocabulary_or_padding(target: int) -> None:
+    ops = load_operations("numpy")
+    model, ids = _model("dense", ops), np.array([[1, 2]])
+    loss(model, [Batch(ids, np.array([[36, -100]]))], ops=ops)
+    with pytest.raises(ValueError, match=r"0 \.\. 36"):
+        loss(model, [Batch(ids, np.array([[36, target]]))], ops=ops)
+
+
 def test_ids_outside_the_vocabulary_and_too_many_positions_are_refused() -> None:
     ops = load_operations("numpy")
     model = _model("dense", ops)

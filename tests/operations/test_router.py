@@ -233,6 +233,25 @@ def test_logits_that_are_not_numbers_still_choose_valid_experts(
     assert all(len(set(row)) == K for row in expert.tolist())
 
 
+@of_each_backend
+@of_each_dtype
+@pytest.mark.parametrize("E", [5, 40])
+def test_what_is_not_counted_adds_nothing_to_the_statistics_whatever_it_is(
+    name: str, dtype: Any, E: int
+) -> None:
+    # [D12]
+    counted, logits = np.arange(9) != 4, Inputs(27, dtype)(9, E)
+    totals = []
+    for number in (0.0, math.nan):
+        logits[4] = number
+        routing = BACKENDS[name].route(logits, top_k=3, normalise=True)
+        sent = NUMPY.dispatch(routing.expert_MK, experts=E, capacity=None)
+        totals.append(router_sums(E))
+        BACKENDS[name].add_router_statistics(routing, sent, counted, totals[-1])
+    for healthy, beside in zip(*totals, strict=True):
+        same_bits(beside, healthy)
+
+
 @of_each_fast_backend
 @of_each_dtype
 @pytest.mark.parametrize("E", [5, 40, 300])

@@ -30,7 +30,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> Non
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same_run(tmp_path: Path) -> None:
-    prepare(tmp_path, steps=400)
+    prepare(tmp_path, steps=200)
     expected, _ = straight(tmp_path)
     process = subprocess.Popen(command(tmp_path, "killed"), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -46,7 +46,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_run(tmp_path: Path) -> No
     assert "continuing at step" in again.stderr
     assert digests(tmp_path / "killed") == expected
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 201))
     finished = subprocess.run(command(tmp_path, "killed"), capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0
     assert "is finished" in finished.stderr
@@ -70,17 +70,17 @@ def test_a_run_that_compiles_its_kernels_has_the_bits_of_later_ones(
 
 @pytest.mark.parametrize("quantization", ["bitnet_b158", "bitnet"])
 def test_a_quantised_run_logs_its_weights_and_resumes_with_the_same_bits(
-    mhmoe: Run, tmp_path: Path, quantization: str
+    mhmoe_here: Run, tmp_path: Path, quantization: str
 ) -> None:
     prepare(tmp_path, steps=9)
     options = ("--set", f"quantization={quantization}", "--set", "schedule=two-stage")
     options += ("--set", "learning_rate=0.01", "--set", "keep_checkpoints=9")
-    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "straight", *options)
+    mhmoe_here("train", "config.toml", "--data", "text.txt", "--out", "straight", *options)
     straight = tmp_path / "straight"
     shutil.copytree(straight, tmp_path / "again")
     for step in (6, 9):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{step:08d}")
-    mhmoe("train", "--resume", "again")
+    mhmoe_here("train", "--resume", "again")
     assert digests(tmp_path / "again") == digests(straight)
 
     for run in (straight, tmp_path / "again"):
@@ -95,7 +95,7 @@ def test_a_quantised_run_logs_its_weights_and_resumes_with_the_same_bits(
         assert [line["step"] for line in matrices] == [3, 6, 9]
         last = matrices[-1]["matrices"]
         assert sum(matrix["flipped"] for matrix in last.values()) == steps[-1]["quantised"]["flipped"]
-        rows = {row["name"]: row for row in json.loads(mhmoe("inspect", run, "--json").stdout)}
+        rows = {row["name"]: row for row in json.loads(mhmoe_here("inspect", run, "--json").stdout)}
         assert set(last) == {name for name, row in rows.items() if row["scale"] is not None}
         for name, matrix in last.items():
             size = matrix["minus"] + matrix["zero"] + matrix["plus"]
@@ -103,15 +103,15 @@ def test_a_quantised_run_logs_its_weights_and_resumes_with_the_same_bits(
             assert rows[name]["plus"] == matrix["plus"] / size
 
 
-def test_flips_are_the_quantised_weights_that_a_step_changed(mhmoe: Run, tmp_path: Path) -> None:
+def test_flips_are_the_quantised_weights_that_a_step_changed(mhmoe_here: Run, tmp_path: Path) -> None:
     prepare(tmp_path, steps=2)
     options = ("--set", "quantization=bitnet_b158", "--set", "learning_rate=0.01")
     options += ("--set", "warmup_steps=0", "--set", "schedule=constant", "--checkpoint-every", "1")
-    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run", *options)
+    mhmoe_here("train", "config.toml", "--data", "text.txt", "--out", "run", *options)
     integers = []
     for step in (1, 2):
         checkpoint = f"run/checkpoints/step-{step:08d}"
-        mhmoe("pack", checkpoint, "--out", f"packed-{step}")
+        mhmoe_here("pack", checkpoint, "--out", f"packed-{step}")
         weights = load_model(tmp_path / f"packed-{step}", np.float32, ops=load_operations("numpy"))
         integers.append(
             [unpack(w.w) for w in weights.weights.arrays.values() if isinstance(w, PackedWeight)]
@@ -121,7 +121,7 @@ def test_flips_are_the_quantised_weights_that_a_step_changed(mhmoe: Run, tmp_pat
     assert last["quantised"]["flipped"] == changed > 0
 
 
-def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:
+def test_train_then_eval_and_generate(mhmoe: Run, mhmoe_here: Run, tmp_path: Path) -> None:
     prepare(tmp_path, steps=30)
     trained = mhmoe(
         "train", "config.toml", "--data", "text.txt", "--out", "run", "--set", "hidden_size=48"
@@ -132,7 +132,7 @@ def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:
     scores = json.loads(mhmoe("eval", "run", "--domain", f"t={held_out}", "--json").stdout)
     saved = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert scores["domains"]["t"] == saved["domains"]["text"]
-    other = mhmoe("eval", "run", "--domain", f"t={held_out}", "--json", "--batch-tokens", 33)
+    other = mhmoe_here("eval", "run", "--domain", f"t={held_out}", "--json", "--batch-tokens", 33)
     nll = json.loads(other.stdout)["domains"]["t"]["nll"]
     # float32 sums in another order
     assert nll == pytest.approx(scores["domains"]["t"]["nll"], rel=1e-6)
@@ -143,15 +143,15 @@ def test_train_then_eval_and_generate(mhmoe: Run, tmp_path: Path) -> None:
     options = ("--prompt", "the whale", "--max-new-tokens", 12, "--top-k", 20, "--top-p", 0.9)
     first = mhmoe("generate", "run", *options, "--seed", 1).stdout
     assert first.startswith("the whale")
-    assert mhmoe("generate", "run", *options, "--seed", 1).stdout == first
-    greedy = mhmoe("generate", "run", "--prompt", "", "--temperature", 0, "--max-new-tokens", 5)
+    assert mhmoe_here("generate", "run", *options, "--seed", 1).stdout == first
+    greedy = mhmoe_here("generate", "run", "--prompt", "", "--temperature", 0, "--max-new-tokens", 5)
     assert greedy.stdout.strip()
 
-    refused = mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run", code=2)
+    refused = mhmoe_here("train", "config.toml", "--data", "text.txt", "--out", "run", code=2)
     assert "--resume auto" in refused.stderr
-    changed = mhmoe("train", "--resume", "run", "--set", "training.seed=1", code=2)
+    changed = mhmoe_here("train", "--resume", "run", "--set", "training.seed=1", code=2)
     assert "training.seed" in changed.stderr
-    longer = mhmoe("train", "--resume", "run", "--steps", 33, "--set", "learning_rate=1e-4")
+    longer = mhmoe_here("train", "--resume", "run", "--steps", 33, "--set", "learning_rate=1e-4")
     assert "from step 30 on optimizer.learning_rate is 0.0001; it was 0.0006" in longer.stderr
     assert "continuing at step 30" in longer.stderr
     last = find_checkpoint(tmp_path / "run")
@@ -193,22 +193,22 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == [] or list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_damaged_checkpoint_is_named(mhmoe: Run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(mhmoe_here: Run, tmp_path: Path) -> None:
     prepare(tmp_path, steps=3)
-    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "run")
+    mhmoe_here("train", "config.toml", "--data", "text.txt", "--out", "run")
     weights = next((tmp_path / "run" / "checkpoints").glob("step-*")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    result = mhmoe("eval", "run", "--domain", "t=text.txt", code=2)
+    result = mhmoe_here("eval", "run", "--domain", "t=text.txt", code=2)
     assert "model.safetensors" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("quantization", ["none", "bitnet_b158", "bitnet"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_another_rate_goes_on(
-    mhmoe: Run, tmp_path: Path, quantization: str
+    mhmoe_here: Run, tmp_path: Path, quantization: str
 ) -> None:
     prepare(tmp_path, steps=10)
-    result = mhmoe(
+    result = mhmoe_here(
         *("train", "config.toml", "--data", "text.txt", "--out", "run"),
         *("--set", f"quantization={quantization}"),
         *("--set", "learning_rate=1e30", "--set", "warmup_steps=0"),
@@ -218,19 +218,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_another_rate_goes_on(
     assert "not finite: layer 0, " in failure
     assert "go on from the start with: mhmoe-np train --resume run" in failure
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    replayed = mhmoe("replay", "run/failure").stdout
+    replayed = mhmoe_here("replay", "run/failure").stdout
     assert "first not finite: layer 0, " in replayed
-    lower = mhmoe("train", "--resume", "run", "--set", "learning_rate=1e-4")
+    lower = mhmoe_here("train", "--resume", "run", "--set", "learning_rate=1e-4")
     assert "from step 0 on optimizer.learning_rate is 0.0001" in lower.stderr
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
-def test_a_new_run_starts_from_a_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
+def test_a_new_run_starts_from_a_checkpoint(mhmoe_here: Run, tmp_path: Path) -> None:
     prepare(tmp_path, steps=6)
-    mhmoe("train", "config.toml", "--data", "text.txt", "--out", "first")
+    mhmoe_here("train", "config.toml", "--data", "text.txt", "--out", "first")
     (tmp_path / "other.txt").write_text("the sea and the ship of a captain " * 300)
     options = ("--data", "other.txt", "--set", "sequence_length=16", "--set", "batch_size=2")
-    tuned = mhmoe(
+    tuned = mhmoe_here(
         *("train", "--init", "first", "--out", "tuned", "--steps", 4, *options),
         *("--checkpoint-every", 1, "--set", "keep_checkpoints=9", "--set", "learning_rate=1e-3"),
     )
@@ -243,18 +243,18 @@ def test_a_new_run_starts_from_a_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "tuned", again)
     for step in (2, 3, 4):
         shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
-    mhmoe("train", "--resume", "again")
+    mhmoe_here("train", "--resume", "again")
     assert digests(again) == digests(tmp_path / "tuned")
 
     shutil.rmtree(again / "checkpoints")
-    assert "its checkpoints are gone" in mhmoe("train", "--resume", "again", code=2).stderr
+    assert "its checkpoints are gone" in mhmoe_here("train", "--resume", "again", code=2).stderr
     repeated = ("train", "config.toml", "--init", "first", "--data", "text.txt", "--out", "new")
-    mhmoe(*repeated, "--resume", "auto")
-    assert "is finished" in mhmoe(*repeated, "--resume", "auto").stderr
-    both = mhmoe("train", "--init", "first", "--resume", "tuned", code=2)
+    mhmoe_here(*repeated, "--resume", "auto")
+    assert "is finished" in mhmoe_here(*repeated, "--resume", "auto").stderr
+    both = mhmoe_here("train", "--init", "first", "--resume", "tuned", code=2)
     assert "give either --init or --resume" in both.stderr
 
-    other = mhmoe(
+    other = mhmoe_here(
         *("train", "config.toml", "--init", "first", "--data", "text.txt", "--out", "wider"),
         *("--set", "hidden_size=64"),
         code=2,
@@ -262,8 +262,8 @@ def test_a_new_run_starts_from_a_checkpoint(mhmoe: Run, tmp_path: Path) -> None:
     assert "model.safetensors" in other.stderr
     assert "shape" in other.stderr
     assert not (tmp_path / "wider").exists()
-    mhmoe("init", str(first / "config.json"), "--out", "bare", "--seed", 0)
-    without = mhmoe(
+    mhmoe_here("init", str(first / "config.json"), "--out", "bare", "--seed", 0)
+    without = mhmoe_here(
         "train", "config.toml", "--init", "bare", "--data", "text.txt", "--out", "x", code=2
     )
     assert "has no tokenizer.json" in without.stderr

@@ -65,6 +65,6 @@ def add_router_statistics(
     chosen, dropped = expert_MK[counted_M], dispatch.slot_MK[counted_M] < 0  # [counted sub-tokens, K]
     sums.first_choice_E[...] += np.bincount(chosen[:, 0], minlength=E)
     sums.choice_E[...] += np.bincount(chosen.ravel(), minlength=E)
-    sums.p_E[...] = sums.p_E.astype(real) + counted_M.astype(real) @ p_ME
+    sums.p_E[...] = sums.p_E.astype(real) + p_ME[counted_M].sum(axis=0)
     sums.dropped_E[...] += np.bincount(chosen[dropped], minlength=E)
     sums.squared_log_sum_exp_1[...] += np.sum(np.square(log_sum_exp_M[counted_M]))
