@@ -1,0 +1,280 @@
+"""Models of transformers in and out: the same logits and gradients as transformers' own code.
+
+Each comparison runs in float32 and in float64. transformers computes norms, rotary angles and gates in
+float32 whatever the model is in; `in_double` gives it float64 there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mhmoe_np.audit.models import KINDS, parameters, settings
+from mhmoe_np.audit.trace import trace
+from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.data.tokenizer import train_tokenizer
+from mhmoe_np.exchange.bit_linear import LinearClass
+from mhmoe_np.exchange.foreign import Foreign
+from mhmoe_np.exchange.hf_classes import CLASSES, OURS
+from mhmoe_np.exchange.hf_export import exported_as, write_hf
+from mhmoe_np.exchange.hf_import import import_hf
+from mhmoe_np.exchange.hf_names import their_tensors
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.model.weights import quantised_anew
+from mhmoe_np.operations.load import load_operations
+from mhmoe_np.operations.table import BitWeight
+from mhmoe_np.settings.model import ModelConfig
+
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setattr(torch, "compile", lambda function: function)  # it would call for a C++ compiler
+    from transformers.integrations.bitnet import pack_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+OPS = load_operations("numpy")
+TOKENS = np.random.default_rng(9).integers(0, 37, (3, 17))
+BOUNDS = {"float32": 2e-5, "float64": 1e-7}
+BASE: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ROUTED = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+LOCAL = ROUTED | {"num_local_experts": 5}
+QWEN = ROUTED | {
+    "num_experts": 5,
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 0,
+    "qkv_bias": False,
+}
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 10}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "hidden_act": "relu2"}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", LOCAL),
+    "qwen2-moe": ("qwen2_moe", QWEN),
+    "qwen2-moe-renormalised": ("qwen2_moe", QWEN | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "granite": (
+        "granitemoeshared",
+        LOCAL | {"shared_intermediate_size": 18, "attention_multiplier": 6**-0.5},
+    ),
+    "bitnet-float": ("bitnet", {"hidden_act": "silu"}),
+    "bitnet": ("bitnet", {"quantization_config": ONLINE}),
+    "llama-ternary": ("llama", {"quantization_config": ONLINE}),
+}
+
+
+# ---- both sides -----------------------------------------------------------------------------------
+
+
+class _InDouble:
+    """torch, where float32 is float64."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def in_double(model: Any) -> Iterator[None]:
+    """Let a model of transformers compute in float64 throughout."""
+    module = sys.modules[type(model).__module__]
+    rotary = getattr(model.model, "rotary_emb", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        if rotary is not None:
+            patch.setattr(module, "torch", _InDouble())
+            rotary.inv_freq, _ = rotary.compute_default_rope_parameters(model.config)
+        yield
+
+
+def theirs(model: Any, dtype: str) -> dict[str, np.ndarray]:
+    """Logits, mean NLL and its gradients by their names."""
+    if model.config.model_type != "mhmoe":
+        model.set_experts_implementation("eager")  # the others lack float64
+    model = model.to(getattr(torch, dtype)).eval()
+    model.zero_grad()
+    tokens = torch.from_numpy(TOKENS)
+    with in_double(model) if dtype == "float64" else contextlib.nullcontext():
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    found = {name: tensor.grad for name, tensor in model.named_parameters()}
+    return {"logits": logits.detach().numpy()} | {
+        name: np.zeros(tensor.shape) if found[name] is None else found[name].numpy()
+        for name, tensor in model.named_parameters()
+    }
+
+
+def ours(parameters: Parameters, dtype: str) -> dict[str, np.ndarray]:
+    return trace(_model(parameters, dtype), TOKENS, gradients=True, ops=OPS)
+
+
+def _model(parameters: Parameters, dtype: str) -> Model:
+    config = parameters.config
+    return Model.of(Parameters(config, dtype, flat_P=parameters.flat_P.astype(dtype)), ops=OPS)
+
+
+def assert_near(found: np.ndarray, wanted: np.ndarray, dtype: str, name: str) -> None:
+    assert found.shape == wanted.shape, name
+    error, size = np.abs(found - wanted).max(initial=0), np.abs(wanted).max(initial=0)
+    assert error <= BOUNDS[dtype] * size, f"{name}: {error / size:.1e}"
+
+
+def assert_same_function(model: Any, foreign: Parameters, model_type: str) -> None:
+    """Logits and the gradient of every parameter agree, in both float types."""
+    doubled = {name for name in foreign.tensors if name.endswith("shared_expert.down_proj.weight")}
+    for dtype in BOUNDS:
+        peer, own = theirs(model, dtype), ours(foreign, dtype)
+        assert_near(own["logits"], peer["logits"], dtype, "logits")
+        compared = set()
+        for tensor in their_tensors(foreign.config, CLASSES[model_type].spellings[-1]):
+            for part in tensor.parts:
+                gradient = own[f"grad.{part.tensor}"]
+                if model_type == "qwen2_moe" and part.tensor in doubled:
+                    gradient = gradient / 2  # theirs is twice as large and halved again
+                assert_near(gradient, peer[tensor.name][part.where], dtype, part.tensor)
+            compared.add(tensor.name)
+        left = peer.keys() - compared - {"logits"}
+        assert all(".shared_expert" in name for name in left)
+
+
+def same_bits(one: Parameters, other: Parameters) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        tensor.tobytes() == other.tensors[name].tobytes() for name, tensor in one.tensors.items()
+    )
+
+
+# ---- in -------------------------------------------------------------------------------------------
+
+
+def a_model_of_transformers(case: str) -> Any:
+    model_type, keys = FOREIGN[case]
+    torch.manual_seed(3)
+    quantised = keys.get("quantization_config")
+    own = {key: value for key, value in keys.items() if key != "quantization_config"}
+    config = AutoConfig.for_model(model_type, **(BASE | own))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.add_(0.1 * torch.randn(tensor.shape))
+            elif name.endswith("shared_expert_gate.weight"):
+                tensor.zero_()
+    if quantised is not None:
+        model.config.quantization_config = quantised
+    return model
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_model_of_transformers_computes_the_same_here(case: str, tmp_path: Path) -> None:
+    model = a_model_of_transformers(case)
+    found: list[Foreign] = []
+    for name, how in {
+        "names of version 4": {},
+        "names of version 5": {"save_original_format": False},
+        "many files": {"max_shard_size": "5KB"},
+    }.items():
+        model.save_pretrained(tmp_path / name, **how)
+        found.append(import_hf(tmp_path / name))
+    assert len(list((tmp_path / "many files").glob("*.safetensors"))) > 3
+    first = found[0].parameters
+    assert all(same_bits(first, other.parameters) for other in found[1:])
+    if "quantization_config" in FOREIGN[case][1]:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "names of version 4")
+    assert_same_function(model, first, FOREIGN[case][0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_widened_exactly(dtype: str, tmp_path: Path) -> None:
+    model = a_model_of_transformers("mixtral").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "half")
+    found = import_hf(tmp_path / "half").parameters
+    state = model.state_dict()
+    for tensor in their_tensors(found.config, CLASSES["mixtral"].spellings[-1]):
+        for part in tensor.parts:
+            wanted = state[tensor.name].float().numpy()[part.where]
+            np.testing.assert_array_equal(found.tensors[part.tensor], wanted)
+
+
+# ---- out ------------------------------------------------------------------------------------------
+
+COUNTERPARTS = {
+    "dense-grouped-heads": "LlamaForCausalLM",
+    "dense-relu2-sub-norm-untied": "BitNetForCausalLM",
+    "dense-ternary": "BitNetForCausalLM",
+    "dense-ternary-no-sub-norm": "LlamaForCausalLM",
+    "smoe": "Qwen2MoeForCausalLM",
+    "smoe-shared": "Qwen2MoeForCausalLM",
+    "fine-grained": "MixtralForCausalLM",
+    "fine-grained-shared": "GraniteMoeSharedForCausalLM",
+    "fine-grained-raw": "Qwen2MoeForCausalLM",
+}
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense-ternary-no-sub-norm": ("dense-ternary", {"use_sub_norm": False}),
+    "smoe-shared": ("smoe", {"shared_expert_intermediate_size": 18}),
+    "fine-grained-shared": ("fine-grained", {"shared_expert_intermediate_size": 18}),
+    "fine-grained-raw": ("fine-grained", {"norm_topk_prob": False}),
+}
+
+
+def parameters_of(kind: str, seed: int = 2, **keys: Any) -> Parameters:
+    """Random weights of a model without balance loss, its norms' weights random too."""
+    base, changes = CHANGES.get(kind, (kind, {}))
+    config = ModelConfig.model_validate(settings(base) | changes | {"router_aux_loss_coef": 0.0} | keys)
+    made = Parameters(config, np.float32)
+    initialise(made, seed)
+    rng = np.random.default_rng(seed)
+    for name, tensor in made.tensors.items():
+        if "norm" in name:
+            tensor += 0.1 * rng.standard_normal(tensor.shape, np.float32)
+    return made
+
+
+def exported(
+    folder: Path, parameters: Parameters, *, own: bool = False, packed: LinearClass | None = None
+) -> Path:
+    folder.mkdir()
+    model = exported_as(parameters.config, ours=own, packed=packed)
+    write_hf(folder, model, parameters, None, (), ops=OPS)
+    return folder
+
+
+def loaded(folder: Path, **how: Any) -> Any:
+    """The model as transformers loads it, every key accounted for."""
+    model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(said.values()), said
+    return model
+
+
+@pytest.mark.parametrize("kind", COUNTERPARTS)
+def test_an_export_is_the_same_model_in_transformers(kind: str, tmp_path: Path) -> None:
+    made = parameters_of(kind)
+    folder = exported(tmp_path / "out", made)
+    assert same_bits(import_hf(folder).parameters, made)
+    model = loaded(folder)
+    assert type(model).__name__ == COUNTERPARTS[kind]
+    assert_same_function(model, made, model.config.model_type)
