@@ -51,7 +51,7 @@ COMMON = _same(
 )
 ROUTED = _same("num_experts_per_tok", "router_aux_loss_coef")
 UNTIED = {"tie_word_embeddings": False}
-NO_BIAS = {"attention_bias": (False,), "attention_dropout": (0,)}
+NO_BIAS = {"attention_bias": (False,), "attention_dropout": (0.0,)}
 # The balance loss of transformers pools the layers and counts all choices: "topk" is nearest to it.
 RENORMALISED = {"decoder_sparse_step": 1, "norm_topk_prob": True, "router_aux_loss_type": "topk"}
 
@@ -83,7 +83,7 @@ MISTRAL = HfClass(
         "sliding_window": 4096,
     },
     implied={},
-    needed={"attention_dropout": (0,), "sliding_window": ()},
+    needed={"attention_dropout": (0.0,), "sliding_window": ()},
     spellings=(PLAIN,),
     has_bit_linears=True,
 )
@@ -124,7 +124,7 @@ MIXTRAL = HfClass(
         "rope_theta": 1_000_000.0,
     },
     implied=RENORMALISED,
-    needed={"attention_dropout": (0,), "sliding_window": (), "router_jitter_noise": (0,)},
+    needed={"attention_dropout": (0.0,), "sliding_window": (), "router_jitter_noise": (0.0,)},
     spellings=(MIXTRAL_4, JOINED_EXPERTS),
 )
 GRANITE = HfClass(
@@ -144,9 +144,9 @@ GRANITE = HfClass(
     implied=RENORMALISED,
     needed={
         **NO_BIAS,
-        "embedding_multiplier": (1,),
-        "residual_multiplier": (1,),
-        "logits_scaling": (1,),
+        "embedding_multiplier": (1.0,),
+        "residual_multiplier": (1.0,),
+        "logits_scaling": (1.0,),
     },
     spellings=(GRANITE_4, GRANITE_5),
 )
@@ -180,7 +180,7 @@ QWEN2_MOE = HfClass(
     implied={"router_aux_loss_type": "topk"},
     needed={
         "qkv_bias": (False,),
-        "attention_dropout": (0,),
+        "attention_dropout": (0.0,),
         "use_sliding_window": (False,),
         "mlp_only_layers": ([],),
     },
