@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mhmoe_cli.backend import load
+from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
 from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
 
 if TYPE_CHECKING:
     from mhmoe_np.exchange.bit_linear import LinearClass
@@ -37,18 +38,22 @@ if TYPE_CHECKING:
     type=click.Choice(["autobitlinear", "bitlinear"]),
     help="hf: BitNet's weights in 2 bits, for this class of linear layers; default: floats.",
 )
+@threads_option
+@backend_option
 def command(
     checkpoint: Path,
     format_name: Literal["hf", "gguf"],
     out: Path,
     own_class: bool,
     packed: LinearClass | None,
+    threads: int | None,
+    backend: BackendName,
 ) -> None:
     """Write a checkpoint for another implementation.
 
     CKPT is a checkpoint, packed or not, or a run folder whose last one is taken. For transformers it
-    becomes the class that computes the same (Llama, Mixtral, Qwen2-MoE, GraniteMoeShared, BitNet). MH-MoE
-    has none and comes with a PyTorch file, to be loaded with trust_remote_code.
+    becomes the class that computes the same (Llama, Mixtral, Qwen2-MoE, GraniteMoeShared, BitNet).
+    MH-MoE has none and comes with a PyTorch file, to be loaded with trust_remote_code.
     """
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, find_tokenizer, load_end_of_text
     from mhmoe_np.storage.files import write_directory_atomically
@@ -56,7 +61,7 @@ def command(
     if format_name == "gguf" and (own_class or packed is not None):
         raise UserError("--format gguf: takes neither --own-class nor --packed; leave them out")
     found = find_checkpoint(checkpoint)
-    ops = load("numba", threads=None)
+    ops = load(backend, threads=threads)
     parameters = _float_parameters(found, ops)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
     if format_name == "gguf":

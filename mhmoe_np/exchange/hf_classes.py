@@ -65,7 +65,6 @@ LLAMA = HfClass(
         **NO_BIAS,
         "mlp_bias": (False,),
         "pretraining_tp": (1,),
-        "rope_interleaved": (False,),
     },
     spellings=(PLAIN,),
     has_bit_linears=True,

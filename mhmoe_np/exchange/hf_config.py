@@ -8,6 +8,7 @@ passed over.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +40,8 @@ WITHOUT_EFFECT = frozenset(
         *("encoder_no_repeat_ngram_size", "bad_words_ids", "remove_invalid_values"),
     }
 )
+# Keys of single releases: what they must be, in any class. They are not written.
+STRAY: Mapping[str, tuple[Any, ...]] = {"rope_interleaved": (False,)}
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
@@ -101,18 +104,19 @@ def _check_keys(values: dict[str, Any], hf_class: HfClass, path: Path) -> None:
         special.add("attention_multiplier")
     if hf_class is QWEN2_MOE:
         special |= {"sliding_window", "max_window_layers"}  # of use_sliding_window alone
-    known = {*hf_class.keys, *hf_class.needed, *special, *WITHOUT_EFFECT}
+    needed = {**STRAY, **hf_class.needed}
+    known = {*hf_class.keys, *needed, *special, *WITHOUT_EFFECT}
     for key, value in values.items():
         if key not in known and value is not None:
             raise UserError(
                 f"{path}: unknown key {shown(key)} of {hf_class.architecture}{nearest(key, known)}; it "
                 "is not known whether it changes the model: remove it if it does not"
             )
-    for key, allowed in hf_class.needed.items():
+    for key, allowed in needed.items():
         value = values.get(key, hf_class.defaults.get(key))
         if value is not None and value not in allowed:
-            needed = " or ".join(map(repr, allowed)) if allowed else "null"
-            raise UserError(f"{path}: {key} is {shown(value)}; only {needed} can be expressed")
+            wanted = " or ".join(map(repr, allowed)) if allowed else "null"
+            raise UserError(f"{path}: {key} is {shown(value)}; only {wanted} can be expressed")
     layers = values.get("layer_types")
     if layers is not None and set(map(str, _list(layers))) != {"full_attention"}:
         raise UserError(

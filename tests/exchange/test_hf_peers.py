@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mhmoe_np.audit.models import KINDS, parameters, settings
 from mhmoe_np.audit.trace import trace
-from mhmoe_np.checkpoints.checkpoint import save_model
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.exchange.bit_linear import LinearClass
 from mhmoe_np.exchange.foreign import Foreign
-from mhmoe_np.exchange.hf_classes import CLASSES, OURS
+from mhmoe_np.exchange.hf_classes import CLASSES
 from mhmoe_np.exchange.hf_export import exported_as, write_hf
 from mhmoe_np.exchange.hf_import import import_hf
 from mhmoe_np.exchange.hf_names import their_tensors
@@ -37,6 +38,7 @@ from mhmoe_np.model.weights import quantised_anew
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BitWeight
 from mhmoe_np.settings.model import ModelConfig
+from tests.conftest import Run
 
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setattr(torch, "compile", lambda function: function)  # it would call for a C++ compiler
@@ -322,8 +324,8 @@ def test_packed_weights_are_those_of_transformers(
     model = loaded(folder)
     with torch.no_grad():
         logits = model(torch.from_numpy(TOKENS[:, :-1])).logits.numpy()
-    for parameters in (made, back):
-        assert_near(ours(parameters, "float32")["logits"], logits, "float32", kind)
+    for same in (made, back):
+        assert_near(ours(same, "float32")["logits"], logits, "float32", kind)
 
 
 # ---- our own class --------------------------------------------------------------------------------
@@ -367,3 +369,109 @@ def test_our_own_class_computes_the_same(kind: str, own_class: Any, tmp_path: Pa
         for name, tensor in model.named_parameters():
             grad = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy()
             assert_near(grad, own[f"grad.{name}"], dtype, name)
+
+
+@pytest.fixture
+def own_model(own_class: Any) -> Any:
+    made = parameters_of("mh2")
+    config = own_class.config_class(**made.config.model_dump())
+    model = own_class(config)
+    state = {name: torch.from_numpy(tensor.copy()) for name, tensor in made.tensors.items()}
+    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # tied
+    model.tie_weights()
+    return model.eval()
+
+
+def test_padding_changes_nothing_in_our_own_class(own_model: Any) -> None:
+    ids = torch.from_numpy(TOKENS)
+    padded = torch.cat([torch.zeros_like(ids[:, :5]), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 5).expand(padded.shape).long()
+    labels = padded.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        plain = own_model(ids, labels=ids)
+        shifted = own_model(padded, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(shifted.logits[:, 5:], plain.logits)
+    # The last padded position has the first token as its label: one more counted than without padding.
+    labels[:, 5] = -100
+    with torch.no_grad():
+        shifted = own_model(padded, attention_mask=mask, labels=labels)
+    for name in ("nll", "aux_loss", "loss"):
+        torch.testing.assert_close(getattr(shifted, name), getattr(plain, name))
+
+
+def test_our_own_class_generates(own_model: Any) -> None:
+    prompt = torch.from_numpy(TOKENS[:1, :4])
+    made = own_model.generate(prompt, max_new_tokens=6, do_sample=False)
+    ids = TOKENS[:1, :4]
+    for _ in range(6):
+        with torch.no_grad():
+            best = own_model(torch.from_numpy(ids)).logits[:, -1].argmax(dim=-1)
+        ids = np.concatenate([ids, best.numpy()[:, None]], axis=1)
+    np.testing.assert_array_equal(made.numpy(), ids)
+
+
+def test_our_own_class_starts_as_the_specification_says(own_class: Any) -> None:
+    """[spec 6 initialisation], by the spread of each kind of tensor."""
+    keys = settings("mh2-bias") | {"hidden_size": 96, "intermediate_size": 64}
+    config = ModelConfig.model_validate(keys)
+    wanted = Parameters(config, np.float32)
+    initialise(wanted, 0)
+    torch.manual_seed(0)
+    found = dict(own_class(own_class.config_class(**config.model_dump())).named_parameters())
+    for name, tensor in wanted.tensors.items():
+        spread = float(found[name].detach().std(correction=0))
+        assert math.isclose(spread, tensor.std(), rel_tol=0.2, abs_tol=1e-6), name
+
+
+# ---- text -----------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 9], vocab_size=300)
+    made = parameters_of("dense", vocab_size=300)
+    (tmp_path / "out").mkdir()
+    model = exported_as(made.config, ours=False, packed=None)
+    write_hf(tmp_path / "out", model, made, tokenizer, (), ops=OPS)
+    peer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "the lazy fox, über"
+    assert peer(text).input_ids == tokenizer.encode(text).ids
+    assert peer.decode(peer(text).input_ids) == text
+    assert peer.eos_token_id == 0
+    assert loaded(tmp_path / "out").generation_config.eos_token_id == 0
+    back = import_hf(tmp_path / "out")
+    assert back.tokenizer is not None
+    assert back.tokenizer.to_str() == tokenizer.to_str()
+    assert back.end_of_text == (0,)
+
+
+def test_a_text_starts_and_ends_as_in_transformers(tmp_path: Path, mhmoe_here: Run) -> None:
+    """A tokenizer that begins every text with a token, and a model that ends texts with any of two."""
+    vocabulary = {"<s>": 0, "</s>": 1} | {f"Ġ{letter}": 2 + i for i, letter in enumerate(ascii_letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    ends = (1, *range(2, 40, 3))
+    made = parameters_of("dense", vocab_size=len(vocabulary))
+    (tmp_path / "out").mkdir()
+    model = exported_as(made.config, ours=False, packed=None)
+    write_hf(tmp_path / "out", model, made, tokenizer, ends, ops=OPS)
+    mhmoe_here("import", "out", "--out", "ours")
+    said = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert said == {"eos_token_id": list(ends)}
+
+    peer, words = loaded(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    lengths = set()
+    for prompt in ("", "a", "q u i c k", "f o x", "z Z z"):
+        ids = torch.tensor([words(prompt).input_ids])
+        assert ids[0, 0] == 0
+        new = peer.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :].tolist()
+        lengths.add(len(new))
+        if new[-1] in ends:
+            new.pop()
+        arguments = ("--prompt", prompt, "--max-new-tokens", 9, "--temperature", 0)
+        printed = mhmoe_here("generate", "ours", *arguments, "--backend", "numpy").stdout
+        assert printed == f"{prompt}{tokenizer.decode(new)}\n"
+    assert len(lengths) > 1
