@@ -420,7 +420,7 @@ def test_our_own_class_starts_as_the_specification_says(own_class: Any) -> None:
     found = dict(own_class(own_class.config_class(**config.model_dump())).named_parameters())
     for name, tensor in wanted.tensors.items():
         spread = float(found[name].detach().std(correction=0))
-        assert math.isclose(spread, tensor.std(), rel_tol=0.2, abs_tol=1e-6), name
+        assert math.isclose(spread, tensor.std(), rel_tol=0.1, abs_tol=1e-6), name
 
 
 # ---- text -----------------------------------------------------------------------------------------

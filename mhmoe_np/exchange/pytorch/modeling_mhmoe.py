@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from .configuration_mhmoe import MhMoeConfig
 
 IGNORED = -100  # a label that is not counted
+HEAD_GAIN, MERGE_GAIN = 0.5**0.5, 1.0  # of Xavier's distribution (section 6)
 
 
 @dataclass
@@ -79,11 +80,22 @@ class BitProduct(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """y = x @ W.T + b, quantised unless quantization is "none"."""
+    """y = x @ W.T + b, quantised unless quantization is "none".
 
-    def __init__(self, inputs: int, outputs: int, quantization: str, *, bias: bool = False) -> None:
+    gain: of the distribution that W starts with, if it is Xavier's.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        quantization: str,
+        *,
+        bias: bool = False,
+        gain: float | None = None,
+    ) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self.quantization = quantization
+        self.quantization, self.gain = quantization, gain
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -190,13 +202,15 @@ class MhMoe(nn.Module):
         self.config, self.width = config, D // H
         projections = config.quantization if config.quantize_moe_projections else "none"
         if config.moe_head_layer:
-            self.head_proj = Linear(D, D, projections, bias=config.moe_projection_bias)
+            self.head_proj = Linear(D, D, projections, bias=config.moe_projection_bias, gain=HEAD_GAIN)
         self.gate = Linear(self.width, E, "none")  # the router
         self.experts = nn.ModuleList(
             FeedForward(config, self.width, config.moe_intermediate_size) for _ in range(E)
         )
         if config.moe_merge_layer:
-            self.merge_proj = Linear(D, D, projections, bias=config.moe_projection_bias)
+            self.merge_proj = Linear(
+                D, D, projections, bias=config.moe_projection_bias, gain=MERGE_GAIN
+            )
         if config.shared_expert_intermediate_size:
             self.shared_expert = FeedForward(config, D, config.shared_expert_intermediate_size)
 
@@ -293,19 +307,19 @@ class MhMoePreTrainedModel(PreTrainedModel):
         """The distributions of section 6."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-        elif isinstance(module, nn.Linear):
-            nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MhMoe):  # after the layers in it
-            if self.config.moe_head_layer:
-                nn.init.xavier_uniform_(module.head_proj.weight, gain=0.5**0.5)
-            if self.config.moe_merge_layer:
-                nn.init.xavier_uniform_(module.merge_proj.weight)
-                if module.merge_proj.bias is not None:
-                    nn.init.zeros_(module.merge_proj.bias)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            gain = getattr(module, "gain", None)
+            if gain is None:
+                nn.init.uniform_(module.weight, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(module.weight, gain)
+            if module.bias is not None and gain == MERGE_GAIN:
+                nn.init.zeros_(module.bias)
+            elif module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound)
 
 
 class MhMoeModel(MhMoePreTrainedModel):
