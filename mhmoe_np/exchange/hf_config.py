@@ -116,7 +116,8 @@ def _check_keys(values: dict[str, Any], hf_class: HfClass, path: Path) -> None:
         value = values.get(key, hf_class.defaults.get(key))
         if value is not None and value not in allowed:
             wanted = " or ".join(map(repr, allowed)) if allowed else "null"
-            raise UserError(f"{path}: {key} is {shown(value)}; only {wanted} can be expressed")
+            silent = "" if key in values else ", as the file does not say otherwise"
+            raise UserError(f"{path}: {key} is {shown(value)}{silent}; only {wanted} can be expressed")
     layers = values.get("layer_types")
     if layers is not None and set(map(str, _list(layers))) != {"full_attention"}:
         raise UserError(

@@ -238,6 +238,7 @@ COUNTERPARTS = {
     "dense-relu2-sub-norm-untied": "BitNetForCausalLM",
     "dense-ternary": "BitNetForCausalLM",
     "dense-ternary-no-sub-norm": "LlamaForCausalLM",
+    "dense-ternary-untied": "BitNetForCausalLM",
     "smoe": "Qwen2MoeForCausalLM",
     "smoe-shared": "Qwen2MoeForCausalLM",
     "fine-grained": "MixtralForCausalLM",
@@ -246,6 +247,7 @@ COUNTERPARTS = {
 }
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense-ternary-no-sub-norm": ("dense-ternary", {"use_sub_norm": False}),
+    "dense-ternary-untied": ("dense-ternary", {"tie_word_embeddings": False}),
     "smoe-shared": ("smoe", {"shared_expert_intermediate_size": 18}),
     "fine-grained-shared": ("fine-grained", {"shared_expert_intermediate_size": 18}),
     "fine-grained-raw": ("fine-grained", {"norm_topk_prob": False}),
@@ -292,7 +294,7 @@ def test_an_export_is_the_same_model_in_transformers(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
-@pytest.mark.parametrize("kind", ["dense-ternary", "dense-ternary-no-sub-norm"])
+@pytest.mark.parametrize("kind", ["dense-ternary", "dense-ternary-no-sub-norm", "dense-ternary-untied"])
 def test_packed_weights_are_those_of_transformers(
     kind: str, linear_class: LinearClass, tmp_path: Path
 ) -> None:
@@ -380,6 +382,18 @@ def own_model(own_class: Any) -> Any:
     assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # tied
     model.tie_weights()
     return model.eval()
+
+
+def test_our_own_class_comes_back_from_transformers(own_model: Any, tmp_path: Path) -> None:
+    """Trained there, say, and saved there."""
+    with torch.no_grad():
+        for tensor in own_model.parameters():
+            tensor.mul_(1.5)
+    own_model.save_pretrained(tmp_path / "saved")
+    back = import_hf(tmp_path / "saved").parameters
+    assert back.config == parameters_of("mh2").config
+    for name, tensor in own_model.named_parameters():
+        assert back.tensors[name].tobytes() == tensor.detach().numpy().tobytes()
 
 
 def test_padding_changes_nothing_in_our_own_class(own_model: Any) -> None:
