@@ -424,6 +424,12 @@ def test_our_own_class_generates(own_model: Any) -> None:
     np.testing.assert_array_equal(made.numpy(), ids)
 
 
+def test_our_own_class_passes_over_nothing_that_counts(own_model: Any) -> None:
+    ids = torch.from_numpy(TOKENS)
+    with pytest.raises(ValueError, match="position_ids: not supported"):
+        own_model(ids, position_ids=torch.arange(ids.shape[1])[None] + 3)
+
+
 def test_our_own_class_starts_as_the_specification_says(own_class: Any) -> None:
     """[spec 6 initialisation], by the spread of each kind of tensor."""
     keys = settings("mh2-bias") | {"hidden_size": 96, "intermediate_size": 64}

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from .configuration_mhmoe import MhMoeConfig
 
 IGNORED = -100  # a label that is not counted
+UNSUPPORTED = ("inputs_embeds", "position_ids", "past_key_values", "cache")
 HEAD_GAIN, MERGE_GAIN = 0.5**0.5, 1.0  # of Xavier's distribution (section 6)
 
 
@@ -360,6 +361,7 @@ class MhMoeForCausalLM(MhMoePreTrainedModel, GenerationMixin):
     """The model with its output head: logits, and with labels the loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = False  # the loss is a mean over this batch, whatever a Trainer accumulates
 
     def __init__(self, config: MhMoeConfig) -> None:
         super().__init__(config)
@@ -378,13 +380,17 @@ class MhMoeForCausalLM(MhMoePreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **_: Any,
+        **others: Any,
     ) -> MhMoeOutput:
         """Logits [B, T, V]; with labels [B, T] the losses.
 
         labels: position t predicts label t+1; -100 is counted neither in the mean nor in any statistic
         of the routers. `labels=input_ids` gives what `mhmoe-np trace` gives for these tokens.
+        others: what transformers passes to any model; what would change the result is refused.
         """
+        for name in UNSUPPORTED:
+            if others.get(name) is not None:
+                raise ValueError(f"{name}: not supported by MhMoeForCausalLM")
         x_BTD, router_logits = self.model(input_ids, attention_mask)
         logits_BTV = self.lm_head(x_BTD)
         if labels is None:
