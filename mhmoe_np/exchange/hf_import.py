@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from mhmoe_np.checkpoints.checkpoint import GENERATION, MODEL_CONFIG, TOKENIZER, read_end_of_text
-from mhmoe_np.data.tokenizer import check_saves, load_tokenizer
+from mhmoe_np.data.tokenizer import check_saves, has_end_of_text, load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.exchange.bit_linear import PER_BYTE, LinearClass, scale_of, unpack_rows
 from mhmoe_np.exchange.foreign import Foreign, SourceTensor, fill
@@ -43,12 +44,21 @@ def import_hf(directory: Path) -> Foreign:
     if model.hf_class is QWEN2_MOE:
         for name in shared_down_names(model.config):
             parameters.tensors[name] *= np.float32(0.5)
-    tokenizer = None
-    if (directory / TOKENIZER).is_file():
-        tokenizer = load_tokenizer(directory / TOKENIZER)
-        check_saves(tokenizer, str(directory / TOKENIZER))
     end_of_text = read_end_of_text(directory / GENERATION) or read_end_of_text(directory / MODEL_CONFIG)
-    return Foreign(parameters, tokenizer, end_of_text)
+    return Foreign(parameters, _tokenizer(directory / TOKENIZER, end_of_text), end_of_text)
+
+
+def _tokenizer(path: Path, end_of_text: tuple[int, ...]) -> Tokenizer | None:
+    if not path.is_file():
+        return None
+    tokenizer = load_tokenizer(path)
+    check_saves(tokenizer, str(path))
+    if not end_of_text and not has_end_of_text(tokenizer):
+        raise UserError(
+            f"{path}: has none of the usual ends of text, and no file names one; give eos_token_id in "
+            f"{path.with_name(GENERATION)}"
+        )
+    return tokenizer
 
 
 class _Sources:
@@ -57,7 +67,8 @@ class _Sources:
     def __init__(self, model: HfModel, directory: Path) -> None:
         self._config, self._hf_class, self._bit_form = model
         self._directory = directory
-        self._left = stored_tensors(directory)
+        self._stored = stored_tensors(directory)
+        self._left = dict(self._stored)
 
     def by_our_names(self) -> dict[str, SourceTensor]:
         """Where each tensor of ours is read from."""
@@ -144,8 +155,7 @@ class _Sources:
 
     def _check_tied(self, stored: StoredTensor) -> None:
         """A tied output head may be stored once more, as it is."""
-        embedding = stored_tensors(self._directory)[EMBEDDING]
-        if not np.array_equal(stored.read(), embedding.read()):
+        if not np.array_equal(stored.read(), self._stored[EMBEDDING].read()):
             raise UserError(
                 f"{self._directory}: tensor {stored.name!r} is not {EMBEDDING!r}, but "
                 "tie_word_embeddings is true"

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
 
 from mhmoe_np.audit.models import settings
 from mhmoe_np.checkpoints.checkpoint import load_parameters, save_model
@@ -311,6 +312,17 @@ def test_a_directory_that_is_none_is_refused(
     line = refused("import", "source", "--out", "made")
     assert "pytorch_model.bin alone, which can run code" in line
     assert "save_pretrained" in line
+
+
+def test_a_tokenizer_whose_texts_have_no_end_is_refused(
+    refused: Refused, source: Callable[[str], Path], mhmoe_here: Run
+) -> None:
+    folder = source("llama")
+    Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).save(str(folder / "tokenizer.json"))
+    line = refused("import", "source", "--out", "made")
+    assert "tokenizer.json: has none of the usual ends of text" in line
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    mhmoe_here("import", "source", "--out", "made")
 
 
 @pytest.mark.parametrize(
