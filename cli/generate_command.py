@@ -38,7 +38,12 @@ def command(
     """Continue a prompt, printing text as it is made. Temperature 0 takes the most probable token."""
     import numpy as np
 
-    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.checkpoints.checkpoint import (
+        find_checkpoint,
+        load_checkpoint_tokenizer,
+        load_end_of_text,
+        load_model,
+    )
     from mhmoe_np.inference.generate import Sampling, generate
 
     try:
@@ -55,6 +60,7 @@ def command(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, seed),
+        end_of_text=load_end_of_text(found),
         ops=ops,
     )
     click.echo(prompt, nl=False)

@@ -30,6 +30,8 @@ COMMANDS = {
     "plan": "Forecast a run's memory, time and disk, by a short probe of this machine.",
     "pack": "Pack a BitNet model's weights to 1, 1.6 or 2 bits.",
     "unpack": "Write a packed model as an ordinary checkpoint again.",
+    "import": "Read a model of Hugging Face or llama.cpp as a checkpoint.",
+    "export": "Write a checkpoint for Hugging Face transformers or llama.cpp.",
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",

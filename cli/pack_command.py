@@ -47,6 +47,7 @@ def command(
         find_checkpoint,
         find_tokenizer,
         is_packed,
+        load_end_of_text,
         load_parameters,
         save_packed_model,
     )
@@ -58,7 +59,7 @@ def command(
     if is_packed(found):
         raise UserError(f"{found}: is packed already; unpack it to choose another format")
     parameters = load_parameters(found, np.float32)
-    config, tokenizer = parameters.config, find_tokenizer(found)
+    config, tokenizer, end_of_text = parameters.config, find_tokenizer(found), load_end_of_text(found)
     formats = formats_for(config)
     if not formats:
         raise UserError(
@@ -73,7 +74,7 @@ def command(
     ops = load(backend, threads=threads)
     weights = pack_weights(parameters.to_device(ops), chosen, ops=ops).to_host(ops)
     write_directory_atomically(
-        out, lambda folder: save_packed_model(folder, config, weights, tokenizer)
+        out, lambda folder: save_packed_model(folder, config, weights, tokenizer, end_of_text)
     )
     rows = sizes(config, weights)
     if as_json:

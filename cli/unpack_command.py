@@ -30,6 +30,7 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         find_checkpoint,
         find_tokenizer,
         is_packed,
+        load_end_of_text,
         load_model,
         save_model,
     )
@@ -42,6 +43,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     ops = load(backend, threads=threads)
     model = load_model(found, np.float32, ops=ops)
     parameters = unpack_weights(model.config, model.weights, ops=ops)
-    tokenizer = find_tokenizer(found)
-    write_directory_atomically(out, lambda folder: save_model(folder, parameters, tokenizer))
+    tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
+    write_directory_atomically(
+        out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
+    )
     click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")

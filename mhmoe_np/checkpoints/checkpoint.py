@@ -23,9 +23,10 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.room import check_room
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.settings.model import ModelConfig, read_model_config
+from mhmoe_np.settings.model import LARGEST_SIZE, ModelConfig, read_model_config, shown
 from mhmoe_np.storage.checksums import seal, verify
 from mhmoe_np.storage.files import write_json
+from mhmoe_np.storage.reading import read_json
 from mhmoe_np.storage.tensors import check_finite, read_into, write_tensors
 
 MODEL_CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -35,42 +36,77 @@ OPTIMIZER = "optimizer.safetensors"  # of a training checkpoint
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
 
 
-def save_model(directory: Path, parameters: Parameters, tokenizer: Tokenizer | None) -> None:
+def save_model(
+    directory: Path,
+    parameters: Parameters,
+    tokenizer: Tokenizer | None,
+    end_of_text: tuple[int, ...] = (),
+) -> None:
     """Write `config.json`, `model.safetensors` and, with a tokenizer, its files into `directory`.
+
+    end_of_text: the ids that end a text; none: the tokenizer's own.
 
     Raises OSError: the disk is full or refuses.
     """
-    seal(directory, write_model_files(directory, parameters, tokenizer))
+    seal(directory, write_model_files(directory, parameters, tokenizer, end_of_text))
 
 
 def write_model_files(
-    directory: Path, parameters: Parameters, tokenizer: Tokenizer | None
+    directory: Path,
+    parameters: Parameters,
+    tokenizer: Tokenizer | None,
+    end_of_text: tuple[int, ...] = (),
 ) -> list[str]:
     """`save_model` without the checksums; the names of the files."""
-    names = _write_companions(directory, parameters.config, tokenizer)
+    names = _write_companions(directory, parameters.config, tokenizer, end_of_text)
     write_tensors(directory / WEIGHTS, parameters.tensors)
     return [*names, WEIGHTS]
 
 
 def save_packed_model(
-    directory: Path, config: ModelConfig, weights: Weights, tokenizer: Tokenizer | None
+    directory: Path,
+    config: ModelConfig,
+    weights: Weights,
+    tokenizer: Tokenizer | None,
+    end_of_text: tuple[int, ...] = (),
 ) -> None:
     """Write `config.json`, `packed.safetensors` and, with a tokenizer, its files into `directory`.
 
+    end_of_text: as `save_model`.
+
     Raises OSError: the disk is full or refuses.
     """
-    names = _write_companions(directory, config, tokenizer)
+    names = _write_companions(directory, config, tokenizer, end_of_text)
     write_packed_weights(directory / PACKED_WEIGHTS, config, weights)
     seal(directory, [*names, PACKED_WEIGHTS])
 
 
-def _write_companions(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+def _write_companions(
+    directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, end_of_text: tuple[int, ...]
+) -> list[str]:
     write_json(directory / MODEL_CONFIG, config.model_dump())
-    if tokenizer is None:
-        return [MODEL_CONFIG]
-    save_tokenizer(tokenizer, directory / TOKENIZER)
-    write_json(directory / GENERATION, {"eos_token_id": end_of_text_id(tokenizer)})
-    return [MODEL_CONFIG, TOKENIZER, GENERATION]
+    return [MODEL_CONFIG, *write_tokenizer(directory, tokenizer, end_of_text)]
+
+
+def write_tokenizer(
+    directory: Path, tokenizer: Tokenizer | None, end_of_text: tuple[int, ...]
+) -> list[str]:
+    """Write `tokenizer.json`, if there is one, and the ids that end a text; the names of the files.
+
+    end_of_text: none: the tokenizer's own.
+
+    Raises UserError: nothing says what ends a text; OSError: the disk is full or refuses.
+    """
+    names = []
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory / TOKENIZER)
+        names.append(TOKENIZER)
+        end_of_text = end_of_text or (end_of_text_id(tokenizer),)
+    if end_of_text:
+        ids = list(end_of_text)
+        write_json(directory / GENERATION, {"eos_token_id": ids if len(ids) > 1 else ids[0]})
+        names.append(GENERATION)
+    return names
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -159,6 +195,31 @@ def load_checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
             f"{checkpoint / TOKENIZER}: no such file; put the tokenizer.json of the model's text there"
         )
     return tokenizer
+
+
+def load_end_of_text(checkpoint: Path) -> tuple[int, ...]:
+    """The ids that end a text of a checkpoint directory; none: it does not say.
+
+    Raises UserError: it says something else there.
+    """
+    return read_end_of_text(checkpoint / GENERATION)
+
+
+def read_end_of_text(path: Path) -> tuple[int, ...]:
+    """The ids under `eos_token_id` of a JSON file; none where it has no such key, or there is no file.
+
+    Raises UserError: it cannot be read, or holds neither an id nor a list of them.
+    """
+    values = read_json(path) if path.exists() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    found = values.get("eos_token_id")
+    if found is None:
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(token) is int and 0 <= token <= LARGEST_SIZE for token in ids):
+        raise UserError(f"{path}: eos_token_id is {shown(found)}; must be an id or a list of ids")
+    return tuple(ids)
 
 
 def find_tokenizer(checkpoint: Path) -> Tokenizer | None:

@@ -76,11 +76,25 @@ def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> IntArray:
     separator = np.array([end_of_text_id(tokenizer)], dtype=dtype)
     pieces: list[IntArray] = []
     for chunk in _chunks(documents):
-        for encoding in _encode(chunk, tokenizer):
+        for encoding in _encode(chunk, tokenizer, add_special_tokens=False):
             if pieces:
                 pieces.append(separator)
             pieces.append(np.array(encoding, dtype=dtype))
     return np.concatenate([np.empty(0, dtype=dtype), *pieces])
+
+
+def tokenise_prompt(prompt: str, tokenizer: Tokenizer) -> IntArray:
+    """Encode the beginning of a text, with the special tokens that the tokenizer's file puts there.
+
+    Many a tokenizer begins a text with a token of its own, as transformers does with the same
+    `tokenizer.json`; those trained here add none. What a signal's handler raises ends it.
+
+    Returns token_T, int64.
+
+    Raises UserError: the tokenizer cannot encode the text.
+    """
+    (ids,) = _encode([prompt], tokenizer, add_special_tokens=True)
+    return np.array(ids, dtype=np.int64)
 
 
 def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str) -> TokenStore:
@@ -154,11 +168,13 @@ def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
     yield chunk
 
 
-def _encode(documents: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _encode(
+    documents: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool
+) -> Iterator[list[int]]:
     def encode() -> list[Encoding]:
         # The refusal is made here, not around the wait: what a handler raises is no fault of the text.
         try:
-            return tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+            return tokenizer.encode_batch_fast(documents, add_special_tokens=add_special_tokens)
         except Exception as error:  # The library raises nothing narrower.
             raise UserError(
                 f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"

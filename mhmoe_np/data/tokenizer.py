@@ -128,6 +128,11 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     )
 
 
+def has_end_of_text(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has one of the usual tokens that separate documents."""
+    return any(tokenizer.token_to_id(name) is not None for name in END_OF_TEXT_NAMES)
+
+
 def id_count(tokenizer: Tokenizer) -> int:
     """Count the ids a model of this tokenizer needs: one more than the highest, holes included.
 

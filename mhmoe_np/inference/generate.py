@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.store import tokenise_prompt
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.decode import KeyValueCache
@@ -54,12 +54,16 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling,
+    end_of_text: tuple[int, ...] = (),
     ops: Operations,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of text, as each becomes whole.
 
-    Ends after `max_new_tokens`, at the end-of-text token, or when all positions are used. An empty
-    prompt starts a new text: the model is given the end-of-text token.
+    Ends after `max_new_tokens`, at an end-of-text token, or when all positions are used. An empty
+    prompt starts a new text: the model is given what the tokenizer puts before every text, or else the
+    first end-of-text token.
+
+    end_of_text: ids that end a text, as a checkpoint says them; none: the tokenizer's own.
 
     Raises UserError: temperature or top_p is no such number; the prompt makes no token, one that the
     model lacks, or leaves no position for a new one. While it is read: the logits are not finite, or
@@ -67,8 +71,10 @@ def generate(
     """
     _check_sampling(sampling)
     config = model.config
-    end_of_text = end_of_text_id(tokenizer)
-    id_T = tokenise([prompt], tokenizer) if prompt else np.array([end_of_text])
+    end_of_text = end_of_text or (end_of_text_id(tokenizer),)
+    id_T = tokenise_prompt(prompt, tokenizer)
+    if not prompt and not len(id_T):
+        id_T = np.array(end_of_text[:1])
     if not len(id_T):
         raise UserError("--prompt: the model's tokenizer makes no token of it; give another one")
     if int(id_T.max()) >= config.vocab_size:
@@ -83,7 +89,7 @@ def generate(
             f"{config.max_position_embeddings} positions; shorten it"
         )
     length = min(max_new_tokens, room)
-    return _continuation(model, tokenizer, id_T, length, sampling, ops=ops)
+    return _continuation(model, tokenizer, id_T, length, sampling, end_of_text, ops=ops)
 
 
 def _check_sampling(sampling: Sampling) -> None:
@@ -100,10 +106,11 @@ def _continuation(
     id_T: IntArray,
     length: int,
     sampling: Sampling,
+    end_of_text: tuple[int, ...],
     *,
     ops: Operations,
 ) -> Iterator[str]:
-    end_of_text, known = end_of_text_id(tokenizer), id_count(tokenizer)
+    known = id_count(tokenizer)
     rng = np.random.default_rng(sampling.seed)
     cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length, ops=ops)
     stream = DecodeStream(skip_special_tokens=False)
@@ -117,7 +124,7 @@ def _continuation(
                     "another checkpoint"
                 )
             token = next_token(logits_V[:known], sampling, rng)
-        if token == end_of_text:
+        if token in end_of_text:
             return
         text = _decoded(stream, tokenizer, token)
         if text:
