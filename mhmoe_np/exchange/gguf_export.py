@@ -52,12 +52,20 @@ REQUIRED_OF_EXPERTS: dict[str, object] = {
 }
 
 
-def export_gguf(parameters: Parameters, tokenizer: Tokenizer | None, path: Path) -> None:
+def export_gguf(
+    parameters: Parameters,
+    tokenizer: Tokenizer | None,
+    path: Path,
+    *,
+    end_of_text: tuple[int, ...] = (),
+) -> None:
     """Write a GGUF file of float32 tensors: `llama` (dense, or experts as Mixtral's), or `bitnet`.
 
     Of a ternary model's quantised weights the file has -beta, 0 and beta, as llama.cpp's own converter
     writes them; the floats that are trained are not in it. Balance losses and capacity are training's
     and stay behind. A tokenizer trained here is written as GPT-2's (see `export_tokenizer`).
+
+    end_of_text: the ids that end a text, at most three; none: the tokenizer's own.
 
     Raises UserError: the model's configuration or its tokenizer has no counterpart in llama.cpp, or
     `gguf` is not installed; OSError: the disk is full or refuses. Then `path` is as it was.
@@ -67,7 +75,7 @@ def export_gguf(parameters: Parameters, tokenizer: Tokenizer | None, path: Path)
     gguf = gguf_library()
     values: dict[str, Any] = {"tokenizer.ggml.model": NO_TOKENIZER[0]}
     if tokenizer is not None:
-        values = export_tokenizer(tokenizer, vocab_size=config.vocab_size)
+        values = export_tokenizer(tokenizer, end_of_text, vocab_size=config.vocab_size)
     tensors = _tensors(parameters, architecture)
 
     def write(temporary: Path) -> None:
@@ -95,8 +103,8 @@ def _architecture(config: ModelConfig) -> str:
         own = getattr(config, key)
         if own != value:
             raise UserError(
-                f"{key}: {own!r} has no counterpart in llama.cpp's architecture {architecture!r}, which "
-                f"has {value!r}; export it with --format hf"
+                f"{key}: {own!r} has no counterpart in llama.cpp's architecture {architecture!r}, "
+                f"which has {value!r}; export it with --format hf"
             )
     return architecture
 

@@ -1,7 +1,7 @@
 """A GGUF file, llama.cpp's format: its keys with their values, and its tensors, not yet read.
 
-PyPI's `gguf`, llama.cpp's own, takes the file apart and dequantises. Departs in one point: it reads past
-the end of a file without a word, for ever where a damaged length says so; here that is an error.
+PyPI's `gguf`, llama.cpp's own, takes the file apart and dequantises. Departs in one point: the library
+reads on where the file ends, for ever if a damaged length says so; here that is an error.
 """
 
 from __future__ import annotations
@@ -108,9 +108,12 @@ def _reader(gguf: ModuleType, path: Path) -> Any:
     """The library's reader, which looks at the length of the file."""
 
     class Reader(gguf.GGUFReader):  # type: ignore[name-defined, misc]
+        data: Any
         parts = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+            if self.parts == 0:
+                self.data = self.data.view(np.ndarray)  # each piece of a memmap costs ten times as much
             self.parts += 1
             if self.parts > MOST_PARTS:
                 raise ValueError(f"more than {MOST_PARTS:,} values before the tensors")

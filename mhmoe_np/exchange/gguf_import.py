@@ -23,7 +23,6 @@ from mhmoe_np.model.packed import float_weights_of
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.room import check_room
 from mhmoe_np.settings.model import ModelConfig, parse_model_config, shown
-from mhmoe_np.types import FloatArray
 
 # Keys of an architecture that are allowed at a value that changes nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -58,7 +57,9 @@ def import_gguf(path: Path) -> Foreign:
     for tensor in tensors.values():
         for name, source in _sources(tensor, architecture, config, path):
             if name in found:
-                raise UserError(f"{path}: tensors {found[name].name!r} and {source.name!r} are the same")
+                raise UserError(
+                    f"{path}: tensors {found[name].name!r} and {source.name!r} are the same"
+                )
             found[name] = source
     parameters = Parameters(config, np.float32)
     fill(parameters, found, source=str(path))
@@ -145,8 +146,8 @@ def _sources(
     if "{e}" in name:
         if len(tensor.shape) != 3 or tensor.shape[0] != config.num_experts:
             raise UserError(
-                f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, which is not a matrix for "
-                f"each of {config.num_experts} experts"
+                f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
+                f"which is not a matrix for each of {config.num_experts} experts"
             )
         for e in range(config.num_experts):
             part = tensor.part(e)
@@ -160,7 +161,7 @@ def _sources(
 
 
 def _undo_ternary(parameters: Parameters, found: dict[str, SourceTensor], path: Path) -> None:
-    """Put floats that quantise to -1, 0 and +1 with scale beta in the place of -beta, 0 and beta [D11]."""
+    """In the place of -beta, 0 and beta, put floats that quantise to -1, 0, +1 and beta [D11]."""
     for entry in parameters.table:
         for part in entry.parts if entry.quantised else ():
             w_OI = parameters.tensors[part.tensor]

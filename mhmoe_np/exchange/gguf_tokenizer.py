@@ -32,6 +32,7 @@ PREFIX = "tokenizer.ggml."
 BYTE_LEVEL_BPE = "gpt2"
 NO_TOKENIZER = ("no_vocab", "none")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, a turn, a message
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -109,14 +110,12 @@ def import_tokenizer(values: dict[str, Any], path: Path, *, vocab_size: int) -> 
 
 
 def end_of_text_ids(values: dict[str, Any], path: Path, *, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a text or a turn, as the file says.
+    """The ids that end a text, a turn or a message, as the file says.
 
     Raises UserError: one is no id of the model.
     """
-    keys = [f"{PREFIX}{name}_token_id" for name in ("eos", "eot")]
-    return tuple(
-        dict.fromkeys(_id(values, key, path, vocab_size) for key in keys if key in values)  # each once
-    )
+    keys = [PREFIX + name for name in ENDS if PREFIX + name in values]
+    return tuple(dict.fromkeys(_id(values, key, path, vocab_size) for key in keys))  # each once
 
 
 def _id(values: dict[str, Any], key: str, path: Path, vocab_size: int) -> int:
@@ -134,12 +133,13 @@ def _tokenizer(values: dict[str, Any], cut: Cut, path: Path, vocab_size: int) ->
         raise UserError(
             f"{path}: key '{PREFIX}tokens' has {len(tokens):,} tokens, the model {vocab_size:,}"
         )
-    merges = [tuple(merge.split(" ")) for merge in _strings(values, f"{PREFIX}merges", path)]
+    pairs = [merge.partition(" ") for merge in _strings(values, f"{PREFIX}merges", path)]
     kinds = values.get(f"{PREFIX}token_type", [NORMAL] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise UserError(f"{path}: key '{PREFIX}token_type' must have a kind for each token")
     # Tokens that are not used fill the vocabulary up; nothing of a text may become one.
     known = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
+    merges = [(left, right) for left, _, right in pairs]
     try:
         tokenizer = Tokenizer(models.BPE(known, merges, ignore_merges=cut.ignore_merges))
     except Exception as error:  # The library raises nothing narrower.
@@ -178,18 +178,28 @@ def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:
     ]
 
 
-def export_tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> dict[str, Any]:
+def export_tokenizer(
+    tokenizer: Tokenizer, end_of_text: tuple[int, ...], *, vocab_size: int
+) -> dict[str, Any]:
     """The keys that describe a tokenizer, as a file of a model with `vocab_size` tokens has them.
+
+    end_of_text: the ids that end a text, the first one its own, any others a turn's and a message's;
+    none: the tokenizer's end of text.
 
     A tokenizer trained here is written as "gpt-2", which it is but for runs of more than 128 characters
     of one kind: it cuts them [D13].
 
-    Raises UserError: a GGUF file has no words for it, or it knows more ids than the model.
+    Raises UserError: a GGUF file has no words for it, it knows more ids than the model, or more than
+    three of them end a text.
     """
     saved = json.loads(tokenizer.to_str())
     model = saved["model"]
     whole = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    if model["type"] != "BPE" or any(model[key] for key in whole) or _type(saved["decoder"]) != "ByteLevel":
+    if (
+        model["type"] != "BPE"
+        or any(model[key] for key in whole)
+        or _type(saved["decoder"]) != "ByteLevel"
+    ):
         raise UserError(
             "tokenizer: is no byte-level BPE, and llama.cpp's format has no words for others here; "
             "export the checkpoint without its tokenizer.json"
@@ -200,6 +210,12 @@ def export_tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> dict[str, Any]
         raise UserError(
             f"tokenizer: knows {id_count(tokenizer):,} ids, the model's vocab_size is {vocab_size:,}; "
             "give the model's own"
+        )
+    ends = end_of_text or (end_of_text_id(tokenizer),)
+    if len(ends) > len(ENDS):
+        raise UserError(
+            f"end of text: {len(ends)} ids {list(ends)} end one; llama.cpp's format has room for "
+            f"{len(ENDS)}: leave some out of generation_config.json"
         )
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     tokens = [names.get(i, f"[PAD{i}]") for i in range(vocab_size)]
@@ -213,7 +229,7 @@ def export_tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> dict[str, Any]
         "tokens": tokens,
         "token_type": kinds,
         "merges": [" ".join(merge) for merge in model["merges"]],
-        "eos_token_id": end_of_text_id(tokenizer),
+        **dict(zip(ENDS, ends, strict=False)),
         "add_bos_token": begin is not None,
     }
     if begin is not None:

