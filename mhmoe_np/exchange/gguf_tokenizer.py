@@ -150,17 +150,29 @@ def _tokenizer(values: dict[str, Any], cut: Cut, path: Path, vocab_size: int) ->
         tokenizer.normalizer = cut.normalizer
     tokenizer.add_special_tokens(_added(tokens, kinds, CONTROL))
     tokenizer.add_tokens(_added(tokens, kinds, USER_DEFINED))
-    if values.get(f"{PREFIX}add_bos_token", cut.adds_begin):
-        key = f"{PREFIX}bos_token_id"
-        if key not in values:
-            raise UserError(f"{path}: lacks key {key!r}, a token that is to begin each text")
-        begin = _id(values, key, path, vocab_size)
+    begin = _added_id(values, "bos", path, vocab_size, default=cut.adds_begin)
+    end = _added_id(values, "eos", path, vocab_size, default=False)
+    if begin or end:
+        names = [[tokens[i] for i in ids] for ids in (begin, end)]
         tokenizer.post_processor = TemplateProcessing(
-            single=[tokens[begin], "$A"], special_tokens=[(tokens[begin], begin)]
+            single=[*names[0], "$A", *names[1]],
+            special_tokens=[(tokens[i], i) for i in dict.fromkeys(begin + end)],
         )
     tokenizer.encode_special_tokens = True  # as `load_tokenizer` has it
     check_saves(tokenizer, f"{path}: its tokenizer")
     return tokenizer
+
+
+def _added_id(
+    values: dict[str, Any], which: str, path: Path, vocab_size: int, *, default: bool
+) -> list[int]:
+    """The token, if any, that stands at one end of each text."""
+    key = f"{PREFIX}{which}_token_id"
+    if not values.get(f"{PREFIX}add_{which}_token", default):
+        return []
+    if key not in values:
+        raise UserError(f"{path}: lacks key {key!r}, a token that is added to each text")
+    return [_id(values, key, path, vocab_size)]
 
 
 def _strings(values: dict[str, Any], key: str, path: Path) -> list[str]:

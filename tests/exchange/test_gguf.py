@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mhmoe_np.audit.trace import trace
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.errors import UserError
+from mhmoe_np.exchange import gguf_file
 from mhmoe_np.exchange.foreign import Foreign
 from mhmoe_np.exchange.gguf_export import export_gguf
 from mhmoe_np.exchange.gguf_file import READABLE
@@ -167,6 +169,9 @@ def test_experts_may_lie_apart_as_in_older_files(tmp_path: Path) -> None:
     put_together(Parts(values, whole | apart), tmp_path / "apart.gguf")
     foreign = import_gguf(tmp_path / "apart.gguf")
     assert foreign.parameters.flat_P.tobytes() == parameters.flat_P.tobytes()
+    put_together(Parts(values, tensors | apart), tmp_path / "both.gguf")
+    line = refusal(lambda: import_gguf(tmp_path / "both.gguf"))
+    assert "tensors 'blk.0.ffn_gate_exps.weight[0]' and 'blk.0.ffn_gate.0.weight' are the same" in line
 
 
 @pytest.mark.parametrize("kind", [None, Kind.TQ1_0, Kind.TQ2_0, Kind.F16])
@@ -444,7 +449,9 @@ def test_damage_ends_in_one_line(tmp_path: Path) -> None:
     assert not any("\n" in line for line in refused)
 
 
-def test_a_length_that_lies_does_not_take_for_ever(tmp_path: Path) -> None:
+def test_a_length_that_lies_does_not_take_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library itself would count to the length, reading nothing."""
     export_gguf(parameters_of("dense"), None, tmp_path / "model.gguf")
     parts = take_apart(tmp_path / "model.gguf")
@@ -455,6 +462,19 @@ def test_a_length_that_lies_does_not_take_for_ever(tmp_path: Path) -> None:
     lying = content[:place] + (2**60).to_bytes(8, "little") + content[place + 8 :]
     (tmp_path / "model.gguf").write_bytes(lying)
     assert "ends at byte" in refusal(lambda: import_gguf(tmp_path / "model.gguf"))
+    # In a file of gigabytes it would read these, one by one.
+    monkeypatch.setattr(gguf_file, "MOST_PARTS", 60)
+    assert "more than 60 values" in refusal(lambda: import_gguf(tmp_path / "model.gguf"))
+
+
+def test_another_byte_order_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    with closing(gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)) as writer:
+        writer.add_tensor("token_embd.weight", np.ones((3, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    assert "gguf-convert-endian" in refusal(lambda: import_gguf(path))
 
 
 def test_the_library_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,6 +577,19 @@ def test_marked_tokens_and_a_begin_come_along(with_tokenizer: Path) -> None:
     again = through_a_file(foreign.parameters, path, tokenizer).tokenizer
     assert again is not None
     assert again.to_str() == tokenizer.to_str()
+    with_end = import_gguf(changed(path, add_eos_token=True)).tokenizer
+    assert with_end is not None
+    assert with_end.encode("x").ids == [*again.encode("x").ids, 0]
+    assert "elsewhere than before" in refusal(lambda: export_gguf(foreign.parameters, with_end, path))
+
+
+def test_ends_of_texts_are_written(with_tokenizer: Path, trained: Tokenizer) -> None:
+    parameters = parameters_of("dense", vocab_size=340)
+    export_gguf(parameters, trained, with_tokenizer, end_of_text=(7, 3, 9))
+    assert import_gguf(with_tokenizer).end_of_text == (7, 3, 9)
+    assert "4 ids [1, 2, 3, 4]" in refusal(
+        lambda: export_gguf(parameters, trained, with_tokenizer, end_of_text=(1, 2, 3, 4))
+    )
 
 
 def test_a_tokenizer_beside_the_file_is_taken(trained: Tokenizer, with_tokenizer: Path) -> None:
