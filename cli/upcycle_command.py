@@ -55,7 +55,7 @@ def command(
         load_parameters,
         save_model,
     )
-    from mhmoe_np.exchange.upcycle import Experts, keeps_function, upcycle
+    from mhmoe_np.exchange.upcycle import Experts, upcycle
     from mhmoe_np.storage.files import write_directory_atomically
 
     found = find_checkpoint(checkpoint)
@@ -72,6 +72,6 @@ def command(
     )
     click.echo(
         "It computes what the dense model computes, to rounding."
-        if keeps_function(wanted)
+        if wanted.keep_function
         else "It does NOT compute what the dense model computes: its experts are fresh. Train it."
     )

@@ -7,6 +7,7 @@ reads on where the file ends, for ever if a damaged length says so; here that is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ class GgufTensor(NamedTuple):
 
     def read(self) -> FloatArray:
         """Its values, as float32."""
-        return self.dequantise(np.ascontiguousarray(self.stored)).reshape(self.shape)
+        with np.errstate(all="ignore"):  # damaged scales; `fill` looks at what comes of them
+            return self.dequantise(np.ascontiguousarray(self.stored)).reshape(self.shape)
 
     def part(self, index: int) -> GgufTensor:
         """One of the tensors that are stacked in it along its first axis."""
@@ -95,13 +97,9 @@ def read_gguf(path: Path) -> GgufFile:
             )
         shape = tuple(reversed(tensor.shape.tolist()))
         tensors[tensor.name] = GgufTensor(
-            tensor.name, shape, tensor.data, _dequantiser(gguf, tensor.tensor_type)
+            tensor.name, shape, tensor.data, partial(gguf.dequantize, qtype=tensor.tensor_type)
         )
     return GgufFile(values, tensors)
-
-
-def _dequantiser(gguf: ModuleType, kind: Any) -> Callable[[NDArray[Any]], FloatArray]:
-    return lambda stored: gguf.dequantize(stored, kind)
 
 
 def _reader(gguf: ModuleType, path: Path) -> Any:

@@ -109,21 +109,7 @@ def _config(values: dict[str, Any], architecture: str, *, tied: bool, path: Path
     }
     keys.must_be("attention.value_length", head_dim)
     keys.must_be("rope.dimension_count", head_dim)
-    experts = keys.integer("expert_count", 0)
-    chosen = keys.integer("expert_used_count", 0)
-    if experts:
-        if chosen == 1:
-            raise UserError(
-                f"{path}: key '{architecture}.expert_used_count' is 1; llama.cpp divides the one gate "
-                "by itself, and a router whose gate is always 1 has no counterpart here"
-            )
-        settings |= {
-            "num_experts": experts,
-            "num_experts_per_tok": chosen,
-            "moe_intermediate_size": keys.integer("expert_feed_forward_length", inner),
-            "decoder_sparse_step": 1,
-            "norm_topk_prob": True,
-        }
+    settings |= _experts(keys, inner, path)
     if architecture == "bitnet":
         settings |= {"quantization": "bitnet_b158", "use_sub_norm": True}
     for key, allowed in NEUTRAL.items():
@@ -131,6 +117,25 @@ def _config(values: dict[str, Any], architecture: str, *, tied: bool, path: Path
     keys.ignore("tensor_data_layout")  # the name of a format that the model once had
     keys.refuse_others()
     return parse_model_config(settings, source=str(path))
+
+
+def _experts(keys: Keys, inner: int, path: Path) -> dict[str, Any]:
+    """The settings of a model's experts, which stand in every layer; none of a dense one."""
+    experts, chosen = keys.integer("expert_count", 0), keys.integer("expert_used_count", 0)
+    if not experts:
+        return {}
+    if chosen == 1:
+        raise UserError(
+            f"{path}: key 'llama.expert_used_count' is 1; llama.cpp divides the one gate by itself, "
+            "and a router whose gate is always 1 has no counterpart here"
+        )
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length", inner),
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    }
 
 
 def _sources(

@@ -10,9 +10,8 @@ import re
 
 from mhmoe_np.types import FloatArray
 
-EMBEDDING = "token_embd.weight"
 OUTSIDE = {
-    EMBEDDING: "model.embed_tokens.weight",
+    "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }

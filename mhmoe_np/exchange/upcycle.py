@@ -12,6 +12,7 @@ import numpy as np
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import LAYERS, Parameters, initialise
+from mhmoe_np.model.room import check_room
 from mhmoe_np.settings.model import ModelConfig, parse_model_config
 
 
@@ -24,10 +25,10 @@ class Experts(NamedTuple):
     heads: int = 1  # above 1: an MH-MoE, whose function is another one
     step: int = 2  # every which layer gets experts
 
-
-def keeps_function(experts: Experts) -> bool:
-    """Whether the model computes at first what the dense one computes."""
-    return experts.heads == 1
+    @property
+    def keep_function(self) -> bool:
+        """Whether the model computes at first what the dense one computes."""
+        return self.heads == 1
 
 
 def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
@@ -52,10 +53,11 @@ def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
     Otherwise a fresh tensor is what `initialise` makes of `seed`.
 
     Raises UserError: the model has experts; K is 1, where the gate is a probability, or S does not
-    divide K, the experts and the inner width, so that the function would change; or the pieces would be
-    quantised or normed each by itself.
+    divide K, the experts and the inner width, so that the function would change; the pieces would be
+    quantised or normed each by itself; or the model does not fit into memory.
     """
     config = _config(dense.config, experts)
+    check_room(config, copies=1, source=f"--experts {experts.num_experts}")
     made = Parameters(config, dense.flat_P.dtype)
     initialise(made, seed)
     for name, tensor in made.tensors.items():
@@ -63,11 +65,11 @@ def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
             tensor[...] = dense.tensors[name]
     for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
         mlp = f"{LAYERS}{layer}.mlp"
-        if experts.heads > 1:
+        if experts.keep_function:
+            _fill_layer(made, dense, mlp, experts)
+        else:
             for projection in ("head_proj", "merge_proj"):
                 made.tensors[f"{mlp}.{projection}.weight"][...] = np.eye(config.hidden_size)
-        else:
-            _fill_layer(made, dense, mlp, experts)
     return made
 
 

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mhmoe_np.audit.trace import trace
-from mhmoe_np.data.documents import embedded_domains
+from mhmoe_np.data.documents import Domain, embedded_domains
 from mhmoe_np.data.store import tokenise
 from mhmoe_np.exchange.foreign import Foreign
 from mhmoe_np.exchange.gguf_export import export_gguf
 from mhmoe_np.exchange.gguf_import import import_gguf
-from mhmoe_np.inference.evaluate import score_stream
+from mhmoe_np.inference.evaluate import evaluate
 from mhmoe_np.inference.generate import Sampling, generate
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.load import load_operations
@@ -122,23 +122,19 @@ def test_logits_are_transformers(both: Both, tokenizer: Tokenizer) -> None:
     assert error <= 2e-5
 
 
-def test_a_text_gets_transformers_nll(both: Both, tokenizer: Tokenizer) -> None:
-    """As `eval` scores it: disjoint windows, here of 512 tokens."""
-    window, token_W = 512, stream_of(tokenizer, 2049)
-    ops = load_operations("numba", keep_buffers=True)
-    ours = score_stream(both.model, token_W, window=window, batch_tokens=1024, ops=ops)
-    expected = 0.0
-    for first in range(0, len(token_W) - 1, window):
-        piece = torch.tensor(token_W[first : first + window + 1])[None]
-        with torch.no_grad():
-            logits = both.theirs(piece[:, :-1]).logits.double()
-        expected += float(torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum"))
-    scored = len(token_W) - 1
-    print(
-        f"\nNLL of {scored} tokens: {ours:.6f}, transformers {expected:.6f}: "
-        f"{abs(ours / expected - 1):.2g} relative; perplexity {np.exp(ours / scored):.2f}"
-    )
-    assert abs(ours / expected - 1) <= 1e-5
+def test_evaluate_gives_transformers_nll(both: Both, tokenizer: Tokenizer) -> None:
+    texts = tuple(text[:1200] for domain in embedded_domains() for text in domain.documents[:2])
+    count, words = sum(len(text.encode()) for text in texts), sum(len(t.split()) for t in texts)
+    domain = Domain("mixed", texts, count, words)
+    ours = evaluate(both.model, domain, tokenizer, ops=load_operations("numba", keep_buffers=True))
+    tokens = torch.tensor(tokenise(texts, tokenizer).astype(np.int64))
+    assert ours.tokens == len(tokens) - 1 < both.model.config.max_position_embeddings  # one window
+    with torch.no_grad():
+        logits = both.theirs(tokens[None, :-1]).logits[0].double()
+    expected = float(torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum"))
+    error = abs(ours.nll / expected - 1)
+    print(f"\nNLL of {ours.tokens} tokens: {ours.nll:.6f}, transformers {expected:.6f}: {error:.2g}")
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

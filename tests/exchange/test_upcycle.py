@@ -90,6 +90,7 @@ def test_an_mh_moe_keeps_all_but_its_experts() -> None:
         ("dense", Experts(4, 2, heads=5), "moe_heads: 5 does not divide"),
         ("dense", Experts(2, 3), "num_experts_per_tok: 3"),
         ("dense", Experts(4, 2, step=3), "--step 3"),
+        ("dense", Experts(100_000, 2), "num_experts 100000"),
         ("dense-ternary", Experts(4, 2, split=2), "quantization 'bitnet_b158'"),
         ("dense-relu2-sub-norm-untied", Experts(4, 2, split=2), "use_sub_norm True"),
     ],
@@ -98,6 +99,19 @@ def test_what_would_change_the_function_is_refused(kind: str, experts: Experts, 
     with pytest.raises(UserError, match=r"^[^\n]*$") as refused:
         upcycle(parameters_of(kind), experts, seed=0)
     assert words in str(refused.value)
+
+
+def test_the_command_says_when_the_function_is_lost(mhmoe_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    save_model(tmp_path / "dense", parameters_of("dense"), None)
+    base = ("upcycle", "dense", "--experts", 4)
+    refused = mhmoe_here(*base, "--top-k", 1, "--out", "new", code=2).stderr
+    assert "--top-k 1" in refused
+    assert refused.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    said = mhmoe_here(*base, "--top-k", 1, "--heads", 2, "--out", "new").stdout
+    assert "does NOT compute what the dense model computes" in said
+    assert load_parameters(tmp_path / "new", np.float32).config.moe_heads == 2
 
 
 @pytest.mark.parametrize("experts", [KEPT["copies"], KEPT["halves"]], ids=["copies", "halves"])
