@@ -33,6 +33,7 @@ COMMANDS = {
     "import": "Read a model of Hugging Face or llama.cpp as a checkpoint.",
     "export": "Write a checkpoint for Hugging Face transformers or llama.cpp.",
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
+    "upcycle": "Make a mixture of experts of a dense model, with the same function at first.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",
 }

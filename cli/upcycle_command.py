@@ -1,0 +1,77 @@
+"""`mhmoe-np upcycle`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mhmoe_cli.new_directory import out_option
+from mhmoe_np.errors import UserError
+from mhmoe_np.settings.model import LARGEST_COUNT, LARGEST_SIZE
+
+COUNT = click.IntRange(1, LARGEST_SIZE)
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option("--experts", required=True, type=COUNT, help="Experts of each layer that gets some.")
+@click.option("--top-k", required=True, type=COUNT, help="Experts chosen for each token.")
+@click.option(
+    "--split",
+    default=1,
+    show_default=True,
+    type=COUNT,
+    help="Cut each network into so many experts along its inner width, instead of copying it.",
+)
+@click.option("--heads", default=1, show_default=True, type=COUNT, help="Above 1: an MH-MoE.")
+@click.option(
+    "--step", default=2, show_default=True, type=COUNT, help="Every which layer gets experts."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_COUNT))
+@out_option
+def command(
+    checkpoint: Path,
+    experts: int,
+    top_k: int,
+    split: int,
+    heads: int,
+    step: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Make a mixture of experts of a dense model, as the start of further training (train --init).
+
+    At first it computes what the dense model computes: experts are copies of a layer's network, or,
+    with --split, its pieces, and the gates of those chosen sum to 1. Not so with --heads: head and
+    merge layers start as the identity and the experts are fresh.
+    """
+    import numpy as np
+
+    from mhmoe_np.checkpoints.checkpoint import (
+        find_checkpoint,
+        find_tokenizer,
+        is_packed,
+        load_parameters,
+        save_model,
+    )
+    from mhmoe_np.exchange.upcycle import Experts, upcycle
+    from mhmoe_np.storage.files import write_directory_atomically
+
+    found = find_checkpoint(checkpoint)
+    if is_packed(found):
+        raise UserError(f"{found}: is packed; unpack it first")
+    wanted = Experts(experts, top_k, split, heads, step)
+    parameters = upcycle(load_parameters(found, np.float32), wanted, seed=seed)
+    tokenizer = find_tokenizer(found)
+    write_directory_atomically(out, lambda folder: save_model(folder, parameters, tokenizer))
+    config = parameters.config
+    click.echo(
+        f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters, "
+        f"{config.num_experts} experts in {config.moe_layers} of {config.num_hidden_layers} layers"
+    )
+    click.echo(
+        "It computes what the dense model computes, to rounding."
+        if wanted.keep_function
+        else "It does NOT compute what the dense model computes: its experts are fresh. Train it."
+    )
