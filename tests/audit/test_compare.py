@@ -1,0 +1,283 @@
+"""`compare` on traces of the independent PyTorch model, with mistakes planted into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mhmoe_np.audit.models import BASE, KINDS
+from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.storage.tensors import save_tensors
+from tests.conftest import Run
+from tests.oracle import torch_model as oracle
+
+Patch = pytest.MonkeyPatch
+TOKENS = np.random.default_rng(3).integers(0, 37, (2, 9))
+TOKENS[1, 7:] = -100
+MH2 = KINDS["mh2"]
+
+
+def model_at(
+    path: Path, keys: dict[str, Any], *, seed: int = 2, halves: bool = False
+) -> dict[str, Any]:
+    """Write a checkpoint and return its tensors; norms and biases are not what they start as.
+
+    halves: weights of 1/16 and 3/16 in equal number, whose quotients by their mean are 1/2 and 3/2.
+    """
+    parameters = Parameters(ModelConfig.model_validate({**BASE, **keys}), np.float64)
+    initialise(parameters, seed)
+    rng = np.random.default_rng(seed)
+    for name, tensor in parameters.tensors.items():
+        if tensor.ndim == 1:
+            tensor += rng.normal(0, 0.1, tensor.shape)
+        elif halves and "_proj" in name:
+            magnitude = rng.permutation(np.resize([1, 3], tensor.size)).reshape(tensor.shape) / 16
+            tensor[...] = np.where(tensor < 0, -magnitude, magnitude)
+    path.mkdir()
+    save_model(path, parameters, None)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
+
+
+def write_theirs(
+    path: Path, keys: dict[str, Any], weights: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    trace = oracle.trace({**BASE, **keys}, weights, TOKENS, dtype=dtype)
+    save_tensors(path, trace)
+    return trace
+
+
+# ---- twelve faults -----------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """A mistake, and what `compare` must say of it."""
+
+    plant: Callable[[Patch, dict[str, Any]], None]  # may change the weights that the other model has
+    keys: dict[str, Any]
+    first: str  # the first tensor that differs
+    where: list[str]
+    cause: str
+    halves: bool = False
+
+
+def transposed(patch: Patch, weights: dict[str, Any]) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights[name] = np.ascontiguousarray(weights[name].T)
+
+
+def gate_and_up_exchanged(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.ffn
+
+    def ffn(config: Any, weights: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+        gate, up = f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"
+        return right(config, weights | {gate: weights[up], up: weights[gate]}, prefix, x)
+
+    patch.setattr(oracle, "ffn", ffn)
+
+
+def interleaved_rotation(patch: Patch, weights: dict[str, Any]) -> None:
+    def rotate(x: Tensor, theta: float) -> Tensor:
+        T, C = x.shape[1], x.shape[3]
+        angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, C, 2, dtype=torch.float64) / C)
+        turned = torch.view_as_complex(x.reshape(*x.shape[:3], C // 2, 2)) * torch.polar(
+            torch.ones_like(angle), angle
+        )[:, None].to(torch.complex128)
+        return torch.view_as_real(turned).flatten(3)
+
+    patch.setattr(oracle, "rotate", rotate)
+
+
+def not_scaled(patch: Patch, weights: dict[str, Any]) -> None:
+    patch.setattr(oracle, "math", SimpleNamespace(sqrt=lambda _: 1.0, inf=math.inf, ceil=math.ceil))
+
+
+def gates_not_renormalised(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.route
+    patch.setattr(
+        oracle,
+        "route",
+        lambda config, *rest: right(dataclasses.replace(config, norm_topk_prob=False), *rest),
+    )
+
+
+def experts_permuted(patch: Patch, weights: dict[str, Any]) -> None:
+    for name in list(weights):
+        if ".experts.1." in name:
+            other = name.replace(".experts.1.", ".experts.3.")
+            weights[name], weights[other] = weights[other], weights[name]
+
+
+def another_epsilon(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.rms_norm
+    patch.setattr(oracle, "rms_norm", lambda x, weight, eps: right(x, weight, 1e-6))
+
+
+def no_head_layer(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.projection
+    patch.setattr(
+        oracle,
+        "projection",
+        lambda config, weights, name, x: x if "head" in name else right(config, weights, name, x),
+    )
+
+
+def heads_interleaved(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.projection
+
+    def projection(config: Any, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+        N, D = x.shape
+        H = config.moe_heads
+        if "head" in name:
+            y = right(config, weights, name, x)
+            return y.reshape(N, D // H, H).transpose(1, 2).reshape(N, D)
+        return right(config, weights, name, x.reshape(N, H, D // H).transpose(1, 2).reshape(N, D))
+
+    patch.setattr(oracle, "projection", projection)
+
+
+def merge_before_the_gates(patch: Patch, weights: dict[str, Any]) -> None:
+    right, project = oracle.run_experts, oracle.projection
+
+    def run_experts(config: Any, weights: Any, prefix: str, x: Tensor, routing: Any) -> Tensor:
+        y = torch.zeros_like(x)
+        for j in range(config.num_experts_per_tok):
+            gates = torch.zeros_like(routing.gates)
+            gates[:, j] = 1
+            one = dataclasses.replace(routing, gates=gates)
+            choice = right(config, weights, prefix, x, one).reshape(-1, config.hidden_size)
+            merged = project(config, weights, f"{prefix}.merge_proj", choice)
+            y = y + routing.gates[:, j, None] * merged.reshape(x.shape)
+        return y
+
+    patch.setattr(oracle, "run_experts", run_experts)
+    patch.setattr(
+        oracle,
+        "projection",
+        lambda config, weights, name, x: x if "merge" in name else project(config, weights, name, x),
+    )
+
+
+def wrong_first_choice(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.balance_loss
+    patch.setattr(oracle, "balance_loss", lambda p, experts, kind: right(p, experts[:, -1:], kind))
+
+
+def halves_away_from_zero(patch: Patch, weights: dict[str, Any]) -> None:
+    torch_round = torch.round
+    away = lambda x: torch.sign(x) * torch.floor(torch.abs(x) + 0.5)  # noqa: E731
+    assert torch_round(torch.tensor(0.5)) == 0
+    assert away(torch.tensor(0.5)) == 1
+    patch.setattr(torch, "round", away)
+
+
+BOTH = ["layers.0", "layers.1"]
+FAULTS = {
+    "transposed weight": Fault(
+        transposed, MH2, "layers.1.router_logits", ["layers.1"], "self_attn.o_proj.weight is transposed"
+    ),
+    "gate and up exchanged": Fault(
+        gate_and_up_exchanged,
+        KINDS["dense"],
+        "layers.0.hidden",
+        BOTH,
+        "gate_proj and up_proj of mlp are exchanged",
+    ),
+    "interleaved RoPE": Fault(
+        interleaved_rotation,
+        KINDS["dense-grouped-heads"],
+        "layers.0.hidden",
+        BOTH,
+        "rotary positions turn interleaved pairs (2j, 2j+1), not halves",
+    ),
+    "no 1/sqrt(C)": Fault(
+        not_scaled,
+        MH2,
+        "layers.0.router_logits",
+        BOTH,
+        "the scale 1/sqrt(C) of the scores is missing",
+    ),
+    "gates not renormalised": Fault(
+        gates_not_renormalised,
+        MH2,
+        "layers.0.hidden",
+        BOTH,
+        "gates are not renormalised over the chosen experts",
+    ),
+    "permuted experts": Fault(
+        experts_permuted, MH2, "layers.0.hidden", BOTH, "experts 1 and 3 are exchanged"
+    ),
+    "another epsilon": Fault(
+        another_epsilon,
+        MH2,
+        "layers.0.router_logits",
+        [*BOTH, "logits"],
+        "rms_norm_eps is 1e-06 and not 1e-05",
+    ),
+    "no head layer": Fault(
+        no_head_layer, MH2, "layers.0.router_logits", BOTH, "the head layer is left out"
+    ),
+    "heads interleaved": Fault(
+        heads_interleaved,
+        MH2,
+        "layers.0.router_logits",
+        BOTH,
+        "sub-tokens are interleaved features, not contiguous ones",
+    ),
+    "merge before the gates": Fault(
+        merge_before_the_gates,
+        MH2,
+        "layers.0.hidden",
+        BOTH,
+        "the merge layer is applied before the gates",
+    ),
+    "wrong first choice": Fault(
+        wrong_first_choice,
+        MH2,
+        "aux_loss",
+        ["aux_loss"],
+        "shares are those of the last choices (experts[:, 1]), not of the first ones",
+    ),
+    "halves away from zero": Fault(
+        halves_away_from_zero,
+        KINDS["mh2-ternary"],
+        "layers.0.router_logits",
+        BOTH,
+        "the quantisers round halves away from zero, not to even",
+        halves=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(
+    name: str, tmp_path: Path, monkeypatch: Patch, mhmoe_here: Run
+) -> None:
+    fault = FAULTS[name]
+    weights = model_at(tmp_path / "model", fault.keys, halves=fault.halves)
+    write_theirs(tmp_path / "right.safetensors", fault.keys, weights)
+    with monkeypatch.context() as patch:
+        fault.plant(patch, weights)
+        write_theirs(tmp_path / "wrong.safetensors", fault.keys, weights)
+    mhmoe_here("compare", "right.safetensors", "--checkpoint", "model")
+    result = mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", "--json", code=1)
+    found = json.loads(result.stdout)
+    assert found["first_difference"] == fault.first
+    causes = {each["where"]: each["text"] for each in found["findings"] if each["kind"] == "cause"}
+    assert causes == dict.fromkeys(fault.where, fault.cause)
+    others = [each for each in found["findings"] if each["kind"] != "cause"]
+    assert all(each["where"].startswith("grad.") for each in others)
+    # Beside the right trace the same tensor is the first, and what is after it differs as well.
+    result = mhmoe_here("compare", "wrong.safetensors", "right.safetensors", "--json", code=1)
+    assert json.loads(result.stdout)["first_difference"] == fault.first
