@@ -164,7 +164,8 @@ def _worst_element(row: Row, labels: tuple[str, str]) -> str:
         found = row.difference
         line += (
             f"{list(found.place)} = {found.first:.9g} in {labels[0]}, "
-            f"{found.second:.9g} {_in(labels[1])} ({found.max_rel:.1e} of the largest, beyond {row.tolerance:.0e})"
+            f"{found.second:.9g} {_in(labels[1])} "
+            f"({found.max_rel:.1e} of the largest, beyond {row.tolerance:.0e})"
         )
     return f"{line}; {row.note}" if row.note else line
 

@@ -6,15 +6,14 @@ every hypothesis, and in a BitNet model with its tied activations rounded either
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mhmoe_np.audit.comparison import Comparison, Row, compare_tensors, compare_traces
-from mhmoe_np.audit.difference import Tensor
-from mhmoe_np.audit.from_inputs import Ids, Layer, ids_of, layer_from, model_from, others_of, taken
-from mhmoe_np.audit.given import Given, Others, Tie
+from mhmoe_np.audit.from_inputs import Ids, Layer, ids_of, model_from, taken
+from mhmoe_np.audit.given import Given
 from mhmoe_np.audit.hypotheses import (
     EPSILONS,
     HYPOTHESES,
@@ -25,13 +24,14 @@ from mhmoe_np.audit.hypotheses import (
     tensors_of,
 )
 from mhmoe_np.audit.losses_otherwise import cause_of_loss
+from mhmoe_np.audit.one_layer import NAMES, Case
+from mhmoe_np.audit.quantiser_ties import first_way, said_of, settled_by_gradients, ways_of
 from mhmoe_np.audit.trace_file import Trace
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray, IntArray
 
-MOST_TIES = 8  # of one token in one layer: each doubles the ways to round that are tried
 Kind = Literal["cause", "tie", "unexplained"]
 
 
@@ -48,36 +48,6 @@ class Diagnosis(NamedTuple):
 
     comparison: Comparison  # their tensors first, then ours from their inputs
     findings: list[Finding]  # in the order of computation
-
-
-class _Case(NamedTuple):
-    """One layer's inputs, and what came out of it there."""
-
-    number: int
-    theirs: Trace  # by names within the layer
-    x_ND: FloatArray
-    others: Others
-    sequences: int
-    tolerance: float | None
-
-    def agrees(self, ours: Trace) -> bool:
-        """Whether every tensor that they have comes out."""
-        return all(
-            compare_tensors(name, self.theirs, ours, tolerance=self.tolerance).verdict != "different"
-            for name in self.theirs
-        )
-
-    def close_tokens(self, ours: Trace) -> Tensor:
-        """Which tokens' rows come out in every tensor."""
-        close = np.ones(len(self.x_ND), bool)
-        for name in ("router_logits", "hidden"):
-            if name in self.theirs:
-                row = compare_tensors(name, self.theirs, ours, tolerance=self.tolerance)
-                a, b = self.theirs[name], ours[name].reshape(self.theirs[name].shape)
-                scale = max(np.abs(a).max(), np.abs(b).max())
-                near = np.abs(a - b) <= row.tolerance * scale
-                close &= near.reshape(len(close), -1).all(axis=1)
-        return close
 
 
 def diagnose(
@@ -99,23 +69,24 @@ def diagnose(
         ids = ids_of(theirs, model.config, source=source)
         ours = model_from(theirs, model, ids, {}, ops=Given(ops))
         comparison = compare_traces(theirs, ours, tolerance=tolerance)
-        findings, codes = [], {}
-        wrong = {row.name for row in comparison.rows if row.verdict == "different"}
-        likely: str | None = None
+        wrong = _wrong_in(comparison)
+        findings: list[Finding] = []
+        codes: dict[int, IntArray] = {}
         for number in range(model.config.num_hidden_layers):
-            names = [f"layers.{number}.{name}" for name in ("router_logits", "experts", "hidden")]
-            if not wrong & set(names):
-                continue
-            case = _case(number, theirs, ours, model, ids, tolerance)
-            finding, code_N = _of_layer(case, parameters, model, likely, ops=ops)
-            findings.append(finding)
-            likely = finding.text if finding.kind == "cause" else likely
-            if code_N is not None:
-                codes[number] = code_N
-        if codes:
-            ours = model_from(theirs, model, ids, codes, ops=Given(ops))
+            if wrong & {f"layers.{number}.{name}" for name in NAMES}:
+                case = Case.of(number, theirs, ours, model, ids, tolerance=tolerance)
+                before = next((each.text for each in reversed(findings) if each.kind == "cause"), None)
+                found = _of_layer(case, parameters, model, before, ops=ops)
+                if isinstance(found, Finding):
+                    findings.append(found)
+                else:
+                    codes[number] = found
+        if model.config.is_quantised and (codes or _only_gradients(wrong)):
+            ours, ties = _with_ties(theirs, ours, codes, model, ids, tolerance, ops=ops)
             comparison = compare_traces(theirs, ours, tolerance=tolerance)
-            wrong = {row.name for row in comparison.rows if row.verdict == "different"}
+            wrong = _wrong_in(comparison)
+            findings += ties
+            findings.sort(key=lambda finding: int(finding.where.removeprefix("layers.")))
         if "logits" in wrong:
             findings.append(_of_logits(theirs, ours, parameters, tolerance, ops=ops))
         findings += [
@@ -126,95 +97,83 @@ def diagnose(
     return Diagnosis(comparison, [*findings, *_of_the_rest(comparison, findings)])
 
 
-def _case(
-    number: int, theirs: Trace, ours: Trace, model: Model, ids: Ids, tolerance: float | None
-) -> _Case:
-    config, dtype = model.config, model.weights.dtype
-    N = ids.id_BT.size
-    if number == 0:
-        x_ND = model.weights.embedding_VD[ids.id_BT.ravel()]
-    else:
-        before = f"layers.{number - 1}.hidden"
-        x_ND = taken(theirs, before, ours[before]).reshape(N, -1)
-    prefix = f"layers.{number}."
-    own = {
-        name: theirs[prefix + name]
-        for name in ("router_logits", "experts", "hidden")
-        if prefix + name in theirs and prefix + name in ours
-    }
-    others = others_of(theirs, number, config, dtype, sub_tokens=N * config.moe_heads)
-    return _Case(number, own, x_ND, others, len(ids.id_BT), tolerance)
+def _wrong_in(comparison: Comparison) -> set[str]:
+    return {row.name for row in comparison.rows if row.verdict == "different"}
+
+
+def _only_gradients(wrong: set[str]) -> bool:
+    return bool(wrong) and all(name.startswith("grad.") for name in wrong)
 
 
 def _of_layer(
-    case: _Case, parameters: Parameters, model: Model, likely: str | None, *, ops: Operations
-) -> tuple[Finding, IntArray | None]:
+    case: Case, parameters: Parameters, model: Model, likely: str | None, *, ops: Operations
+) -> Finding | IntArray:
     """Why a layer differs; where ties alone explain it, how its activations are rounded.
 
-    likely: the cause of the layer before, which is tried first.
+    likely: the cause of a layer before, which is tried first.
     """
     where = f"layers.{case.number}"
     config, tensors = alone(model.config, case.number), tensors_of(parameters, case.number)
 
     def explains(change: Change) -> bool:
         layer, given = changed(config, tensors, change, ops=ops)
-        code_N = np.zeros(len(case.x_ND), np.int64)
-        ours, _ = layer_from(
-            layer, case.x_ND, case.others, code_N, None, sequences=case.sequences, ops=given
-        )
-        return case.agrees(ours)
+        return case.agrees(case.computed(layer, None, given))
 
     # Before the ties: those that lie exactly half-way are the specification's to decide.
     for change in half_away_from_zero(config, tensors):
         if explains(change):
-            return Finding(where, "cause", change.cause), None
-    if config.is_quantised and (settled := _by_ties(case, Layer.of(model, case.number), ops=ops)):
-        code_N, ties = settled
-        return Finding(where, "tie", _said_of(ties)), code_N
+            return Finding(where, "cause", change.cause)
+    if config.is_quantised:
+        layer = Layer.of(model, case.number)
+        code_N = first_way(ways_of(case, layer, ops=ops))
+        if code_N is not None and case.agrees(case.computed(layer, code_N, Given(ops))):
+            return code_N
     changes = [change for hypothesis in HYPOTHESES for change in hypothesis(config, tensors)]
     for change in sorted(changes, key=lambda change: change.cause != likely):
         if explains(change):
-            return Finding(where, "cause", change.cause), None
-    return Finding(where, "unexplained", "no single change of the layer gives these numbers"), None
+            return Finding(where, "cause", change.cause)
+    return Finding(where, "unexplained", "no single change of the layer gives these numbers")
 
 
-def _by_ties(case: _Case, layer: Layer, *, ops: Operations) -> tuple[IntArray, list[Tie]] | None:
-    """How each token's tied activations must be rounded for the other's numbers to come out.
+def _with_ties(
+    theirs: Trace,
+    ours: Trace,
+    codes: dict[int, IntArray],
+    model: Model,
+    ids: Ids,
+    tolerance: float | None,
+    *,
+    ops: Operations,
+) -> tuple[Trace, list[Finding]]:
+    """Our tensors with activations at ties rounded as there, and what is to be said of it.
 
-    Every way is tried, for all tokens at once; a token takes the first with which its rows come out.
+    codes: of layers whose output told it.
     """
-    code_N, open_N = np.zeros(len(case.x_ND), np.int64), np.ones(len(case.x_ND), bool)
-    given, most = Given(ops), 0
-    for code in range(1 << MOST_TIES):
-        ours, _ = layer_from(
-            layer,
-            case.x_ND,
-            case.others,
-            np.where(open_N, code, code_N),
-            None,
-            sequences=case.sequences,
-            ops=given,
-        )
-        most = max(most, int(given.met_N[open_N].max(initial=0)))
-        found_N = open_N & case.close_tokens(ours)
-        code_N[found_N] = code
-        open_N &= ~found_N
-        if not open_N.any() or code + 1 >= 1 << most:
-            break
-    ours, _ = layer_from(
-        layer, case.x_ND, case.others, code_N, None, sequences=case.sequences, ops=given
-    )
-    return (code_N, given.turned) if case.agrees(ours) else None
 
+    def compute(codes: Mapping[int, IntArray]) -> Trace:
+        return model_from(theirs, model, ids, codes, ops=Given(ops))
 
-def _said_of(ties: list[Tie]) -> str:
-    tie = ties[0]
-    count = "1 activation lies" if len(ties) == 1 else f"{len(ties)} activations lie"
-    return (
-        f"{count} at the quantiser's tie and rounded to the other side there, one step of 1/127 (D9); "
-        f"the first is the input of {tie.weight}, row {tie.row}, column {tie.column}: "
-        f"x * 127/gamma = {tie.product:.12g}"
-    )
+    cases = {
+        number: Case.of(number, theirs, ours, model, ids, tolerance=tolerance)
+        for number in range(model.config.num_hidden_layers)
+    }
+    ours = compute(codes)
+    if _only_gradients(_wrong_in(compare_traces(theirs, ours, tolerance=tolerance))):
+        ways = {
+            number: ways_of(case, Layer.of(model, number), ops=ops) for number, case in cases.items()
+        }
+        firsts = {number: first_way(each) for number, each in ways.items()}
+        codes = {number: code_N for number, code_N in firsts.items() if code_N is not None} | codes
+        ways = {number: each for number, each in ways.items() if number in codes}
+        codes = settled_by_gradients(theirs, ways, codes, compute)
+        ours = compute(codes)
+    findings = []
+    for number, code_N in codes.items():
+        given = Given(ops)
+        cases[number].computed(Layer.of(model, number), code_N, given)
+        if given.turned:
+            findings.append(Finding(f"layers.{number}", "tie", said_of(given.turned)))
+    return ours, findings
 
 
 def _of_logits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +41,8 @@ class Change(NamedTuple):
     """One deliberate change of a layer, and what it means for the implementation that made it."""
 
     cause: str  # a sentence without its full stop
-    settings: Mapping[str, Any] = {}
-    tensors: Tensors = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
+    tensors: Tensors = MappingProxyType({})
     operations: type[Given] = Given
 
 
