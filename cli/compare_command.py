@@ -33,7 +33,7 @@ COLOURS = {"same": "green", "tie": "yellow", "different": "red"}
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, max=1),
+    type=click.FloatRange(min=0, max=2),
     help="Of floats, against a tensor's largest magnitude (default: 1e-9 in float64, 2e-5 in float32).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

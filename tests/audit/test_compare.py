@@ -30,11 +30,17 @@ MH2 = KINDS["mh2"]
 
 
 def model_at(
-    path: Path, keys: dict[str, Any], *, seed: int = 2, halves: bool = False
+    path: Path,
+    keys: dict[str, Any],
+    *,
+    seed: int = 2,
+    halves: bool = False,
+    tied_experts: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint and return its tensors; norms and biases are not what they start as.
 
     halves: weights of 1/16 and 3/16 in equal number, whose quotients by their mean are 1/2 and 3/2.
+    tied_experts: two that have one row of every router.
     """
     parameters = Parameters(ModelConfig.model_validate({**BASE, **keys}), np.float64)
     initialise(parameters, seed)
@@ -45,6 +51,8 @@ def model_at(
         elif halves and "_proj" in name:
             magnitude = rng.permutation(np.resize([1, 3], tensor.size)).reshape(tensor.shape) / 16
             tensor[...] = np.where(tensor < 0, -magnitude, magnitude)
+        elif tied_experts is not None and name.endswith("mlp.gate.weight"):
+            tensor[tied_experts[1]] = tensor[tied_experts[0]]
     path.mkdir()
     save_model(path, parameters, None)
     return {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
@@ -266,11 +274,9 @@ def test_a_planted_fault_is_named(
 ) -> None:
     fault = FAULTS[name]
     weights = model_at(tmp_path / "model", fault.keys, halves=fault.halves)
-    write_theirs(tmp_path / "right.safetensors", fault.keys, weights)
     with monkeypatch.context() as patch:
         fault.plant(patch, weights)
         write_theirs(tmp_path / "wrong.safetensors", fault.keys, weights)
-    mhmoe_here("compare", "right.safetensors", "--checkpoint", "model")
     result = mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", "--json", code=1)
     found = json.loads(result.stdout)
     assert found["first_difference"] == fault.first
@@ -278,6 +284,143 @@ def test_a_planted_fault_is_named(
     assert causes == dict.fromkeys(fault.where, fault.cause)
     others = [each for each in found["findings"] if each["kind"] != "cause"]
     assert all(each["where"].startswith("grad.") for each in others)
-    # Beside the right trace the same tensor is the first, and what is after it differs as well.
-    result = mhmoe_here("compare", "wrong.safetensors", "right.safetensors", "--json", code=1)
-    assert json.loads(result.stdout)["first_difference"] == fault.first
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_without_a_fault_the_same_models_compare_clean(
+    halves: bool, tmp_path: Path, mhmoe_here: Run
+) -> None:
+    keys = KINDS["mh2-ternary"] if halves else MH2
+    weights = model_at(tmp_path / "model", keys, halves=halves)
+    write_theirs(tmp_path / "right.safetensors", keys, weights)
+    shown = mhmoe_here("compare", "right.safetensors", "--checkpoint", "model").stdout
+    assert "tensors, all the same within tolerance" in shown
+    assert "no failure" not in shown
+
+
+def test_two_traces_name_the_first_tensor_and_say_what_is_missing(
+    tmp_path: Path, monkeypatch: Patch, mhmoe_here: Run
+) -> None:
+    weights = model_at(tmp_path / "model", MH2)
+    right = write_theirs(tmp_path / "right.safetensors", MH2, weights)
+    no_head_layer(monkeypatch, weights)
+    wrong = write_theirs(tmp_path / "wrong.safetensors", MH2, weights)
+    del wrong["layers.1.hidden"]
+    wrong["layers.0.attention"] = wrong["logits"]
+    np.savez(tmp_path / "wrong.npz", **{f"x/{name}": tensor for name, tensor in wrong.items()})
+    names = {f"x/{name}": name for name in wrong}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    arguments = ("compare", "wrong.npz", "right.safetensors", "--names", "names.json")
+    found = json.loads(mhmoe_here(*arguments, "--json", code=1).stdout)
+    assert found["first_difference"] == "layers.0.router_logits"
+    assert found["only_first"] == ["layers.0.attention"]
+    assert found["only_second"] == ["layers.1.hidden"]
+    order = [row["name"] for row in found["tensors"]]
+    assert order[:4] == ["input_ids", "target_ids", "layers.0.router_logits", "layers.0.experts"]
+    gradients = [name.removeprefix("grad.") for name in order if name.startswith("grad.")]
+    assert gradients[0] == "model.norm.weight"
+    assert gradients[-1] == "model.embed_tokens.weight"
+    row = next(row for row in found["tensors"] if row["name"] == "layers.0.router_logits")
+    gap = np.abs(wrong["layers.0.router_logits"] - right["layers.0.router_logits"])
+    place = np.unravel_index(gap.argmax(), gap.shape)
+    assert row["difference"]["place"] == list(place)
+    assert row["difference"]["max_abs"] == gap.max()
+    assert row["difference"]["first"] == wrong["layers.0.router_logits"][place]
+    shown = mhmoe_here(*arguments, code=1).stdout
+    assert f"first difference: layers.0.router_logits[{place[0]}, {place[1]}] = " in shown
+    assert "only in A: 1 tensors (layers.0.attention)" in shown
+    assert "only in B: 1 tensors (layers.1.hidden)" in shown
+    # A tolerance of 2 allows every float, and no integer.
+    allowed = json.loads(mhmoe_here(*arguments, "--tolerance", 2, "--json", code=1).stdout)
+    assert allowed["first_difference"] == "layers.0.experts"
+
+
+# ---- what is no fault --------------------------------------------------------------------------
+
+NO_SUB_NORM = {"use_sub_norm": False}  # so that a BitLinear reads another's output
+
+
+@pytest.mark.parametrize("seed", [5, 7])
+def test_a_quantised_head_layer_without_sub_norms_compares_clean_but_for_ties(
+    seed: int, tmp_path: Path, mhmoe_here: Run
+) -> None:
+    """[D9]. Seed 7: the layer's output shows it. Seed 5: the merge layer's quantiser takes the step
+    back, and the gradients alone show it.
+    """
+    keys = KINDS["mh2-ternary-projections"] | NO_SUB_NORM
+    parameters = Parameters(ModelConfig.model_validate({**BASE, **keys}), np.float64)
+    initialise(parameters, seed)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", parameters, None)
+    weights = {name: np.ascontiguousarray(tensor) for name, tensor in parameters.tensors.items()}
+    write_theirs(tmp_path / "theirs.safetensors", keys, weights)
+    found = json.loads(
+        mhmoe_here("compare", "theirs.safetensors", "--checkpoint", "model", "--json").stdout
+    )
+    assert found["same"]
+    assert [finding["kind"] for finding in found["findings"]] == ["tie"]
+    assert "= 63.5" in found["findings"][0]["text"].replace("-63.5", "63.5")
+    shown = mhmoe_here("compare", "theirs.safetensors", "--checkpoint", "model").stdout
+    assert "no failure: 1 activation lies at the quantiser's tie" in shown
+
+
+def test_a_step_of_an_activation_that_is_at_no_tie_is_a_failure(
+    tmp_path: Path, monkeypatch: Patch, mhmoe_here: Run
+) -> None:
+    keys = KINDS["mh2-ternary-projections"] | NO_SUB_NORM
+    weights = model_at(tmp_path / "model", keys)
+    right = oracle.quantize_rows
+
+    def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, gamma = right(x)
+        product = x[0] * (127 / gamma[0])
+        farthest = int((product - torch.floor(product) - 0.5).abs().argmax())
+        q[0, farthest] -= torch.sign(q[0, farthest])
+        return q, gamma
+
+    monkeypatch.setattr(oracle, "quantize_rows", quantize_rows)
+    write_theirs(tmp_path / "theirs.safetensors", keys, weights)
+    result = mhmoe_here("compare", "theirs.safetensors", "--checkpoint", "model", "--json", code=1)
+    kinds = {finding["where"]: finding["kind"] for finding in json.loads(result.stdout)["findings"]}
+    assert kinds["layers.0"] == "unexplained"
+
+
+def test_equal_logits_make_a_tie_of_experts(
+    tmp_path: Path, monkeypatch: Patch, mhmoe_here: Run
+) -> None:
+    """Two experts with one row of the router, and a router that takes the later one."""
+    weights = model_at(tmp_path / "model", MH2, tied_experts=(1, 3))
+    ours = write_theirs(tmp_path / "ours.safetensors", MH2, weights)
+
+    def route(config: Any, router: Tensor, x: Tensor) -> Any:
+        logits = x @ router.T
+        p = torch.softmax(logits, dim=-1)
+        order = torch.sort(p.detach().flip(-1), dim=-1, descending=True, stable=True).indices
+        experts = (config.num_experts - 1 - order)[:, : config.num_experts_per_tok]
+        gates = p.gather(1, experts)
+        return oracle.Routing(logits, p, experts, gates / gates.sum(dim=-1, keepdim=True))
+
+    monkeypatch.setattr(oracle, "route", route)
+    trace = write_theirs(tmp_path / "theirs.safetensors", MH2, weights)
+    assert (trace["layers.1.experts"] != ours["layers.1.experts"]).any()
+    result = mhmoe_here("compare", "theirs.safetensors", "--checkpoint", "model", "--json")
+    rows = {row["name"]: row for row in json.loads(result.stdout)["tensors"]}
+    assert rows["layers.1.experts"]["verdict"] == "tie"
+    assert "logits are equal to rounding" in rows["layers.1.experts"]["note"]
+    assert rows["layers.1.hidden"]["verdict"] == "same"
+    # Two traces cannot go on from the other's choice: what follows the tie differs.
+    result = mhmoe_here("compare", "theirs.safetensors", "ours.safetensors", "--json", code=1)
+    rows = {row["name"]: row for row in json.loads(result.stdout)["tensors"]}
+    assert rows["layers.0.experts"]["verdict"] == "tie"
+    assert json.loads(result.stdout)["first_difference"] == "layers.0.hidden"
+    # A choice that the logits do not excuse is a failure.
+    trace["layers.0.experts"] = trace["layers.0.experts"][:, ::-1]
+    save_tensors(tmp_path / "wrong.safetensors", trace)
+    mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", code=1)
+
+
+def test_float32_of_both_sides_is_within_tolerance(tmp_path: Path, mhmoe_here: Run) -> None:
+    for kind in ("mh3-capacity-raw", "dense-relu2-sub-norm-untied", "mh2-shared"):
+        weights = model_at(tmp_path / kind, KINDS[kind])
+        write_theirs(tmp_path / f"{kind}.safetensors", KINDS[kind], weights, torch.float32)
+        mhmoe_here("compare", f"{kind}.safetensors", "--checkpoint", kind)
