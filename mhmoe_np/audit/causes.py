@@ -17,7 +17,7 @@ from mhmoe_np.audit.given import Given
 from mhmoe_np.audit.hypotheses import (
     EPSILONS,
     HYPOTHESES,
-    Change,
+    Hypothesis,
     alone,
     changed,
     half_away_from_zero,
@@ -75,8 +75,7 @@ def diagnose(
         for number in range(model.config.num_hidden_layers):
             if wrong & {f"layers.{number}.{name}" for name in NAMES}:
                 case = Case.of(number, theirs, ours, model, ids, tolerance=tolerance)
-                before = next((each.text for each in reversed(findings) if each.kind == "cause"), None)
-                found = _of_layer(case, parameters, model, before, ops=ops)
+                found = _of_layer(case, parameters, model, ops=ops)
                 if isinstance(found, Finding):
                     findings.append(found)
                 else:
@@ -106,32 +105,33 @@ def _only_gradients(wrong: set[str]) -> bool:
 
 
 def _of_layer(
-    case: Case, parameters: Parameters, model: Model, likely: str | None, *, ops: Operations
+    case: Case, parameters: Parameters, model: Model, *, ops: Operations
 ) -> Finding | IntArray:
-    """Why a layer differs; where ties alone explain it, how its activations are rounded.
-
-    likely: the cause of a layer before, which is tried first.
-    """
+    """Why a layer differs; where ties alone explain it, how its activations are rounded."""
     where = f"layers.{case.number}"
     config, tensors = alone(model.config, case.number), tensors_of(parameters, case.number)
 
-    def explains(change: Change) -> bool:
-        layer, given = changed(config, tensors, change, ops=ops)
-        return case.agrees(case.computed(layer, None, given))
+    def explanation(hypothesis: Hypothesis) -> Finding | None:
+        """The change that comes nearest of those with which the numbers come out."""
+        near: list[tuple[float, str]] = []
+        for change in hypothesis(config, tensors):
+            layer, given = changed(config, tensors, change, ops=ops)
+            distance = case.distance(case.computed(layer, None, given))
+            if distance is not None:
+                near.append((distance, change.cause))
+        return Finding(where, "cause", min(near)[1]) if near else None
 
     # Before the ties: those that lie exactly half-way are the specification's to decide.
-    for change in half_away_from_zero(config, tensors):
-        if explains(change):
-            return Finding(where, "cause", change.cause)
+    if found := explanation(half_away_from_zero):
+        return found
     if config.is_quantised:
         layer = Layer.of(model, case.number)
         code_N = first_way(ways_of(case, layer, ops=ops))
-        if code_N is not None and case.agrees(case.computed(layer, code_N, Given(ops))):
+        if code_N is not None and case.distance(case.computed(layer, code_N, Given(ops))) is not None:
             return code_N
-    changes = [change for hypothesis in HYPOTHESES for change in hypothesis(config, tensors)]
-    for change in sorted(changes, key=lambda change: change.cause != likely):
-        if explains(change):
-            return Finding(where, "cause", change.cause)
+    for hypothesis in HYPOTHESES:
+        if found := explanation(hypothesis):
+            return found
     return Finding(where, "unexplained", "no single change of the layer gives these numbers")
 
 
@@ -183,11 +183,14 @@ def _of_logits(
     config = parameters.config
     last = f"layers.{config.num_hidden_layers - 1}.hidden"
     x_ND = taken(theirs, last, ours[last]).reshape(-1, config.hidden_size)
+    near: list[tuple[float, str]] = []
     for cause, y_ND in _other_norms(x_ND, parameters, ops=ops):
         logits = ops.linear(y_ND, parameters.output_VD, None).reshape(ours["logits"].shape)
         row = compare_tensors("logits", theirs, {"logits": logits}, tolerance=tolerance)
-        if row.verdict == "same":
-            return Finding("logits", "cause", cause)
+        if row.verdict == "same" and row.difference is not None:
+            near.append((row.difference.max_rel, cause))
+    if near:
+        return Finding("logits", "cause", min(near)[1])
     return Finding("logits", "unexplained", "no single change of final norm or head gives them")
 
 

@@ -472,7 +472,8 @@ HYPOTHESES: list[Hypothesis] = [
     quantised_elsewhere,
     experts_in_another_order,
 ]
-"""The cheaper and the likelier first: the first that explains the numbers is the cause.
+"""The cheaper and likelier first: the first that explains the numbers is the cause, and of its changes
+the one that comes nearest.
 
 `half_away_from_zero` is not among them: it comes before ties are looked at.
 """

@@ -67,12 +67,16 @@ class Case(NamedTuple):
         )
         return ours
 
-    def agrees(self, ours: Trace) -> bool:
-        """Whether every tensor that they have comes out."""
-        return all(
-            compare_tensors(name, self.theirs, ours, tolerance=self.tolerance).verdict != "different"
-            for name in self.theirs
-        )
+    def distance(self, ours: Trace) -> float | None:
+        """How far their tensors are off at most, relative; None: one is beyond its tolerance."""
+        farthest = 0.0
+        for name in self.theirs:
+            row = compare_tensors(name, self.theirs, ours, tolerance=self.tolerance)
+            if row.verdict == "different":
+                return None
+            if row.verdict == "same" and row.difference is not None:
+                farthest = max(farthest, row.difference.max_rel)
+        return farthest
 
     def close_tokens(self, ours: Trace) -> BoolArray:
         """Which tokens' rows come out in every tensor of floats.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mhmoe_np.audit.computation_order import in_order
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import LAYERS, Entry, Parameters, parameter_table
 from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM
@@ -92,13 +93,19 @@ class Recorder(Door):
         if operation == "rms_norm" and name == FINAL_NORM:
             logits_NV = self._ops.linear(results[0], self._model.weights.output_VD, None)
             self.write("logits", logits_NV, (self._sequences, -1, self._model.config.vocab_size))
+        self._write_gradients(operation, arguments)
+
+    def _write_gradients(self, operation: str, arguments: Mapping[str, Any]) -> None:
+        """Those of the weights that a backward adds to."""
+        found: Tensors = {}
         for value in arguments.values():
             entry = self._gradients.get(id(value))
-            # A tied embedding's gradient begins at the output head and ends here.
+            # A tied embedding's gradient begins at the output head and is whole at the other end.
             if entry is not None and (entry.name != EMBEDDING or operation == "embedding_backward"):
-                gradient = self._ops.to_host(value)
-                for part in entry.parts:
-                    self.write(f"grad.{part.tensor}", gradient[part.where])
+                whole = self._ops.to_host(value)
+                found |= {f"grad.{part.tensor}": whole[part.where] for part in entry.parts}
+        for name in in_order(found):
+            self.write(name, found[name])
 
     def _write_hidden(self, norm: str, x_ND: Any) -> None:
         """The output of the layer before a norm; before the first one there is none."""

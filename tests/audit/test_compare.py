@@ -330,9 +330,13 @@ def test_two_traces_name_the_first_tensor_and_say_what_is_missing(
     assert f"first difference: layers.0.router_logits[{place[0]}, {place[1]}] = " in shown
     assert "only in A: 1 tensors (layers.0.attention)" in shown
     assert "only in B: 1 tensors (layers.1.hidden)" in shown
-    # A tolerance of 2 allows every float, and no integer.
+    # A tolerance of 2 allows every float, and to it all logits are equal; no other integer may differ.
+    allowed = json.loads(mhmoe_here(*arguments, "--tolerance", 2, "--json").stdout)
+    assert {row["verdict"] for row in allowed["tensors"]} == {"same", "tie"}
+    wrong["input_ids"][0, 0] += 1
+    np.savez(tmp_path / "wrong.npz", **{f"x/{name}": tensor for name, tensor in wrong.items()})
     allowed = json.loads(mhmoe_here(*arguments, "--tolerance", 2, "--json", code=1).stdout)
-    assert allowed["first_difference"] == "layers.0.experts"
+    assert allowed["first_difference"] == "input_ids"
 
 
 # ---- what is no fault --------------------------------------------------------------------------
