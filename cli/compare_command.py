@@ -147,6 +147,8 @@ def _print_table(comparison: Comparison, findings: list[Finding], labels: tuple[
     for finding in findings:
         said = {"cause": "cause: ", "tie": "no failure: ", "unexplained": ""}[finding.kind]
         click.echo(f"{printable(finding.where)}: {said}{finding.text}")
+        if finding.operation:
+            click.echo(f"    its first operation that differs: {printable(finding.operation)}")
 
 
 def _figures(row: Row) -> list[str]:

@@ -32,6 +32,9 @@ from mhmoe_np.operations.table import BackendName
     help='Write the tensors of such names alone, as "layers.0.*"; may be given again.',
 )
 @click.option("--stop-at", metavar="NAME", help="Compute and write nothing after this tensor.")
+@click.option(
+    "--operations", is_flag=True, help="Write the operands and results of every operation as well."
+)
 @threads_option
 @backend_option
 def command(
@@ -42,6 +45,7 @@ def command(
     no_grad: bool,
     only: tuple[str, ...],
     stop_at: str | None,
+    operations: bool,
     threads: int | None,
     backend: BackendName,
 ) -> None:
@@ -67,7 +71,7 @@ def command(
         vocab_size=model.config.vocab_size,
         max_positions=model.config.max_position_embeddings,
     )
-    wanted = Wanted(only, stop_at)
+    wanted = Wanted(only, stop_at, operations)
     tensors = trace(model, token_ids, gradients=not no_grad, wanted=wanted, ops=ops)
     save_tensors(out, tensors)
     click.echo(f"{out}: {len(tensors)} tensors")

@@ -13,6 +13,7 @@ import numpy as np
 
 from mhmoe_np.audit.comparison import Comparison, Row, compare_tensors, compare_traces
 from mhmoe_np.audit.from_inputs import Ids, Layer, ids_of, model_from, taken
+from mhmoe_np.audit.from_operands import operations_from
 from mhmoe_np.audit.given import Given
 from mhmoe_np.audit.hypotheses import (
     EPSILONS,
@@ -41,6 +42,7 @@ class Finding(NamedTuple):
     where: str  # "layers.1", "logits", "aux_loss", ...
     kind: Kind
     text: str
+    operation: str = ""  # the layer's first result that differs from what its own operands give
 
 
 class Diagnosis(NamedTuple):
@@ -67,7 +69,8 @@ def diagnose(
     with np.errstate(all="ignore"):  # what is not finite is what is being looked for
         model = Model.of(parameters, ops=ops)
         ids = ids_of(theirs, model.config, source=source)
-        ours = model_from(theirs, model, ids, {}, ops=Given(ops))
+        operations = operations_from(theirs, model, parameters, sequences=len(ids.id_BT), ops=ops)
+        ours = operations | model_from(theirs, model, ids, {}, ops=Given(ops))
         comparison = compare_traces(theirs, ours, tolerance=tolerance)
         wrong = _wrong_in(comparison)
         findings: list[Finding] = []
@@ -82,7 +85,7 @@ def diagnose(
                     codes[number] = found
         if model.config.is_quantised and (codes or _only_gradients(wrong)):
             ours, ties = _with_ties(theirs, ours, codes, model, ids, tolerance, ops=ops)
-            comparison = compare_traces(theirs, ours, tolerance=tolerance)
+            comparison = compare_traces(theirs, operations | ours, tolerance=tolerance)
             wrong = _wrong_in(comparison)
             findings += ties
             findings.sort(key=lambda finding: int(finding.where.removeprefix("layers.")))
@@ -93,6 +96,7 @@ def diagnose(
             for name in ("aux_loss", "z_loss", "loss")
             if name in wrong and (text := cause_of_loss(name, theirs, model.config, tolerance))
         ]
+        findings = [_with_operation(finding, comparison) for finding in findings]
     return Diagnosis(comparison, [*findings, *_of_the_rest(comparison, findings)])
 
 
@@ -207,6 +211,19 @@ def _other_norms(
         if eps != own:
             cause = f"rms_norm_eps is {eps:g} and not {own:g}"
             yield cause, ops.rms_norm(x_ND, weight_D, eps=eps)[0]
+
+
+def _with_operation(finding: Finding, comparison: Comparison) -> Finding:
+    """With the first operation of its layer that is wrong by itself."""
+    own = {f"{finding.where}.{name}" for name in NAMES}
+    for row in comparison.rows:
+        if (
+            row.verdict == "different"
+            and row.name.startswith(f"{finding.where}.")
+            and row.name not in own
+        ):
+            return finding._replace(operation=row.name)
+    return finding
 
 
 def _of_the_rest(comparison: Comparison, findings: list[Finding]) -> Iterator[Finding]:

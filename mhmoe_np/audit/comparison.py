@@ -12,7 +12,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mhmoe_np.audit.computation_order import in_order
-from mhmoe_np.audit.difference import TOLERANCES, Difference, Tensor, coarser, difference
+from mhmoe_np.audit.difference import (
+    TOLERANCES,
+    Difference,
+    Tensor,
+    coarser,
+    difference,
+    reach_of_tie,
+)
 from mhmoe_np.audit.patterns import pattern
 from mhmoe_np.audit.trace_file import Trace
 
@@ -92,6 +99,12 @@ def compare_tensors(
         layer = name.removesuffix("experts")
         if is_tie(a, b, first.get(f"{layer}router_logits"), tolerance=tolerance):
             verdict, note = "tie", _tied(a, b)
+    if verdict == "different" and name.endswith(".input_integers"):
+        x, scale = (
+            first.get(name.replace("input_integers", part)) for part in ("input", "input_scale")
+        )
+        if are_rounded_otherwise(a, b, x, scale):
+            verdict, note = "tie", "at the quantiser's tie (D9), one step of 1/127"
     if verdict == "different" and (found := pattern(a, b, tolerance=allowed)):
         note = f"it is {found}"
     return Row(name, a.shape, allowed, verdict, measured, note)
@@ -121,6 +134,21 @@ def is_tie(
     of_first, of_second = (np.take_along_axis(logits_ME, chosen, axis=1) for chosen in indices)
     allowed = tolerance_of(logits_ME, logits_ME, tolerance) * np.abs(logits_ME).max()
     return bool(np.abs(of_first - of_second).max() <= allowed)
+
+
+def are_rounded_otherwise(q: Tensor, other: Tensor, x: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether integers of activations differ by one step, and only half-way between the two [D9].
+
+    x, scale: what q is of, and gamma/127 of each row; None: the trace does not say.
+    """
+    if x is None or scale is None or x.size != q.size or scale.size * q.shape[-1] != q.size:
+        return False
+    product = x.reshape(-1, q.shape[-1]) / scale.reshape(-1, 1)
+    middle = (q.astype(np.float64) + other) / 2
+    differs = (q != other).reshape(product.shape)
+    gap = np.abs(product - middle.reshape(product.shape))[differs]
+    steps = np.abs(q.astype(np.int64) - other)[q != other]
+    return bool((steps == 1).all() and (gap <= reach_of_tie(x.dtype)).all())
 
 
 def _tied(experts_MK: Tensor, other_MK: Tensor) -> str:

@@ -17,6 +17,14 @@ TOLERANCES = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 2e-5}
 """The largest relative difference that rounding explains, by the coarser dtype of the two."""
 
 
+def reach_of_tie(dtype: np.dtype[Any]) -> float:
+    """How near to half-way between two integers an activation's x * 127/gamma counts as a tie [D9].
+
+    Errors of x show there 127-fold.
+    """
+    return 127 * TOLERANCES[dtype] / 10
+
+
 class Difference(NamedTuple):
     """Two tensors of one shape, and where they are farthest apart."""
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.difference import TOLERANCES
+from mhmoe_np.audit.difference import reach_of_tie
 from mhmoe_np.operations.table import (
     Activation,
     BitWeight,
@@ -137,8 +137,7 @@ class Given:
         q_NI, scale_N = self._ops.quantise_rows(x_NI)
         product_NI = x_NI / scale_N[:, None]
         below_NI = np.floor(product_NI)
-        # Rounding errors of x show here 127-fold.
-        reach = 127 * TOLERANCES[x_NI.dtype] / 10
+        reach = reach_of_tie(x_NI.dtype)
         acting_NI = x_NI
         for row, column in np.argwhere(np.abs(product_NI - below_NI - 0.5) <= reach).tolist():
             token = token_N[row]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mhmoe_np.audit.computation_order import in_order
+from mhmoe_np.audit.operands import Call, operands_of
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import LAYERS, Entry, Parameters, parameter_table
 from mhmoe_np.model.weights import EMBEDDING, FINAL_NORM
@@ -53,7 +54,7 @@ class Recorder(Door):
     ) -> None:
         super().__init__(ops)
         self._model, self._sequences, self._wanted = model, sequences, wanted
-        entries = {entry.name: entry for entry in parameter_table(model.config)}
+        self._table = entries = {entry.name: entry for entry in parameter_table(model.config)}
         arrays = model.weights.arrays
         self._weights = {id(arrays[name]): entry for name, entry in entries.items()}
         self._gradients: dict[int, Entry] = {}
@@ -62,6 +63,7 @@ class Recorder(Door):
         self.tensors: Tensors = {}
         self.seen: set[str] = set()
         self._layer = ""  # "layers.3"
+        self._is_on_the_way_back = False
 
     def visit(self, operation: str, promise: Promise) -> _Call:
         """See `Door.visit`."""
@@ -85,8 +87,15 @@ class Recorder(Door):
         name = "" if of is None else of.name
         if operation == "rms_norm" and name.endswith((".input_layernorm.weight", FINAL_NORM)):
             self._write_hidden(name, arguments["x_ND"])
-        if operation == "linear" and name.endswith(".mlp.gate.weight"):
+        if name.startswith(LAYERS):
             self._layer = layer_of(name)
+        if self._wanted.operations and not self._is_on_the_way_back:
+            call = Call(operation, arguments, results, of, self._layer)
+            for tensor, array in operands_of(call, self._table, self._model.config, ops=self._ops):
+                self.write(tensor, array)
+        if operation == "token_nll_and_gradient":
+            self._is_on_the_way_back = True
+        if operation == "linear" and name.endswith(".mlp.gate.weight"):
             self.write(f"{self._layer}.router_logits", results[0])
         if operation == "route":
             self.write(f"{self._layer}.experts", results[2])
