@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,8 @@ def command(
 
     if (second is None) == (checkpoint is None):
         raise UserError("compare: give a second trace or --checkpoint CKPT, one of the two")
+    if tolerance is not None and math.isnan(tolerance):
+        raise UserError("--tolerance nan: is no number; give one, as 1e-6")
     paths = [first] if second is None else [first, second]
     mapped = {} if names is None else read_names(names)
     traces = [read_trace(path) for path in paths]

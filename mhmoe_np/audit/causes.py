@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mhmoe_np.audit.comparison import Comparison, Row, compare_tensors, compare_traces
+from mhmoe_np.audit.expert_order import cause_in_order
 from mhmoe_np.audit.from_inputs import Ids, Layer, ids_of, model_from, taken
 from mhmoe_np.audit.from_operands import operations_from
 from mhmoe_np.audit.given import Given
@@ -96,6 +97,10 @@ def diagnose(
             for name in ("aux_loss", "z_loss", "loss")
             if name in wrong and (text := cause_of_loss(name, theirs, model.config, tolerance))
         ]
+        given = {"input_ids", "target_ids"}  # of these all is computed
+        comparison = comparison._replace(
+            only_first=[name for name in comparison.only_first if name not in given]
+        )
         findings = [_with_operation(finding, comparison) for finding in findings]
     return Diagnosis(comparison, [*findings, *_of_the_rest(comparison, findings)])
 
@@ -136,6 +141,8 @@ def _of_layer(
     for hypothesis in HYPOTHESES:
         if found := explanation(hypothesis):
             return found
+    if cause := cause_in_order(case, config, tensors, ops=ops):
+        return Finding(where, "cause", cause)
     return Finding(where, "unexplained", "no single change of the layer gives these numbers")
 
 

@@ -152,15 +152,15 @@ def experts_in_another_order(config: ModelConfig, tensors: Tensors) -> Iterator[
     }
     for shown, order in orders.items():
         if order != list(range(E)):
-            yield Change(f"the experts are {shown}", tensors=_reordered(tensors, order))
+            yield Change(f"the experts are {shown}", tensors=reordered(tensors, order))
     for a in range(E):
         for b in range(a + 1, E):
             order = list(range(E))
             order[a], order[b] = b, a
-            yield Change(f"experts {a} and {b} are exchanged", tensors=_reordered(tensors, order))
+            yield Change(f"experts {a} and {b} are exchanged", tensors=reordered(tensors, order))
 
 
-def _reordered(tensors: Tensors, order: list[int]) -> dict[str, FloatArray]:
+def reordered(tensors: Tensors, order: list[int]) -> dict[str, FloatArray]:
     """Expert e's tensors are those of expert order[e]."""
     found = {}
     for name in tensors:

@@ -127,6 +127,15 @@ def experts_permuted(patch: Patch, weights: dict[str, Any]) -> None:
             weights[name], weights[other] = weights[other], weights[name]
 
 
+def experts_shuffled(patch: Patch, weights: dict[str, Any]) -> None:
+    right = dict(weights)
+    for name in right:
+        before, experts, rest = name.partition(".experts.")
+        if experts:
+            number, _, part = rest.partition(".")
+            weights[name] = right[f"{before}.experts.{[2, 0, 4, 1, 3][int(number)]}.{part}"]
+
+
 def another_epsilon(patch: Patch, weights: dict[str, Any]) -> None:
     right = oracle.rms_norm
     patch.setattr(oracle, "rms_norm", lambda x, weight, eps: right(x, weight, 1e-6))
@@ -225,6 +234,13 @@ FAULTS = {
     ),
     "permuted experts": Fault(
         experts_permuted, MH2, "layers.0.hidden", BOTH, "experts 1 and 3 are exchanged"
+    ),
+    "shuffled experts": Fault(
+        experts_shuffled,
+        MH2,
+        "layers.0.hidden",
+        BOTH,
+        "the experts are in another order: 2, 0, 4, 1, 3",
     ),
     "another epsilon": Fault(
         another_epsilon,
@@ -428,3 +444,60 @@ def test_float32_of_both_sides_is_within_tolerance(tmp_path: Path, mhmoe_here: R
         weights = model_at(tmp_path / kind, KINDS[kind])
         write_theirs(tmp_path / f"{kind}.safetensors", KINDS[kind], weights, torch.float32)
         mhmoe_here("compare", f"{kind}.safetensors", "--checkpoint", kind)
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path: Path, mhmoe_here: Run) -> None:
+    model_at(tmp_path / "model", KINDS["dense"])
+    ids = np.ones((1, 4), np.int64)
+    files: dict[str, dict[str, Any]] = {
+        "right.npz": {"input_ids": ids, "logits": np.ones((1, 4, 37))},
+        "half.npz": {"logits": np.ones(3, np.float16)},
+        "pickled.npz": {"logits": np.array([{}], object)},
+        "other.npz": {"something": np.ones(3)},
+        "no-ids.npz": {"logits": np.ones((1, 4, 37))},
+        "flat-ids.npz": {"input_ids": np.ones(4, np.int64)},
+        "float-ids.npz": {"input_ids": np.ones((1, 4))},
+        "large-ids.npz": {"input_ids": 37 * ids},
+        "long-ids.npz": {"input_ids": np.ones((1, 33), np.int64)},
+        "odd-targets.npz": {"input_ids": ids, "target_ids": ids[:, :3]},
+    }
+    for name, tensors in files.items():
+        np.savez(tmp_path / name, **tensors)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "right.npz").read_bytes()[:60])
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10")
+    (tmp_path / "trace.pt").write_bytes(b"x")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "twice.json").write_text('{"a": "logits", "b": "logits"}')
+    (tmp_path / "unknown.json").write_text('{"logit": "logits"}')
+    (tmp_path / "clash.json").write_text('{"input_ids": "logits"}')
+    checkpoint = ("--checkpoint", "model")
+    for arguments, word in (
+        (("right.npz",), "give a second trace or --checkpoint"),
+        (("right.npz", "right.npz", *checkpoint), "one of the two"),
+        (("absent.npz", *checkpoint), "no such file"),
+        (("trace.pt", *checkpoint), ".safetensors or .npz"),
+        (("torn.npz", *checkpoint), "not a readable .npz"),
+        (("torn.safetensors", *checkpoint), "not a readable safetensors"),
+        (("half.npz", "right.npz"), "is float16; write it as"),
+        (("pickled.npz", "right.npz"), "not a readable .npz file"),
+        (("other.npz", "right.npz"), "no tensor to compare"),
+        (("no-ids.npz", *checkpoint), "lacks 'input_ids'"),
+        (("flat-ids.npz", *checkpoint), "integers [B, T]"),
+        (("float-ids.npz", *checkpoint), "integers [B, T]"),
+        (("large-ids.npz", *checkpoint), "0 .. 36"),
+        (("long-ids.npz", *checkpoint), "max_position_embeddings"),
+        (("odd-targets.npz", *checkpoint), "of the shape of 'input_ids'"),
+        (("right.npz", "right.npz", "--names", "list.json"), "JSON object"),
+        (("right.npz", "right.npz", "--names", "twice.json"), "two names stand for 'logits'"),
+        (("right.npz", "right.npz", "--names", "unknown.json"), "no trace has a tensor 'logit'"),
+        (("right.npz", "right.npz", "--names", "clash.json"), "beside 'input_ids'"),
+        (("right.npz", "--checkpoint", "absent"), "no such checkpoint"),
+        (("right.npz", *checkpoint, "--tolerance", "nan"), "--tolerance"),
+    ):
+        result = mhmoe_here("compare", *arguments, code=2)
+        assert word in result.stderr, arguments
+        assert result.stderr.count("\n") == 1
+        assert result.stdout == ""
