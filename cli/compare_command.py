@@ -120,7 +120,8 @@ def _print_table(comparison: Comparison, findings: list[Finding], labels: tuple[
     from rich.table import Table
     from rich.text import Text
 
-    screen = console(least_width=110)
+    longest = max(len(row.name) for row in comparison.rows)
+    screen = console(least_width=longest + 90)  # a line that is cut has lost its numbers
     table = Table(box=None if not screen.is_terminal else Table().box)
     table.add_column("tensor", no_wrap=True)
     for title in ("shape", "max abs", "max rel", "ULP", "1 - cos"):
