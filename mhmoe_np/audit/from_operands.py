@@ -52,6 +52,12 @@ def _rows(tensor: Tensor, dtype: Any) -> Tensor:
 
 def _steps(model: Model, parameters: Parameters, sequences: int, *, ops: Operations) -> Iterator[Step]:
     config = model.config
+    embedding_VD = model.weights.embedding_VD
+    yield Step(
+        "embed_tokens.output",
+        ("input_ids",),
+        lambda ids: ops.embedding(np.maximum(ids, 0).ravel(), embedding_VD),
+    )
     for entry in parameters.table:
         for part in entry.parts:
             if part.tensor.endswith("norm.weight"):

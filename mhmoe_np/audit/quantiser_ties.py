@@ -19,7 +19,7 @@ from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import IntArray
 
 MOST_TIES = 8  # of one token in one layer: each doubles the ways to round that are tried
-MOST_TRIALS = 1024  # of the whole model, for what gradients alone tell
+MOST_TRIALS = 256  # of the whole model, for what gradients alone tell
 
 Ways = list[list[int]]
 """For each token the codes (`Given.enter`) with which its rows come out."""

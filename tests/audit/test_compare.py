@@ -15,9 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhmoe_np.audit.from_inputs import ids_of
+from mhmoe_np.audit.hypotheses import HYPOTHESES, Change, alone, changed, tensors_of
 from mhmoe_np.audit.models import BASE, KINDS
+from mhmoe_np.audit.one_layer import Case
+from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
+from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.tensors import save_tensors
 from tests.conftest import Run
@@ -61,9 +67,9 @@ def model_at(
 def write_theirs(
     path: Path, keys: dict[str, Any], weights: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
-    trace = oracle.trace({**BASE, **keys}, weights, TOKENS, dtype=dtype)
-    save_tensors(path, trace)
-    return trace
+    tensors = oracle.trace({**BASE, **keys}, weights, TOKENS, dtype=dtype)
+    save_tensors(path, tensors)
+    return tensors
 
 
 # ---- twelve faults -----------------------------------------------------------------------------
@@ -355,6 +361,39 @@ def test_two_traces_name_the_first_tensor_and_say_what_is_missing(
     assert allowed["first_difference"] == "input_ids"
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dense-grouped-heads",
+        "dense-relu2-sub-norm-untied",
+        "mh2-bias",
+        "mh2-no-head",
+        "mh3-capacity-raw",
+        "mh2-sign-projections-bias",
+    ],
+)
+def test_every_hypothesis_changes_the_numbers(kind: str) -> None:
+    """One that did not would explain whatever rounding leaves."""
+    ops = load_operations("numpy")
+    parameters = Parameters(ModelConfig.model_validate({**BASE, **KINDS[kind]}), np.float64)
+    initialise(parameters, 1)
+    for tensor in parameters.tensors.values():
+        if tensor.ndim == 1:
+            tensor += np.random.default_rng(1).normal(0, 0.1, tensor.shape)
+    model = Model.of(parameters, ops=ops)
+    theirs = trace(model, TOKENS, gradients=False, ops=ops)
+    ids = ids_of(theirs, model.config, source="trace")
+    case = Case.of(1, theirs, theirs, model, ids, tolerance=None)
+    config, tensors = alone(model.config, 1), tensors_of(parameters, 1)
+    unchanged = Change("")
+    changes = [change for hypothesis in HYPOTHESES for change in hypothesis(config, tensors)]
+    assert len(changes) > 20
+    for change in [unchanged, *changes]:
+        layer, given = changed(config, tensors, change, ops=ops)
+        distance = case.distance(case.computed(layer, None, given))
+        assert (distance is not None) == (change is unchanged), change.cause
+
+
 # ---- what is no fault --------------------------------------------------------------------------
 
 NO_SUB_NORM = {"use_sub_norm": False}  # so that a BitLinear reads another's output
@@ -421,8 +460,8 @@ def test_equal_logits_make_a_tie_of_experts(
         return oracle.Routing(logits, p, experts, gates / gates.sum(dim=-1, keepdim=True))
 
     monkeypatch.setattr(oracle, "route", route)
-    trace = write_theirs(tmp_path / "theirs.safetensors", MH2, weights)
-    assert (trace["layers.1.experts"] != ours["layers.1.experts"]).any()
+    theirs = write_theirs(tmp_path / "theirs.safetensors", MH2, weights)
+    assert (theirs["layers.1.experts"] != ours["layers.1.experts"]).any()
     result = mhmoe_here("compare", "theirs.safetensors", "--checkpoint", "model", "--json")
     rows = {row["name"]: row for row in json.loads(result.stdout)["tensors"]}
     assert rows["layers.1.experts"]["verdict"] == "tie"
@@ -434,8 +473,8 @@ def test_equal_logits_make_a_tie_of_experts(
     assert rows["layers.0.experts"]["verdict"] == "tie"
     assert json.loads(result.stdout)["first_difference"] == "layers.0.hidden"
     # A choice that the logits do not excuse is a failure.
-    trace["layers.0.experts"] = trace["layers.0.experts"][:, ::-1]
-    save_tensors(tmp_path / "wrong.safetensors", trace)
+    theirs["layers.0.experts"] = theirs["layers.0.experts"][:, ::-1]
+    save_tensors(tmp_path / "wrong.safetensors", theirs)
     mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", code=1)
 
 
