@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "init": "Write a checkpoint with random weights from a config.json.",
     "trace": "Run one forward and backward and write every tensor down.",
+    "compare": "Compare two traces, or a trace with a checkpoint, and name what differs and why.",
     "replay": "Repeat the step that ended a run, and name the first number that is not finite.",
     "plan": "Forecast a run's memory, time and disk, by a short probe of this machine.",
     "pack": "Pack a BitNet model's weights to 1, 1.6 or 2 bits.",

@@ -25,6 +25,16 @@ from mhmoe_np.operations.table import BackendName
     "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
 )
 @click.option("--no-grad", is_flag=True, help="Leave out targets, losses and gradients.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help='Write the tensors of such names alone, as "layers.0.*"; may be given again.',
+)
+@click.option("--stop-at", metavar="NAME", help="Compute and write nothing after this tensor.")
+@click.option(
+    "--operations", is_flag=True, help="Write the operands and results of every operation as well."
+)
 @threads_option
 @backend_option
 def command(
@@ -33,10 +43,14 @@ def command(
     out: Path,
     dtype: str,
     no_grad: bool,
+    only: tuple[str, ...],
+    stop_at: str | None,
+    operations: bool,
     threads: int | None,
     backend: BackendName,
 ) -> None:
     """Run one forward and backward and write every tensor: inputs, activations, losses, gradients."""
+    from mhmoe_np.audit.recorder import Wanted
     from mhmoe_np.audit.trace import read_tokens, trace
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_model
     from mhmoe_np.storage.tensors import save_tensors
@@ -57,6 +71,7 @@ def command(
         vocab_size=model.config.vocab_size,
         max_positions=model.config.max_position_embeddings,
     )
-    tensors = trace(model, token_ids, gradients=not no_grad, ops=ops)
+    wanted = Wanted(only, stop_at, operations)
+    tensors = trace(model, token_ids, gradients=not no_grad, wanted=wanted, ops=ops)
     save_tensors(out, tensors)
     click.echo(f"{out}: {len(tensors)} tensors")

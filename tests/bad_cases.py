@@ -433,7 +433,8 @@ OPTIONS: dict[str, list[str]] = {
         "--threads",
     ],
     "init": ["--out", "--seed"],
-    "trace": ["--tokens", "--out", "--dtype", "--threads"],
+    "trace": ["--tokens", "--out", "--dtype", "--only", "--stop-at", "--threads"],
+    "compare": ["--checkpoint", "--names", "--tolerance"],
     "pack": ["--out", "--format", "--threads"],
     "unpack": ["--out"],
     "inspect": ["--threads", "--backend"],
@@ -507,6 +508,7 @@ def command_lines(rng: Random, folder: Path, material: Path) -> Case:
     (folder / "config.json").write_text(json.dumps(MODEL))
     (folder / "config.toml").write_text(tomli_w.dumps(RUN))
     np.save(folder / "tokens.npy", np.ones((1, 5), np.int64))
+    np.savez(folder / "trace.npz", input_ids=np.ones((1, 4), np.int64), logits=np.ones((1, 4, 300)))
     shutil.copytree(material / "checkpoint", folder / "model")
     name = rng.choice([*OPTIONS, "plan", "pack", rng.choice(["", "trian", "-x", "--versio"])])
     usual: dict[str, list[str]] = {
@@ -515,6 +517,7 @@ def command_lines(rng: Random, folder: Path, material: Path) -> Case:
         "generate": ["model", "--prompt", "the", *NUMPY],
         "init": ["config.json", "--out", "made", "--seed", "0"],
         "trace": ["model", "--tokens", "tokens.npy", "--out", "made.safetensors", *NUMPY],
+        "compare": ["trace.npz", "--checkpoint", "model"],
         "pack": ["model", "--out", "made", *NUMPY],
         "unpack": ["model", "--out", "made", *NUMPY],
         "inspect": ["model", *NUMPY],

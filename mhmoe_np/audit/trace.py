@@ -5,21 +5,36 @@ Source   [spec 8 trace]
 
 from __future__ import annotations
 
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mhmoe_np.audit.computation_order import GRADIENT, in_order
+from mhmoe_np.audit.recorder import Reached, Recorder, Wanted
 from mhmoe_np.errors import UserError
-from mhmoe_np.layers.moe import MoeCache
-from mhmoe_np.model.language_model import ForwardCache, Model, checked_ids, forward
-from mhmoe_np.model.loss import IGNORED, Batch, loss_and_gradient
+from mhmoe_np.model.language_model import Model, checked_ids, forward
+from mhmoe_np.model.loss import (
+    IGNORED,
+    Batch,
+    DeviceBatch,
+    add_loss_and_gradient,
+    loss,
+    targets_of,
+)
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.model.sums import Losses, StepSums
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.settings.model import nearest, shown
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.storage.reading import check_regular, read_json
-from mhmoe_np.types import FloatArray, IntArray
+from mhmoe_np.types import IntArray
+
+LOSSES = ("nll", "aux_loss", "z_loss", "loss")
+EVERYTHING = Wanted()
 
 
 def read_tokens(path: Path, *, vocab_size: int, max_positions: int) -> IntArray:
@@ -84,61 +99,77 @@ def _misshapen(path: Path) -> UserError:
 
 
 def trace(
-    model: Model, tokens: IntArray, *, gradients: bool, ops: Operations
+    model: Model,
+    tokens: IntArray,
+    *,
+    gradients: bool,
+    wanted: Wanted = EVERYTHING,
+    ops: Operations,
 ) -> dict[str, NDArray[Any]]:
-    """Every tensor of a trace, by its name, in order of computation.
+    """The tensors of a trace by name, in order of computation.
 
     tokens: [B, T+1] as from `read_tokens`; a padded input is fed as id 0, which nothing counted
     sees. Without `gradients`, the targets, the losses and the gradients are left out.
 
-    Raises UserError: the tensors of so many tokens do not fit into the memory that is free.
+    Raises UserError: the tensors of so many tokens do not fit into the memory that is free, or there
+    is no tensor that a pattern means or at which to stop.
     """
-    config = model.config
+    config, dtype = model.config, model.weights.dtype
     rows, columns = tokens.shape
     numbers = config.num_hidden_layers * config.hidden_size + config.vocab_size
     check_memory(
-        rows * (columns - 1) * numbers * np.dtype(model.weights.dtype).itemsize,
+        rows * (columns - 1) * numbers * np.dtype(dtype).itemsize,
         f"tokens: the hidden states and logits of {rows} rows of {columns - 1} need",
         remedy="give fewer rows",
     )
-    input_BT, target_BT = tokens[:, :-1], tokens[:, 1:]
-    fed_BT = np.maximum(input_BT, 0)
-    tensors: dict[str, NDArray[Any]] = {"input_ids": input_BT}
-
-    def write_down(y_ND: FloatArray, cache: ForwardCache) -> None:
-        tensors.update(_activations(model, y_ND, cache, sequences=len(tokens), ops=ops))
-
-    if not gradients:
-        id_BT = ops.to_device(checked_ids(fed_BT, config))
-        write_down(*forward(model, id_BT, None, drop=True, ops=ops))
-        return tensors
-
-    dtype = model.weights.dtype
-    gradient = Parameters(model.config, dtype).to_device(ops)
-    batch = Batch(fed_BT, target_BT)
-    losses = loss_and_gradient(model, gradient, [batch], watch=write_down, ops=ops).losses
-    tensors["target_ids"] = target_BT
-    for name, value in losses._asdict().items():
-        tensors[name] = np.array(value, dtype)
-    tensors |= {f"grad.{name}": tensor for name, tensor in gradient.to_host(ops).tensors.items()}
-    return tensors
+    batch = Batch(np.maximum(tokens[:, :-1], 0), tokens[:, 1:])
+    gradient = Parameters(config, dtype).to_device(ops) if gradients else None
+    recorder = Recorder(ops, model, gradient, wanted, sequences=rows)
+    with suppress(Reached):
+        recorder.write("input_ids", tokens[:, :-1])
+        if gradient is None:
+            id_BT = ops.to_device(checked_ids(batch.input_BT, config))
+            forward(model, id_BT, None, drop=True, ops=cast(Operations, recorder))
+        else:
+            recorder.write("target_ids", tokens[:, 1:])
+            losses = _losses_and_gradient(model, gradient, batch, recorder, wanted, ops=ops)
+            for name in LOSSES:
+                recorder.write(name, np.array(getattr(losses, name), dtype))
+    _check_found(wanted, recorder.seen)
+    return {name: recorder.tensors[name] for name in in_order(recorder.tensors)}
 
 
-def _activations(
-    model: Model, y_ND: FloatArray, cache: ForwardCache, *, sequences: int, ops: Operations
-) -> dict[str, NDArray[Any]]:
-    """Copies of what a forward came to, layer by layer."""
-    tensors: dict[str, NDArray[Any]] = {}
+def _losses_and_gradient(
+    model: Model,
+    gradient: Parameters,
+    batch: Batch,
+    recorder: Recorder,
+    wanted: Wanted,
+    *,
+    ops: Operations,
+) -> Losses:
+    """The losses of a batch; its gradient, as far as that is wanted, goes to the recorder.
 
-    def keep(name: str, array: Any) -> None:
-        tensors[name] = np.array(ops.to_host(array))
+    Raises Reached: what is wanted ends before them.
+    """
+    observed = cast(Operations, recorder)
+    if wanted.stop_at in LOSSES:
+        return loss(model, [batch], ops=observed).losses
+    sums, targets = StepSums(model.config, ops=ops), targets_of([batch])
+    device_batch = DeviceBatch.of(batch, model.config, ops=ops)
+    try:
+        add_loss_and_gradient(model, gradient, [device_batch], sums, targets=targets, ops=observed)
+    except Reached:
+        if not str(wanted.stop_at).startswith(GRADIENT):
+            raise
+    return sums.read(targets, model.weights.dtype).losses
 
-    outputs = [*(block.x_ND for block in cache.blocks[1:]), cache.last_ND]
-    for layer, (block, output_ND) in enumerate(zip(cache.blocks, outputs, strict=True)):
-        if isinstance(block.feed_forward, MoeCache):
-            keep(f"layers.{layer}.router_logits", block.feed_forward.logits_ME)
-            keep(f"layers.{layer}.experts", block.feed_forward.routing.expert_MK)
-        keep(f"layers.{layer}.hidden", output_ND.reshape(sequences, -1, model.config.hidden_size))
-    logits_NV = ops.linear(y_ND, model.weights.output_VD, None)
-    keep("logits", logits_NV.reshape(sequences, -1, model.config.vocab_size))
-    return tensors
+
+def _check_found(wanted: Wanted, seen: set[str]) -> None:
+    """Refuse a name or a pattern that no tensor of the trace has."""
+    if wanted.stop_at is not None and wanted.stop_at not in seen:
+        hint = nearest(wanted.stop_at, seen)
+        raise UserError(f"--stop-at {shown(wanted.stop_at)}: the trace has no such tensor{hint}")
+    for pattern in wanted.only:
+        if not any(fnmatchcase(name, pattern) for name in seen):
+            raise UserError(f"--only {shown(pattern)}: no tensor of the trace has such a name")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from mhmoe_np.audit.models import KINDS, parameters, settings
+from mhmoe_np.audit.recorder import Wanted
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.model.language_model import Model
+from mhmoe_np.operations.door import Door, Promise, Visit
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import BackendName
+from mhmoe_np.operations.table import BackendName, Operations
 from tests.conftest import Run
 from tests.oracle.torch_model import trace as oracle_trace
 
@@ -95,3 +99,75 @@ def test_unfit_tokens_are_one_line_and_write_nothing(
     assert word in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "t.safetensors").exists()
+
+
+class Counted(Door):
+    """Operations whose calls are listed."""
+
+    def __init__(self, ops: Operations) -> None:
+        super().__init__(ops)
+        self.calls: list[str] = []
+
+    def visit(self, operation: str, promise: Promise) -> Visit:
+        self.calls.append(operation)
+        return Unseen()
+
+
+class Unseen:
+    """A call that nobody looks at."""
+
+    def enter(self, arguments: Mapping[str, Any]) -> None: ...
+
+    def leave(self, results: Sequence[Any]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "forwards", "backwards"),
+    [
+        ("input_ids", 0, 0),
+        ("layers.0.router_logits", 1, 0),
+        ("layers.0.hidden", 1, 0),
+        ("logits", 2, 0),
+        ("aux_loss", 2, 0),
+        ("grad.model.layers.1.mlp.gate.weight", 2, 0),
+        ("grad.model.layers.1.self_attn.q_proj.weight", 2, 1),
+    ],
+)
+def test_nothing_is_computed_or_written_after_the_tensor_to_stop_at(
+    name: str, forwards: int, backwards: int
+) -> None:
+    initial, ops = parameters("mh2", np.float64), load_operations("numpy")
+    model = Model.of(initial, ops=ops)
+    everything = trace(model, PADDED, gradients=True, ops=ops)
+    counted = Counted(ops)
+    stopped = trace(
+        model, PADDED, gradients=True, wanted=Wanted(stop_at=name), ops=cast(Operations, counted)
+    )
+    assert counted.calls.count("attention") == forwards
+    assert counted.calls.count("attention_backward") == backwards
+    order = list(everything)
+    assert list(stopped) == order[: order.index(name) + 1]
+    for each, tensor in stopped.items():
+        np.testing.assert_array_equal(tensor, everything[each], err_msg=each)
+
+
+def test_only_what_is_asked_for_is_written(mhmoe_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings("mh2")))
+    np.save(tmp_path / "tokens.npy", PADDED)
+    mhmoe_here("init", "config.json", "--out", "model", "--seed", 5)
+    arguments = ("trace", "model", "--tokens", "tokens.npy", "--backend", "numpy")
+    patterns = ("--only", "layers.1.*", "--only", "*loss", "--stop-at", "loss")
+    mhmoe_here(*arguments, "--out", "a.safetensors", *patterns)
+    assert load_file(tmp_path / "a.safetensors").keys() == {
+        *("layers.1.router_logits", "layers.1.experts", "layers.1.hidden"),
+        *("aux_loss", "z_loss", "loss"),
+    }
+    for options, word in (
+        (("--stop-at", "layers.1.hiden"), "did you mean 'layers.1.hidden'"),
+        (("--only", "layers.7.*"), "no tensor of the trace has such a name"),
+        (("--no-grad", "--stop-at", "nll"), "no such tensor"),
+    ):
+        result = mhmoe_here(*arguments, "--out", "b.safetensors", *options, code=2)
+        assert word in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not (tmp_path / "b.safetensors").exists()

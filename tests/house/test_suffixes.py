@@ -113,6 +113,7 @@ def all_of(config: ModelConfig, ops: Operations) -> None:
     for micro_batches in ([whole], halves):
         learner.step(micro_batches, AdamWSettings(1e-3, 0.9, 0.95, 1e-6, 0.1, 1.0))
     model = learner.model
+    learner.parameters.to_host(ops)  # as for a checkpoint
     loss(model, halves, ops=ops)
     score_stream(model, windows.ravel(), window=T, batch_tokens=2 * T, ops=ops)
     cache = KeyValueCache(model, sequences=B, positions=9, ops=ops)
