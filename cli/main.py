@@ -32,6 +32,7 @@ COMMANDS = {
     "unpack": "Write a packed model as an ordinary checkpoint again.",
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
+    "vectors": "Write conformance vectors, and a script that checks a port against them.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",
 }
 
