@@ -1,4 +1,4 @@
-"""Vectors of what a block does between its linear maps: norms, rotary positions, attention, activations."""
+"""Vectors of a block between its linear maps: norms, rotary positions, attention, activations."""
 
 from __future__ import annotations
 
@@ -117,9 +117,7 @@ def attention(ops: Operations, given: Arrays, options: Options) -> Outcome:
     gradients = dict(
         zip(("dq_BTAC", "dk_BSGC", "dv_BSGC"), (np.zeros_like(part) for part in qkv), strict=True)
     )
-    ops.attention_backward(
-        given["dout_BTAC"], *qkv, out_BTAC, log_sum_exp_BAT, *gradients.values()
-    )
+    ops.attention_backward(given["dout_BTAC"], *qkv, out_BTAC, log_sum_exp_BAT, *gradients.values())
     return Outcome(results, gradients)
 
 

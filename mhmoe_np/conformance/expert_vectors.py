@@ -41,9 +41,7 @@ def route(ops: Operations, given: Arrays, options: Options) -> Outcome:
         daux=float(given["daux"]),
         dz=float(given["dz"]),
     )
-    dlogits_ME = ops.route_backward(
-        given["dgate_MK"], routing, counted_M, losses, normalise=normalise
-    )
+    dlogits_ME = ops.route_backward(given["dgate_MK"], routing, counted_M, losses, normalise=normalise)
     return Outcome(routing._asdict(), {"dlogits_ME": dlogits_ME})
 
 
@@ -95,9 +93,10 @@ def router_statistics(ops: Operations, given: Arrays, options: Options) -> Outco
     E = logits_ME.shape[1]
     routing = ops.route(logits_ME, top_k=options["top_k"], normalise=options["normalise"])
     dispatch = ops.dispatch(routing.expert_MK, experts=E, capacity=options["capacity"])
-    sums = RouterSums(*(np.zeros(E) for _ in range(4)), np.zeros(1))
+    sums = RouterSums(np.zeros(E), np.zeros(E), np.zeros(E), np.zeros(E), np.zeros(1))
     ops.add_router_statistics(routing, dispatch, given["counted_M"], sums)
-    return Outcome(sums._asdict(), {})
+    # Held in float64, as exact as the probabilities are.
+    return Outcome({name: sum.astype(logits_ME.dtype) for name, sum in sums._asdict().items()}, {})
 
 
 def _router_statistics() -> Iterator[Vector]:
@@ -120,9 +119,7 @@ def _router_statistics() -> Iterator[Vector]:
 
 def dispatch(ops: Operations, given: Arrays, options: Options) -> Outcome:
     """`Operations.dispatch`."""
-    found = ops.dispatch(
-        given["expert_MK"], experts=options["experts"], capacity=options["capacity"]
-    )
+    found = ops.dispatch(given["expert_MK"], experts=options["experts"], capacity=options["capacity"])
     return Outcome(found._asdict(), {})
 
 

@@ -1,4 +1,4 @@
-"""The index of the vectors: what each of them is, by the table's docstrings, its tensors and tolerances.
+"""The index of the vectors: what each is, by the docstrings of the table, its tensors and tolerances.
 
 Nothing is said here that stands elsewhere: equations, shapes and sources come from docstrings.
 """
@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mhmoe_np.conformance import tolerance, vector
-from mhmoe_np.conformance.tolerance import operations_of, tolerances
+from mhmoe_np.conformance.tolerance import recorded, tolerances
 from mhmoe_np.conformance.vector import Outcome, Vector
 from mhmoe_np.operations.door import promises, sections_of
 from mhmoe_np.operations.table import Operations
@@ -34,24 +33,25 @@ class Known(NamedTuple):
     @classmethod
     def of(cls, vector: Vector, ops: Operations) -> Known:
         """ops: numpy's."""
-        outcome = vector.outcome(ops, np.float64)
-        called = operations_of(vector, ops)
-        operations = [name for name in promises() if name in called]
-        return cls(vector, outcome, operations, tolerances(vector, outcome, ops))
+        outcome, called = recorded(vector, ops)
+        return cls(vector, outcome, in_order(called), tolerances(vector, outcome, ops))
+
+
+def in_order(operations: set[str]) -> list[str]:
+    """As the table has them."""
+    return [name for name in promises() if name in operations]
 
 
 def index_of(known: Iterable[Known]) -> str:
     """The index as JSON, a line for each tensor."""
     vectors = list(known)
-    operations = {name for each in vectors for name in each.operations}
+    operations = in_order({name for each in vectors for name in each.operations})
     functions = {function for each in vectors for function in each.vector.functions}
     index = {
         "version": version("mhmoe-np"),
         "gradients": _prose(vector),
         "tolerance": f"{_prose(tolerance)} Here {tolerance.ROUNDINGS}.",
-        "operations": {
-            name: _described(getattr(Operations, name)) for name in promises() if name in operations
-        },
+        "operations": {name: _described(getattr(Operations, name)) for name in operations},
         "functions": {
             _name_of(function): _described(function) for function in sorted(functions, key=_name_of)
         },

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         MH2 | SIGN | {"quantize_moe_projections": True},
     ),
 }
+
+
 def moe_layer(ops: Operations, given: Arrays, options: Options) -> Outcome:
     """`layers.moe`, there and back, with the balance loss and the z-loss of its router.
 
@@ -72,8 +74,7 @@ def moe_layer(ops: Operations, given: Arrays, options: Options) -> Outcome:
         "z_loss": np.array(total.z_loss, x_ND.dtype),
     }
     weights_back = {
-        f"grad.{name}": tensor
-        for name, tensor in _of_the_layer(gradient.to_host(ops)).items()
+        f"grad.{name}": tensor for name, tensor in _of_the_layer(gradient.to_host(ops)).items()
     }
     return Outcome(results, {"dx_ND": ops.to_host(dx_ND), **weights_back})
 
@@ -97,9 +98,7 @@ def layer_vectors() -> Iterator[Vector]:
     yield _tied()
 
 
-def _layer(
-    case: str, about: str, own: dict[str, Any], *, tokens: int, scale: float = 1.0
-) -> Vector:
+def _layer(case: str, about: str, own: dict[str, Any], *, tokens: int, scale: float = 1.0) -> Vector:
     name = f"moe_layer/{case}"
     config = ModelConfig.model_validate({**BASE, **own, **SMALL, **ONE_LAYER})
     draw = Draw(name)

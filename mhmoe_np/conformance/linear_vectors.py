@@ -132,7 +132,7 @@ def _bit_linear() -> Iterator[Vector]:
         )
         yield Vector(
             f"linear/{quantization}-ties",
-            "Activations that come to halves exactly, rounded to even; weights on the quantiser's edge.",
+            "Activations that come to halves exactly; weights on the quantiser's edge.",
             linear,
             {"x_NI": HALVES_NI, "w_OI": EDGES_OI},
             {"dy_NO": draw(2, 3)},
@@ -209,9 +209,7 @@ def _quantise_rows() -> Iterator[Vector]:
         "one-row": ("One row of one number.", draw(1, 1)),
     }
     for name, (about, x_NI) in cases.items():
-        yield Vector(
-            f"quantise_rows/{name}", about, quantise_rows, {"x_NI": x_NI}
-        )
+        yield Vector(f"quantise_rows/{name}", about, quantise_rows, {"x_NI": x_NI})
 
 
 def quantise_weight(ops: Operations, given: Arrays, options: Options) -> Outcome:

@@ -35,7 +35,9 @@ def model_vectors() -> Iterator[Vector]:
         yield _model(kind, "One token.", one_token, case="one-token")
     alike = np.tile([[5, 9]], (6, 1))
     for kind in ("smoe", "mh2-capacity"):
-        yield _model(kind, "Six sequences of the same token: most experts are empty.", alike, case="alike")
+        yield _model(
+            kind, "Six sequences of the same token: most experts are empty.", alike, case="alike"
+        )
 
 
 def small_settings(kind: str) -> dict[str, Any]:

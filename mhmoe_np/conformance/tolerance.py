@@ -79,16 +79,14 @@ def disturbed(vector: Vector, ops: Operations, *, part: float, trial: int) -> Ou
     return vector.compute(cast(Operations, unsteady), given, vector.options)
 
 
-def operations_of(vector: Vector, ops: Operations) -> set[str]:
-    """The operations of the table that it is a vector of."""
+def recorded(vector: Vector, ops: Operations) -> tuple[Outcome, set[str]]:
+    """The outcome in float64, undisturbed, and the operations that it took."""
     recording = Disturbed(ops, 0.0, np.random.default_rng(0))
-    vector.outcome(cast(Operations, recording), np.float64)
-    return recording.called
+    outcome = vector.outcome(cast(Operations, recording), np.float64)
+    return outcome, recording.called
 
 
-def tolerances(
-    vector: Vector, outcome: Outcome, ops: Operations
-) -> dict[str, dict[str, float]]:
+def tolerances(vector: Vector, outcome: Outcome, ops: Operations) -> dict[str, dict[str, float]]:
     """For each float tensor of the outcome: float type -> how far any of its numbers may be off."""
     expected = {name: t for name, t in outcome.tensors.items() if t.dtype.kind == "f"}
     growth = {name: _largest(tensor) for name, tensor in expected.items()}

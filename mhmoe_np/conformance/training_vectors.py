@@ -74,15 +74,30 @@ def _sum_of_squares() -> Iterator[Vector]:
 
 def adamw(ops: Operations, given: Arrays, options: Options) -> Outcome:
     """One `Operations.adamw_in_place`, clipped by the gradient's own norm."""
-    names = "parameter_P", "gradient_P", "first_moment_P", "second_moment_P"
-    state = [given[name] for name in names]
+    parameter_P, gradient_P = given["parameter_P"], given["gradient_P"]
+    first_moment_P, second_moment_P = given["first_moment_P"], given["second_moment_P"]
     squares_1, left_out_1 = np.zeros(1), np.zeros(1)
-    ops.add_sum_of_squares(given["gradient_P"], squares_1)
+    ops.add_sum_of_squares(gradient_P, squares_1)
     settings = AdamWSettings(*(options[field] for field in AdamWSettings._fields))
-    update_8 = settings.update(options["step"])
-    ops.adamw_in_place(*state, squares_1, given["guard"], left_out_1, update_8)
-    after = {f"{name}.after": array for name, array in zip(names, state, strict=True)}
-    return Outcome({"squares_1": squares_1, **after, "left_out_1": left_out_1}, {})
+    ops.adamw_in_place(
+        parameter_P,
+        gradient_P,
+        first_moment_P,
+        second_moment_P,
+        squares_1,
+        given["guard"],
+        left_out_1,
+        settings.update(options["step"]),
+    )
+    results = {
+        "squares_1": squares_1,
+        "parameter_P.after": parameter_P,
+        "gradient_P.after": gradient_P,
+        "first_moment_P.after": first_moment_P,
+        "second_moment_P.after": second_moment_P,
+        "left_out_1": left_out_1,
+    }
+    return Outcome(results, {})
 
 
 def _adamw() -> Iterator[Vector]:

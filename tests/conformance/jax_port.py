@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+HASTILY = {"xla_backend_optimization_level": 0}  # compiling takes longer than all there is to compute
+
 Config = dict[str, Any]
 Weights = dict[str, jax.Array]
 
@@ -124,6 +126,7 @@ def results_of(config: Config, tensors: dict[str, Any], dtype: Any, *, choose: A
     weights = {
         name: tensor.astype(dtype) for name, tensor in tensors.items() if name.startswith("mlp.")
     }
-    run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    gradients = jax.grad(total, argnums=(0, 1), has_aux=True)
+    run = jax.jit(gradients, compiler_options=HASTILY)
     (dx, dweights), results = run(tensors["x_ND"].astype(dtype), weights)
     return {**results, "dx_ND": dx, **{f"grad.{name}": dw for name, dw in dweights.items()}}

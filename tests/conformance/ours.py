@@ -1,6 +1,6 @@
 """This package as if it were a port: its own results of every vector.
 
-    python -m tests.conformance.ours numpy float64 FOLDER    prints the processor that OpenBLAS sees
+python -m tests.conformance.ours numpy float64 FOLDER    prints the processor that OpenBLAS sees
 """
 
 from __future__ import annotations

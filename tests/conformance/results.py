@@ -40,7 +40,7 @@ def save(folder: Path, name: str, tensors: dict[str, Any]) -> None:
     """As safetensors."""
     path = folder / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
+    save_file({key: np.asarray(array, order="C") for key, array in tensors.items()}, path)
 
 
 def save_npz(folder: Path, name: str, tensors: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from mhmoe_np.audit.models import KINDS
 from mhmoe_np.conformance import folder as vector_folder
 from mhmoe_np.conformance.catalogue import all_vectors
 from mhmoe_np.conformance.folder import INDEX, SHIPPED
-from mhmoe_np.conformance.index import Known, index_of
+from mhmoe_np.conformance.index import Known, in_order, index_of
 from mhmoe_np.conformance.model_vectors import SMALL, tokens_of
-from mhmoe_np.conformance.tolerance import disturbed, operations_of, tolerances
+from mhmoe_np.conformance.tolerance import disturbed, recorded, tolerances
 from mhmoe_np.conformance.vector import Vector
 from mhmoe_np.operations.door import promises
 from mhmoe_np.operations.load import load_operations
@@ -50,7 +50,9 @@ def shipped_tolerances(name: str) -> dict[str, Any]:
 def test_every_operation_of_the_table_has_a_vector() -> None:
     assert {name for entry in VECTORS.values() for name in entry["operations"]} == set(promises())
     # Not by a layer or a model alone: each by itself.
-    small = [entry for name, entry in VECTORS.items() if name.split("/")[0] not in ("model", "moe_layer")]
+    small = [
+        entry for name, entry in VECTORS.items() if name.split("/")[0] not in ("model", "moe_layer")
+    ]
     assert {name for entry in small for name in entry["operations"]} == set(promises())
 
 
@@ -83,10 +85,8 @@ def test_the_index_says_what_docstrings_and_catalogue_say(vectors: dict[str, Vec
     """With the tolerances as shipped: they are derived below."""
     known = []
     for name, vector in vectors.items():
-        called = operations_of(vector, NUMPY)
-        operations = [operation for operation in promises() if operation in called]
-        outcome = vector.outcome(NUMPY, np.float64)
-        known.append(Known(vector, outcome, operations, shipped_tolerances(name)))
+        outcome, called = recorded(vector, NUMPY)
+        known.append(Known(vector, outcome, in_order(called), shipped_tolerances(name)))
     assert index_of(known) == (SHIPPED / INDEX).read_text(encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def test_no_file_is_left_over(vectors: dict[str, Vector]) -> None:
 
 
 def test_tolerances_are_derived(vectors: dict[str, Vector]) -> None:
-    for name in list(vectors)[::6]:
+    for name in list(vectors)[::8]:
         vector = vectors[name]
         derived = tolerances(vector, vector.outcome(NUMPY, np.float64), NUMPY)
         for key, shipped in shipped_tolerances(name).items():
@@ -125,8 +125,9 @@ def test_tolerances_are_derived(vectors: dict[str, Vector]) -> None:
 
 def test_no_tolerance_is_loose() -> None:
     for name in VECTORS:
+        tensors = expected(name)
         for key, tolerance in shipped_tolerances(name).items():
-            largest = float(np.abs(expected(name)[key]).max(initial=0))
+            largest = float(np.abs(tensors[key]).max(initial=0))
             # What is 0 but for roundings, as a score's gradient where there is one key, has no size.
             if largest > 1e-12:
                 assert tolerance["float32"] <= LOOSEST * largest, (name, key)
@@ -135,11 +136,11 @@ def test_no_tolerance_is_loose() -> None:
 def test_nothing_flips_under_four_roundings_of_float32(vectors: dict[str, Vector]) -> None:
     """No choice and no quantiser is that near a tie, unless it lies on one in few bits [D9]."""
     for name, vector in vectors.items():
-        for trial in (1000, 1001):
-            moved = disturbed(vector, NUMPY, part=FOUR_ROUNDINGS, trial=trial).tensors
-            for key, tensor in expected(name).items():
-                tolerance = shipped_tolerances(name).get(key, {"float32": 0.0})["float32"]
-                assert np.abs(moved[key] - tensor).max(initial=0) <= tolerance, (name, key)
+        moved = disturbed(vector, NUMPY, part=FOUR_ROUNDINGS, trial=1000).tensors
+        allowed = shipped_tolerances(name)
+        for key, tensor in expected(name).items():
+            tolerance = allowed.get(key, {"float32": 0.0})["float32"]
+            assert np.abs(moved[key] - tensor).max(initial=0) <= tolerance, (name, key)
 
 
 # ---- they hold -------------------------------------------------------------------------------
@@ -162,8 +163,7 @@ def test_they_hold_with_the_products_of_another_processor(tmp_path: Path) -> Non
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["Prescott"]
-    assert blas_architectures() != {"Prescott"}
+    assert set(done.stdout.split()) != blas_architectures()  # or it had no effect
     checked(tmp_path)
 
 

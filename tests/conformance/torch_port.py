@@ -1,7 +1,7 @@
 """An MH-MoE layer as a PyTorch module, and how it is run on the conformance vectors.
 
-Written from SPECIFICATION.md, sections 3 to 5. Its parameters have the names of section 1, so a vector's
-weights are a state dict; gradients come from autograd, BitNet's by the straight-through trick.
+Written from SPECIFICATION.md, sections 3 to 5. Its parameters have the names of section 1, so a vector
+holds a state dict; gradients come from autograd, BitNet's by the straight-through trick.
 """
 
 from __future__ import annotations
