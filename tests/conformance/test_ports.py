@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from mhmoe_np.conformance.folder import SHIPPED
-from tests.conformance import jax_port, torch_port
+from tests.conformance import jax_port, torch_operations, torch_port
 from tests.conformance.results import VECTORS, checked, named, save, save_npz, tensors_of
 from tests.oracle.torch_model import trace
 
@@ -51,6 +51,18 @@ def write_jax(folder: Path, names: list[str], dtype: Any, choose: Any) -> None:
         options = VECTORS[name]["options"]
         results = jax_port.results_of(options, tensors_of(name), dtype, choose=choose)
         save_npz(folder, name, {key: np.asarray(array) for key, array in results.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_operations_pass_in_pytorch(dtype: Any, tmp_path: Path) -> None:
+    """All but packed bytes, whose layout is this package's own."""
+    subjects = {name.partition("/")[0] for name in VECTORS} - {"moe_layer", "model", "pack"}
+    assert torch_operations.OPERATIONS.keys() == subjects
+    patterns = [f"{subject}/*" for subject in subjects]
+    for name in (name for pattern in patterns for name in named(pattern)):
+        results = torch_operations.results_of(name, VECTORS[name], tensors_of(name), dtype)
+        save(tmp_path, name, results)
+    checked(tmp_path, *patterns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

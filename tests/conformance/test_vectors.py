@@ -170,6 +170,16 @@ def test_they_hold_with_the_products_of_another_processor(tmp_path: Path) -> Non
 # ---- the command -----------------------------------------------------------------------------
 
 
+def test_a_models_vector_is_a_checkpoint_and_a_trace(mhmoe_here: Run, tmp_path: Path) -> None:
+    """A port that reads the one and writes the other has nothing to add."""
+    (tmp_path / "model").mkdir()
+    for name in ("model/mh2-shared", "model/mh3-ternary-shared-capacity"):
+        place = SHIPPED / name
+        tokens, out = place / "tokens.json", f"{name}.safetensors"
+        mhmoe_here("trace", place, "--tokens", tokens, "--out", out, "--backend", "numpy")
+        checked(tmp_path, name)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()

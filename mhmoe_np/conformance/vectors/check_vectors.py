@@ -36,11 +36,11 @@ class Fault(Exception):
 
 
 class Worst(NamedTuple):
-    """The tensor that comes nearest to its tolerance, or farthest beyond it."""
+    """The element of a tensor that is farthest off."""
 
-    share: float = 0.0  # of the tolerance
-    tensor: str = "-"
-    text: str = ""
+    share: float  # of the tolerance
+    tensor: str
+    text: str
 
 
 def read_results(folder: Path, name: str) -> Tensors:
@@ -65,31 +65,25 @@ def compare(name: str, spec: dict[str, Any], actual: NDArray[Any], expected: NDA
     """One tensor: how much of its tolerance it uses."""
     if list(actual.shape) != spec["shape"]:
         raise Fault(f"{name} has shape {list(actual.shape)}, must be {spec['shape']}")
-    if "tolerance" not in spec:
+    kind, tolerances = str(actual.dtype), spec.get("tolerance")
+    if tolerances is None:
         if actual.dtype.kind not in "iu":
-            raise Fault(f"{name} is {actual.dtype}; must hold integers")
-        off = (actual != expected).astype(float)
-        tolerance = 0.0
+            raise Fault(f"{name} is {kind}; must hold integers")
+        off, tolerance = (actual != expected).astype(float), 0.0
     else:
-        kind = str(actual.dtype)
-        if kind not in spec["tolerance"]:
-            raise Fault(f"{name} is {kind}; must be {' or '.join(spec['tolerance'])}")
+        if kind not in tolerances:
+            raise Fault(f"{name} is {kind}; must be {' or '.join(tolerances)}")
         with np.errstate(invalid="ignore"):
             off = np.abs(actual.astype(np.float64) - expected)
-        off = np.where(np.isfinite(off), off, np.inf)
-        tolerance = spec["tolerance"][kind]
+        off, tolerance = np.where(np.isfinite(off), off, np.inf), tolerances[kind]
     if not off.size:
-        return Worst(0.0, name)
+        return Worst(0.0, name, "")
     place = np.unravel_index(np.argmax(off), off.shape)
     worst = float(off[place])
     share = worst / tolerance if tolerance else (math.inf if worst else 0.0)
-    where = [int(i) for i in place]
-    text = (
-        f"{name}{where if where else ''} is {actual[place]!s}, must be {expected[place]!s}: "
-        f"off by {worst:.3g}, tolerance {tolerance:.3g}"
-    )
-    if "tolerance" not in spec:
-        text = f"{name}{where if where else ''} is {actual[place]}, must be {expected[place]} exactly"
+    index = f"[{', '.join(map(str, place))}]" if place else ""
+    text = f"{name}{index} is {actual[place]}, must be {expected[place]}"
+    text += " exactly" if not tolerance else f": off by {worst:.3g}, tolerance {tolerance:.3g}"
     return Worst(share, name, text)
 
 
@@ -100,18 +94,15 @@ def check(entry: dict[str, Any], actual: Tensors) -> Worst:
     unknown = sorted(set(actual) - set(specs))
     if unknown:
         raise Fault(f"{unknown[0]} is no tensor of this vector: {', '.join(specs)}")
-    worst, first = Worst(), ""
-    for name, spec in specs.items():
-        if spec["role"] not in CHECKED:
-            continue
+    needed = [name for name in specs if specs[name]["role"] in CHECKED]
+    for name in needed:
         if name not in actual:
             raise Fault(f"{name} is missing")
-        found = compare(name, spec, actual[name], expected[name])
-        if found.share > 1 and not first:
-            first = name
-        worst = max(worst, found, key=lambda w: w.share)
-    if first:
-        others = "" if first == worst.tensor else f"; first beyond its tolerance: {first}"
+    found = [compare(name, specs[name], actual[name], expected[name]) for name in needed]
+    worst = max(found, key=lambda each: each.share)
+    beyond = [each.tensor for each in found if each.share > 1]
+    if beyond:
+        others = "" if beyond[0] == worst.tensor else f"; first beyond its tolerance: {beyond[0]}"
         raise Fault(worst.text + others)
     return worst
 
