@@ -19,7 +19,7 @@ from mhmoe_np.conformance.vector import Outcome, Vector
 from mhmoe_np.operations.door import Door, Promise
 from mhmoe_np.operations.table import Operations
 
-ROUNDINGS = 8  # sums of some ten terms, `exp` of two roundings and a half, and the worst of many
+ROUNDINGS = 16  # sums of some ten terms, `exp` of two roundings and a half, and the worst of many
 DISTURBANCE = 2.0**-30
 TRIALS = 4
 DIGITS = 2  # of a tolerance

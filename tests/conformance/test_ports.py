@@ -25,8 +25,10 @@ MODELS = named("model/*")
 SOME_LAYERS = [
     f"moe_layer/{case}"
     for case in (
-        *("mh2-topk-balance", "mh2-capacity", "mh2-sign-projections", "mh2-shared-sub-norm"),
-        *("mh3-ternary", "ties"),
+        "mh2-capacity",
+        "mh2-sign-projections",
+        "mh2-shared-sub-norm",
+        "ties",
     )
 ]
 

@@ -30,7 +30,7 @@ from tests.conftest import Run
 NUMPY = load_operations("numpy")
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 5_000_000
-LOOSEST = 2e-3  # a tolerance in float32, of the largest number of its tensor
+LOOSEST = 4e-3  # a tolerance in float32, of the largest number of its tensor
 FOUR_ROUNDINGS = 2.0**-22  # of float32
 
 

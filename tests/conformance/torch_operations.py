@@ -1,6 +1,6 @@
-"""The operations in PyTorch, and how each is run on the conformance vectors: gradients are autograd's.
+"""The operations in PyTorch, and how each is run on the conformance vectors; autograd has the gradients.
 
-Written from the equations of the index. A function is given a vector's arguments and options, and returns
+Written from the equations of the index. A function takes the arguments and options of a vector. It returns
 results by name, and those that only an upstream gradient speaks of (`aux`, `z`, the sum `nll`).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def quantise_rows(t: Given, options: Options) -> Given:
 
 def quantise_weight(t: Given, options: Options) -> Given:
     q, beta = [], []
-    starts = options["starts"]
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(options["starts"]):
         w = t["w_OI"][first:last]
         scale = w.abs().mean().clamp(min=1e-5)
         ternary = options["quantization"] == "bitnet_b158"
@@ -126,7 +126,7 @@ def route(t: Given, options: Options) -> Given:
         "gate_MK": gate,
     }
     if "count_E" in t:
-        share = t["count_E"] / t["count_E"].sum()
+        share = t["count_E"].to(p.dtype) / t["count_E"].sum()
         results["aux"] = p.shape[1] * (share * p[counted].mean(dim=0)).sum()
         results["z"] = results["log_sum_exp_M"][counted].square().mean()
     return results
