@@ -80,7 +80,10 @@ def _rms_norm() -> Iterator[Vector]:
 
 
 def rotate(ops: Operations, given: Arrays, options: Options) -> Outcome:
-    """`Operations.rotate_in_place`, there and, by the opposite angle, back."""
+    """`Operations.rotate_in_place`, there and, by the opposite angle, back.
+
+    The angles are those of `rotary_tables` with the options; first_1 is the first position.
+    """
     x_BTAC, dx_BTAC, first_1 = given["x_BTAC"], given["dx_BTAC.after"], given["first_1"]
     cos_YJ, sin_YJ, minus_sin_YJ, _ = rotary_tables(
         options["positions"], x_BTAC.shape[3], options["rope_theta"], x_BTAC.dtype, ops=ops

@@ -74,6 +74,11 @@ def _described(function: Callable[..., Any]) -> dict[str, str]:
     return {"computes": text, **said}
 
 
+def _text_of(function: Callable[..., Any]) -> str:
+    """A docstring without sections, on one line."""
+    return " ".join(inspect.cleandoc(function.__doc__ or "").split())
+
+
 def _name_of(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
@@ -82,9 +87,10 @@ def _entry(known: Known) -> dict[str, Any]:
     """What the index says of one vector."""
     about = known.vector
     roles = [("argument", about.arguments), ("upstream gradient", about.upstream)]
-    entry: dict[str, Any] = {"about": about.about, "file": f"{about.name}.safetensors"}
+    entry: dict[str, Any] = {"about": about.about, "computes": _text_of(about.compute)}
+    entry |= {"file": f"{about.name}.safetensors"}
     if about.subject == "model":  # its weights are a checkpoint's
-        entry |= {"checkpoint": about.name, "file": f"{about.name}/trace.safetensors"}
+        entry |= {"file": f"{about.name}/trace.safetensors", "checkpoint": about.name}
         tokens = {name: about.arguments[name] for name in ("input_ids", "target_ids")}
         roles = [("argument", tokens)]
     roles += [("result", known.outcome.results), ("gradient", known.outcome.gradients)]

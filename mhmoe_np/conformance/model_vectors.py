@@ -68,7 +68,7 @@ def filled(config: ModelConfig, given: Arrays, dtype: DTypeLike, *, prefix: str 
 
 
 def model(ops: Operations, given: Arrays, options: Options) -> Outcome:
-    """`audit.trace.trace`, without the tokens."""
+    """`mhmoe-np trace` of the checkpoint and its tokens: the gradients are those of `loss`."""
     config = ModelConfig.model_validate(options)
     weights = filled(config, given, given["model.norm.weight"].dtype)
     tensors = trace(

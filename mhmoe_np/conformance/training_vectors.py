@@ -73,7 +73,10 @@ def _sum_of_squares() -> Iterator[Vector]:
 
 
 def adamw(ops: Operations, given: Arrays, options: Options) -> Outcome:
-    """One `Operations.adamw_in_place`, clipped by the gradient's own norm."""
+    """One `Operations.adamw_in_place`, clipped by the gradient's own norm.
+
+    The options are `AdamWSettings` and the step, which counts from 1.
+    """
     parameter_P, gradient_P = given["parameter_P"], given["gradient_P"]
     first_moment_P, second_moment_P = given["first_moment_P"], given["second_moment_P"]
     squares_1, left_out_1 = np.zeros(1), np.zeros(1)

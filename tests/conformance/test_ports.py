@@ -156,6 +156,62 @@ def test_an_error_in_the_module_is_caught(layer: Any, vector: str, words: str, t
     assert words in printed
 
 
+def half_away_from_zero(t: Any, options: Any) -> Any:
+    gamma = t["x_NI"].abs().amax(dim=1).clamp(min=1e-5)
+    product = t["x_NI"] * (127 / gamma)[:, None]
+    return {"q_NI": product.sign() * (product.abs() + 0.5).floor(), "scale_N": gamma / 127}
+
+
+def above_zero_for_zero(t: Any, options: Any) -> Any:
+    results = torch_operations.quantise_weight(t, options)
+    return {**results, "q_OI": torch.where(t["w_OI"] >= t["w_OI"].mean(), 1.0, -1.0)}
+
+
+def other_epsilon(t: Any, options: Any) -> Any:
+    return torch_operations.rms_norm(t, {**options, "eps": 1.2e-5})
+
+
+def heads_alternating(t: Any, options: Any) -> Any:
+    """Query head a reads key/value head a % G."""
+    order = [0, 2, 1, 3]
+    results = torch_operations.attention({**t, "q_BTAC": t["q_BTAC"][:, :, order]}, options)
+    return {
+        "out_BTAC": results["out_BTAC"][:, :, order],
+        "log_sum_exp_BAT": results["log_sum_exp_BAT"][:, order],
+    }
+
+
+def mean_over_all(t: Any, options: Any) -> Any:
+    return torch_operations.route({**t, "counted_M": torch.ones_like(t["counted_M"])}, options)
+
+
+def dropless(t: Any, options: Any) -> Any:
+    return torch_operations.expert_ffn(t, {**options, "capacity": None})
+
+
+@pytest.mark.parametrize(
+    ("operation", "vector", "words"),
+    [
+        (half_away_from_zero, "quantise_rows/ties", "q_NI[0, 1] is 1.0, must be 0.0"),
+        (above_zero_for_zero, "quantise_weight/bitnet-ties", "q_OI[1, 0] is 1.0, must be -1.0"),
+        (other_epsilon, "rms_norm/small", "rstd_N"),
+        (heads_alternating, "attention/grouped", "out_BTAC"),
+        (mean_over_all, "route/raw", "dlogits_ME"),
+        (dropless, "expert_ffn/drops", "first beyond its tolerance: y_MU"),
+    ],
+)
+def test_an_error_in_an_operation_is_caught(
+    operation: Any, vector: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(torch_operations.OPERATIONS, vector.partition("/")[0], operation)
+    entry, tensors = VECTORS[vector], tensors_of(vector)
+    results = torch_operations.results_of(vector, entry, tensors, torch.float32)
+    save(tmp_path, vector, results)
+    printed = checked(tmp_path, vector, code=1)
+    assert printed.startswith(f"FAIL  {vector} ")
+    assert words in printed
+
+
 def raw_gates(p: jax.Array, config: Any) -> Any:
     return jax_port.gates_of(p, {**config, "norm_topk_prob": False})
 

@@ -1,6 +1,6 @@
-"""The operations in PyTorch, and how each is run on the conformance vectors; autograd has the gradients.
+"""The operations in PyTorch, and how each is run on the conformance vectors, with autograd.
 
-Written from the equations of the index. A function takes the arguments and options of a vector. It returns
+Written from the equations of the index. A function takes the arguments and options, and returns
 results by name, and those that only an upstream gradient speaks of (`aux`, `z`, the sum `nll`).
 """
 
