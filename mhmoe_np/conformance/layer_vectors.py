@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def moe_layer(ops: Operations, given: Arrays, options: Options) -> Outcome:
     """`layers.moe`, there and back, with the balance loss and the z-loss of its router.
 
-    The losses count the tokens of counted_N. The gradients are those of the sum of y_ND times dy_ND and both
-    losses times their coefficients in the options, a `config.json`.
+    The losses count the tokens of counted_N. The gradients are those of the sum of y_ND times dy_ND and
+    both losses times their coefficients in the options, a `config.json`.
     """
     config = ModelConfig.model_validate(options)
     x_ND, counted_N = given["x_ND"], given["counted_N"]
