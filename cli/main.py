@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
     "upcycle": "Make a mixture of experts of a dense model, with the same function at first.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
+    "vectors": "Write conformance vectors, and a script that checks a port against them.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",
 }
 

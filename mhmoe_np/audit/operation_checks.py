@@ -139,7 +139,7 @@ def linear(
         weights["b_O"] = rng.standard_normal(outputs)
     w_OI: Weight = weights["w_OI"]
     if quantization is not None:
-        w_OI = _quantised(ops, weights["w_OI"], outputs // 2, quantization)
+        w_OI = quantised_weight(ops, weights["w_OI"], outputs // 2, quantization)
     surrogate = Surrogate(ops)
 
     def run(now: Arrays) -> Outputs:
@@ -311,8 +311,8 @@ def expert_ffn(
     gate_up_E2FU: Weight = weights["gate_up_E2FU"]
     down_EUF: Weight = weights["down_EUF"]
     if quantization is not None:  # gate and up have a scale each, as in the model
-        gate_up_E2FU = _quantised(ops, weights["gate_up_E2FU"], F, quantization)
-        down_EUF = _quantised(ops, weights["down_EUF"], U, quantization)
+        gate_up_E2FU = quantised_weight(ops, weights["gate_up_E2FU"], F, quantization)
+        down_EUF = quantised_weight(ops, weights["down_EUF"], U, quantization)
     surrogate = Surrogate(ops)
 
     def run(now: Arrays) -> Outputs:
@@ -377,11 +377,14 @@ def token_nll(ops: Operations, rng: np.random.Generator) -> Case:
     )
 
 
-def _quantised(
+def quantised_weight(
     ops: Operations, w: FloatArray, matrix_rows: int, quantization: Quantization
 ) -> BitWeight:
-    """Joined matrices of so many rows, each quantised with a beta of its own."""
-    quantised = BitWeight(np.zeros_like(w), np.zeros(w.shape[:-1]))
+    """Joined matrices of so many rows, each quantised with a beta of its own.
+
+    w: float, [O, I], or [E, O, I] for experts.
+    """
+    quantised = BitWeight(np.zeros_like(w), np.zeros(w.shape[:-1], w.dtype))
     rows = math.prod(w.shape[:-1])
     starts = tuple(range(0, rows + 1, matrix_rows))
     ops.quantise_weight(

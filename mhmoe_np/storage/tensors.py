@@ -38,11 +38,12 @@ def write_tensors(
     order that changes from run to run.
 
     safetensors 0.8.0 writes wrong data, silently, for arrays that are not C-contiguous; so every
-    array passes through `ascontiguousarray` here, and nothing else in the package calls save_file.
+    array is made so here, and nothing else in the package calls save_file. A scalar stays one, which
+    `ascontiguousarray` would not leave it.
 
     Raises OSError: the disk is full or refuses.
     """
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     header = dict(metadata or {"format": "np"})
     try:
         save_file(contiguous, path, header)

@@ -69,6 +69,7 @@ def test_the_command_writes_what_the_library_computes(mhmoe: Run, tmp_path: Path
     theirs = oracle_trace(config, weights, PADDED)
     assert written.keys() == theirs.keys()
     for name, tensor in theirs.items():
+        assert written[name].shape == tensor.shape, name
         assert np.abs(written[name] - tensor).max() <= 1e-10 * np.abs(tensor).max(), name
 
     (tmp_path / "tokens.json").write_text(json.dumps(PADDED.tolist()))

@@ -1,0 +1,1 @@
+"""Conformance vectors: inputs with the results and gradients that a right implementation gets."""
