@@ -31,6 +31,7 @@ COMMANDS = {
     "pack": "Pack a BitNet model's weights to 1, 1.6 or 2 bits.",
     "unpack": "Write a packed model as an ordinary checkpoint again.",
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
+    "audit": "Hold everything that is claimed against its bounds; as tables, JSON or a page.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",
 }
