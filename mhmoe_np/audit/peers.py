@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,35 +49,66 @@ class Answer(NamedTuple):
     agreements: tuple[Agreement, ...]
 
 
-def ask(peer: Peer, *, definition: Operations) -> Answer:
-    """Have a peer compute what it can of all calls, and compare it with the definition."""
-    missing = [module for module in peer.modules if importlib.util.find_spec(module) is None]
-    if missing:
-        return Answer(peer, f"not compared: {missing[0]} is not installed", ())
-    asked = [call for call in calls(peer.dtype, definition=definition) if not _is_quantised(call)]
+def ask(peers: Sequence[Peer], *, definition: Operations) -> list[Answer]:
+    """Have each peer compute what it can of all calls, and compare it with the definition."""
+    installed = [peer for peer in peers if not _missing(peer)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        requests = [_request(call, folder / f"{i}.npz") for i, call in enumerate(asked)]
-        (folder / "calls.json").write_text(json.dumps({"peer": peer.name, "calls": requests}))
-        command = [sys.executable, "-P", str(SCRIPT), name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            return Answer(peer, f"not compared: it took more than {TIME_LIMIT} s", ())
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"code {done.returncode}"]
-            return Answer(peer, f"not compared: {said[-1]}", ())
-        agreements = tuple(
-            _compared(call, answer, peer, definition)
-            for i, call in enumerate(asked)
-            if (answer := folder / f"{i}.out.npz").exists()
-        )
-        return Answer(peer, (folder / "version").read_text(), agreements)
+        asked = {peer: _requests(peer, folder / peer.name, definition) for peer in installed}
+        reason = _run(folder, installed) if installed else ""
+        return [
+            Answer(peer, f"not compared: {_missing(peer)} is not installed", ())
+            if _missing(peer)
+            else _answer(peer, asked[peer], folder / peer.name, reason, definition)
+            for peer in peers
+        ]
 
 
-def _is_quantised(call: Call) -> bool:
-    """Peers have no quantised weights."""
-    return any(isinstance(value, BitWeight | PackedWeight) for value in call.arguments)
+def _missing(peer: Peer) -> str:
+    """The first of a peer's modules that is not installed; empty: all are."""
+    return next((name for name in peer.modules if importlib.util.find_spec(name) is None), "")
+
+
+def _run(folder: Path, peers: Sequence[Peer]) -> str:
+    """Have them compute, one after the other; why that ended early, if it did."""
+    command = [sys.executable, "-P", str(SCRIPT), str(folder), *(peer.name for peer in peers)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {TIME_LIMIT} s"
+    return (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+
+
+def _requests(peer: Peer, folder: Path, definition: Operations) -> list[Call]:
+    """Write down what a peer is asked; peers have no quantised weights."""
+    folder.mkdir()
+    asked = [
+        call
+        for call in calls(peer.dtype, definition=definition)
+        if not any(isinstance(value, BitWeight | PackedWeight) for value in call.arguments)
+    ]
+    requests = [_request(call, folder / f"{i}.npz") for i, call in enumerate(asked)]
+    (folder / "calls.json").write_text(json.dumps(requests))
+    return asked
+
+
+def _answer(
+    peer: Peer, asked: Sequence[Call], folder: Path, reason: str, definition: Operations
+) -> Answer:
+    """What a peer wrote; the last of it is its version."""
+    version = folder / "version"
+    if not version.exists():
+        return Answer(peer, f"not compared: {reason}", ())
+    agreements = []
+    for i, call in enumerate(asked):
+        answer = folder / f"{i}.out.npz"
+        if answer.exists():
+            with np.load(answer) as file:
+                actual = dict(file)
+            # What backends owe each other to the bit, another implementation may round differently.
+            expected, call = results_of(call, definition), call._replace(exact=False)
+            agreements.append(agreement(call, actual, expected, dtype=peer.dtype))
+    return Answer(peer, version.read_text(), tuple(agreements))
 
 
 def _request(call: Call, operands: Path) -> dict[str, Any]:
@@ -92,11 +124,3 @@ def _request(call: Call, operands: Path) -> dict[str, Any]:
             label: part for label, part in fields.items() if isinstance(part, str | int | float)
         }
     return {"operation": call.operation, "numbers": numbers}
-
-
-def _compared(call: Call, answer: Path, peer: Peer, definition: Operations) -> Agreement:
-    with np.load(answer) as file:
-        actual = dict(file)
-    # What backends owe each other to the bit, another implementation may round differently.
-    call = call._replace(exact=False)
-    return agreement(call, actual, results_of(call, definition), dtype=peer.dtype)

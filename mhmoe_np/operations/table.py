@@ -284,8 +284,9 @@ class Operations(Protocol):
         Equation \mathrm{d}x_{ni} = \sum_o \mathrm{d}y_{no}\, \hat w_{oi} \\
                  \mathrm{d}w_{oi} \leftarrow \mathrm{d}w_{oi} + \sum_n \mathrm{d}y_{no}\, \hat x_{ni} \\
                  \mathrm{d}b_o \leftarrow \mathrm{d}b_o + \sum_n \mathrm{d}y_{no} \\
-                 \hat x_{ni} = x_{ni},\ \hat w_{oi} = w_{oi}; \quad \text{quantised: } \hat x_{ni} =
-                   q_{ni} \cdot \frac{\gamma_n}{127},\ \hat w_{oi} = \beta_o\, w_{oi}
+                 \hat x_{ni} = x_{ni},\ \hat w_{oi} = w_{oi} \\
+                 \text{quantised: } \hat x_{ni} = q_{ni} \cdot \frac{\gamma_n}{127},\ \hat w_{oi} =
+                   \beta_o\, w_{oi}
         Shapes   dy_NO, x_NI, w_OI, dw_OI, db_O?, onto_NI? -> dx_NI
         Dtypes   float
         Raises   TypeError: the weight is packed.
@@ -422,7 +423,8 @@ class Operations(Protocol):
     ) -> FloatArray:
         r"""Return dx_ND; add to dw_D.
 
-        Equation z_{nd} = x_{nd}\, r_n, \quad \mathrm{d}z_{nd} = \mathrm{d}y_{nd}\, w_d \\
+        Equation z_{nd} = x_{nd}\, r_n \\
+                 \mathrm{d}z_{nd} = \mathrm{d}y_{nd}\, w_d \\
                  \mathrm{d}x_{nd} = r_n \left( \mathrm{d}z_{nd} - z_{nd} \cdot \frac{1}{D} \sum_{d'}
                    \mathrm{d}z_{nd'}\, z_{nd'} \right) \\
                  \mathrm{d}w_d \leftarrow \mathrm{d}w_d + \sum_n \mathrm{d}y_{nd}\, z_{nd}
@@ -462,8 +464,8 @@ class Operations(Protocol):
         The T queries are the last T of the S positions: query t sees keys 0 .. S-T+t. Attention head
         a reads key/value head a // (A/G).
 
-        Equation z_{bats} = \frac{1}{\sqrt{C}} \sum_c q_{btac}\, k_{bsgc}, \quad g = \left\lfloor
-                   \frac{a}{A/G} \right\rfloor \\
+        Equation z_{bats} = \frac{1}{\sqrt{C}} \sum_c q_{btac}\, k_{bsgc} \\
+                 g = \left\lfloor \frac{a}{A/G} \right\rfloor \\
                  \ell_{bat} = \log \sum_{s \le S - T + t} \exp z_{bats} \\
                  \mathrm{out}_{btac} = \sum_{s \le S - T + t} \exp( z_{bats} - \ell_{bat} )\, v_{bsgc}
         Shapes   q_BTAC, k_BSGC, v_BSGC -> out_BTAC, log_sum_exp_BAT
@@ -488,10 +490,13 @@ class Operations(Protocol):
         positions filled .. filled+T-1 are overwritten by k and v; then the result is `attention`'s of
         q over the first filled+T positions.
 
-        Equation \mathrm{kv}_{b,\, f + t,\, g} \leftarrow k_{btg}, \quad \mathrm{kv}_{b,\, f + t,\, G +
-                   g} \leftarrow v_{btg}, \quad f = \mathrm{filled} \\
-                 \mathrm{out} = \mathrm{attention}(q, K, V), \quad K_{bsg} = \mathrm{kv}_{bsg}, \quad
-                   V_{bsg} = \mathrm{kv}_{b,s,\,G + g}, \quad S = f + T
+        Equation \mathrm{kv}_{b,\, f + t,\, g} \leftarrow k_{btg} \\
+                 \mathrm{kv}_{b,\, f + t,\, G + g} \leftarrow v_{btg} \\
+                 f = \mathrm{filled} \\
+                 \mathrm{out} = \mathrm{attention}(q, K, V) \\
+                 K_{bsg} = \mathrm{kv}_{bsg} \\
+                 V_{bsg} = \mathrm{kv}_{b,s,\,G + g} \\
+                 S = f + T
         Shapes   q_BTAC, k_BTGC, v_BTGC, kv_BS2GC, filled_1 -> out_BTAC
         Dtypes   float; int64 filled_1
         Views    q_BTAC, k_BTGC, v_BTGC
@@ -537,8 +542,9 @@ class Operations(Protocol):
         silu(z) = z * sigmoid(z), relu2(z) = max(z, 0)^2.
 
         Equation h_{nf} = \mathrm{act}(\mathrm{gate}_{nf}) \cdot \mathrm{up}_{nf} \\
-                 \mathrm{silu}(z) = z\, \sigma(z), \quad \sigma(z) = \frac{1}{1 + e^{-z}}, \quad
-                   \mathrm{relu2}(z) = \max(z, 0)^2
+                 \mathrm{silu}(z) = z\, \sigma(z) \\
+                 \sigma(z) = \frac{1}{1 + e^{-z}} \\
+                 \mathrm{relu2}(z) = \max(z, 0)^2
         Shapes   gate_up_N2F -> h_NF
         Dtypes   float
         Source   [spec 2 FFN], [GLU eq. 5]
@@ -553,8 +559,8 @@ class Operations(Protocol):
         Equation \mathrm{d}\mathrm{gate}_{nf} = \mathrm{d}h_{nf} \cdot \mathrm{up}_{nf} \cdot
                    \mathrm{act}'(\mathrm{gate}_{nf}) \\
                  \mathrm{d}\mathrm{up}_{nf} = \mathrm{d}h_{nf} \cdot \mathrm{act}(\mathrm{gate}_{nf}) \\
-                 \mathrm{silu}'(z) = \sigma(z) \left( 1 + z \left( 1 - \sigma(z) \right) \right), \quad
-                   \mathrm{relu2}'(z) = 2 \max(z, 0)
+                 \mathrm{silu}'(z) = \sigma(z) \left( 1 + z \left( 1 - \sigma(z) \right) \right) \\
+                 \mathrm{relu2}'(z) = 2 \max(z, 0)
         Shapes   dh_NF, gate_up_N2F -> dgate_up_N2F
         Dtypes   float
         Source   [spec 2 FFN]
@@ -569,12 +575,12 @@ class Operations(Protocol):
         gate = p of the chosen, divided by their sum where `normalise`. A row with a NaN chooses the
         experts 0 .. K-1; its p and gates are NaN.
 
-        Equation p_{me} = \frac{\exp l_{me}}{\sum_{e'} \exp l_{me'}}, \quad \mathrm{lse}_m = \log \sum_e
-                   \exp l_{me} \\
+        Equation p_{me} = \frac{\exp l_{me}}{\sum_{e'} \exp l_{me'}} \\
+                 \mathrm{lse}_m = \log \sum_e \exp l_{me} \\
                  I_{m1}, \ldots, I_{mK} = \text{the } K \text{ experts of the largest } p_{me}, \text{
                    of equal ones the lower} \\
-                 g_{mk} = p_{m, I_{mk}}; \quad \text{normalised: } g_{mk} = \frac{p_{m,
-                   I_{mk}}}{\sum_{k'} p_{m, I_{mk'}}}
+                 g_{mk} = p_{m, I_{mk}} \\
+                 \text{normalised: } g_{mk} = \frac{p_{m, I_{mk}}}{\sum_{k'} p_{m, I_{mk'}}}
         Shapes   logits_ME -> p_ME, log_sum_exp_M, expert_MK, gate_MK
         Dtypes   float; int64 expert_MK
         Source   [spec 3 softmax], [P2 eq. 5]; [spec 3 K largest]; renormalised gates [D1]
@@ -596,12 +602,12 @@ class Operations(Protocol):
         counted sub-token's p receives daux * E * f_e / sub_tokens; z = mean_s lse_s^2, hence its
         log-sum-exp receives dz * 2 * lse / sub_tokens. The choice itself carries no gradient.
 
-        Equation \mathrm{d}c_{mk} = \mathrm{d}g_{mk}; \quad \text{normalised: } \mathrm{d}c_{mk} =
-                   \frac{\mathrm{d}g_{mk} - \sum_{k'} \mathrm{d}g_{mk'}\, g_{mk'}}{\sum_{k'} p_{m,
-                   I_{mk'}}} \\
+        Equation \mathrm{d}c_{mk} = \mathrm{d}g_{mk} \\
+                 \text{normalised: } \mathrm{d}c_{mk} = \frac{\mathrm{d}g_{mk} - \sum_{k'}
+                   \mathrm{d}g_{mk'}\, g_{mk'}}{\sum_{k'} p_{m, I_{mk'}}} \\
                  \mathrm{d}p_{me} = \sum_{k :\, I_{mk} = e} \mathrm{d}c_{mk} + \mathrm{daux} \cdot E
-                   \cdot \frac{f_e}{n_c} \text{ where } m \text{ is counted}, \quad f_e =
-                   \frac{\mathrm{count}_e}{\sum_{e'} \mathrm{count}_{e'}} \\
+                   \cdot \frac{f_e}{n_c} \text{ where } m \text{ is counted} \\
+                 f_e = \frac{\mathrm{count}_e}{\sum_{e'} \mathrm{count}_{e'}} \\
                  \mathrm{d}l_{me} = p_{me} \left( \mathrm{d}p_{me} - \sum_{e'} \mathrm{d}p_{me'}\,
                    p_{me'} \right) + \mathrm{dz} \cdot \frac{2\, \mathrm{lse}_m}{n_c}\, p_{me} \text{
                    where } m \text{ is counted}
@@ -618,12 +624,13 @@ class Operations(Protocol):
     ) -> None:
         r"""Add to `sums` what the counted sub-tokens chose.
 
-        Equation \mathrm{first}_e \leftarrow \mathrm{first}_e + \#\{ m :\, I_{m1} = e \}, \quad
-                   \mathrm{choice}_e \leftarrow \mathrm{choice}_e + \#\{ (m, k) :\, I_{mk} = e \} \\
-                 \mathrm{dropped}_e \leftarrow \mathrm{dropped}_e + \#\{ (m, k) :\, I_{mk} = e,\
-                   \mathrm{slot}_{mk} = -1 \} \\
-                 P_e \leftarrow P_e + \sum_m p_{me}, \quad Z \leftarrow Z + \sum_m \mathrm{lse}_m^2
-                   \quad (m \text{ counted})
+        Equation \mathrm{first}_e \leftarrow \mathrm{first}_e + \#\{ m \text{ counted} :\, I_{m1} = e \} \\
+                 \mathrm{choice}_e \leftarrow \mathrm{choice}_e + \#\{ (m, k) :\, m \text{ counted},\
+                   I_{mk} = e \} \\
+                 \mathrm{dropped}_e \leftarrow \mathrm{dropped}_e + \#\{ (m, k) :\, m \text{ counted},\
+                   I_{mk} = e,\ \mathrm{slot}_{mk} = -1 \} \\
+                 P_e \leftarrow P_e + \sum_{m \text{ counted}} p_{me} \\
+                 Z \leftarrow Z + \sum_{m \text{ counted}} \mathrm{lse}_m^2
         Shapes   routing, dispatch, counted_M, sums
         Dtypes   float; int64 expert_MK, route_R, slot_MK, start_Z; bool counted_M;
                  float64 first_choice_E, choice_E, p_E, dropped_E, squared_log_sum_exp_1
@@ -693,20 +700,22 @@ class Operations(Protocol):
     ) -> tuple[FloatArray, FloatArray]:
         r"""Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients.
 
-        Equation h_{mk} = \mathrm{act}(a_{mk}) \odot u_{mk}, \quad a_{mk} = W^{\mathrm{gate}}_e x_m,
-                   \quad u_{mk} = W^{\mathrm{up}}_e x_m, \quad e = I_{mk} \\
+        Equation h_{mk} = \mathrm{act}(a_{mk}) \odot u_{mk} \\
+                 a_{mk} = W^{\mathrm{gate}}_e x_m \\
+                 u_{mk} = W^{\mathrm{up}}_e x_m \\
+                 e = I_{mk} \\
                  \mathrm{d}g_{mk} = \left( (W^{\mathrm{down}}_e)^{\top} \mathrm{d}y_m \right) \cdot
                    \mathrm{norm}_e(h_{mk}) \\
                  \mathrm{d}W^{\mathrm{down}}_e \leftarrow \mathrm{d}W^{\mathrm{down}}_e + \sum_{mk :\,
                    I_{mk} = e} g_{mk}\, \mathrm{d}y_m\, \mathrm{norm}_e(h_{mk})^{\top} \\
                  \mathrm{d}h_{mk} = \mathrm{norm}_e'\left( g_{mk}\, (W^{\mathrm{down}}_e)^{\top}
-                   \mathrm{d}y_m \right), \quad \mathrm{d}a_{mk} = \mathrm{d}h_{mk} \odot u_{mk} \odot
-                   \mathrm{act}'(a_{mk}), \quad \mathrm{d}u_{mk} = \mathrm{d}h_{mk} \odot
-                   \mathrm{act}(a_{mk}) \\
+                   \mathrm{d}y_m \right) \\
+                 \mathrm{d}a_{mk} = \mathrm{d}h_{mk} \odot u_{mk} \odot \mathrm{act}'(a_{mk}) \\
+                 \mathrm{d}u_{mk} = \mathrm{d}h_{mk} \odot \mathrm{act}(a_{mk}) \\
                  \mathrm{d}W^{\mathrm{gate}}_e \leftarrow \mathrm{d}W^{\mathrm{gate}}_e + \sum_{mk :\,
-                   I_{mk} = e} \mathrm{d}a_{mk}\, x_m^{\top}, \quad \mathrm{d}W^{\mathrm{up}}_e
-                   \leftarrow \mathrm{d}W^{\mathrm{up}}_e + \sum_{mk :\, I_{mk} = e} \mathrm{d}u_{mk}\,
-                   x_m^{\top} \\
+                   I_{mk} = e} \mathrm{d}a_{mk}\, x_m^{\top} \\
+                 \mathrm{d}W^{\mathrm{up}}_e \leftarrow \mathrm{d}W^{\mathrm{up}}_e + \sum_{mk :\,
+                   I_{mk} = e} \mathrm{d}u_{mk}\, x_m^{\top} \\
                  \mathrm{d}x_m = \sum_k \left( (W^{\mathrm{gate}}_{I_{mk}})^{\top} \mathrm{d}a_{mk} +
                    (W^{\mathrm{up}}_{I_{mk}})^{\top} \mathrm{d}u_{mk} \right)
         Shapes   dy_MU, x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?, cache,
@@ -748,8 +757,8 @@ class Operations(Protocol):
 
         Equation \mathrm{d}l_{nv} = \mathrm{dnll} \cdot \left( \frac{\exp l_{nv}}{\sum_{v'} \exp
                    l_{nv'}} - [v = t(n)] \right) \text{ where } t(n) \ge 0, \text{ else } 0 \\
-                 \mathrm{d}x_{nd} = \sum_v \mathrm{d}l_{nv}\, w_{vd}, \quad \mathrm{d}w_{vd} \leftarrow
-                   \mathrm{d}w_{vd} + \sum_n \mathrm{d}l_{nv}\, x_{nd}
+                 \mathrm{d}x_{nd} = \sum_v \mathrm{d}l_{nv}\, w_{vd} \\
+                 \mathrm{d}w_{vd} \leftarrow \mathrm{d}w_{vd} + \sum_n \mathrm{d}l_{nv}\, x_{nd}
         Shapes   x_ND, w_VD, target_N, dw_VD -> nll_N, dx_ND
         Dtypes   float; int64 target_N
         Source   [spec 4 NLL]
@@ -790,11 +799,12 @@ class Operations(Protocol):
 
         Equation \hat g = g \cdot \min\left( 1,\ \frac{\mathrm{clip}}{\sqrt{\mathrm{squares}}} \right)
                    \\
-                 m \leftarrow \beta_1 m + (1 - \beta_1)\, \hat g, \quad v \leftarrow \beta_2 v + (1 -
-                   \beta_2)\, \hat g^2 \\
+                 m \leftarrow \beta_1 m + (1 - \beta_1)\, \hat g \\
+                 v \leftarrow \beta_2 v + (1 - \beta_2)\, \hat g^2 \\
                  p \leftarrow p - \eta \left( \lambda p + \frac{m / (1 -
                    \beta_1^{\mathrm{step}})}{\sqrt{v / (1 - \beta_2^{\mathrm{step}})} + \varepsilon}
-                   \right), \quad g \leftarrow 0
+                   \right) \\
+                 g \leftarrow 0
         Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard, left_out_1,
                  update_8
         Dtypes   float; float64 squares_1, guard, left_out_1, update_8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 from jinja2 import Environment, StrictUndefined
 from latex2mathml.converter import convert
@@ -13,6 +14,9 @@ from mhmoe_np.audit.agreement import ROUNDINGS
 from mhmoe_np.report.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", NAMESPACE)
+PRIME = "\N{PRIME}"
 
 
 def page(report: Report) -> str:
@@ -26,8 +30,27 @@ def page(report: Report) -> str:
 
 
 def _mathml(latex: str) -> Markup:
-    """A formula as MathML."""
-    return Markup(convert(latex, display="block"))
+    """A formula as MathML.
+
+    A single upright letter, the d of a gradient, comes out of the converter as a character reference
+    and not marked as upright. A prime comes out as an exponent; its glyph is one already, and browsers
+    that make it small once more show a dot.
+    """
+    text = convert(latex, display="block")
+    text = re.sub("<mi>(&#x000[46][0-9A-F];)</mi>", r'<mi mathvariant="normal">\1</mi>', text)
+    formula = ElementTree.fromstring(text)
+    for node in list(formula.iter()):
+        if node.tag.endswith(("}msup", "}msubsup")) and node[-1].text == PRIME:
+            base, *index, prime = node
+            if index:
+                inner = ElementTree.Element(f"{{{NAMESPACE}}}msub")
+                inner.extend([base, *index])
+                base = inner
+            prime.tag = f"{{{NAMESPACE}}}mo"
+            prime.attrib |= {"lspace": "0", "rspace": "0"}
+            node.tag = f"{{{NAMESPACE}}}mrow"
+            node[:] = [base, prime]
+    return Markup(ElementTree.tostring(formula, encoding="unicode"))
 
 
 def _prose(docstring: str) -> Markup:

@@ -22,6 +22,7 @@ from mhmoe_np.training.environment import environment
 MODEL = "model: "  # how gradient checks of whole models are named
 BASELINE = "smoe"  # whose cost the paper's models have
 FLOAT_TYPES = "float64", "float32"
+KINDS = "gradient", "backend", "peer"  # of claims about operations, in an overview's order
 
 Load = Callable[[BackendName], Operations]
 Tell = Callable[[str], object]
@@ -93,15 +94,17 @@ class Report(NamedTuple):
     @property
     def columns(self) -> list[Column]:
         """What an overview of the operations shows beside each other."""
-        found = {
+        found = dict.fromkeys(
             (claim.kind, claim.by, claim.dtype)
             for subject in self.operations
             for claim in subject.claims
-        }
-        order = {"gradient": 0, "backend": 1, "peer": 2}
+        )
+        order = [*self.backends, *self.peers]
         return [
             Column(f"{by} gradient" if kind == "gradient" else f"{by} {dtype}", kind, by, dtype)
-            for kind, by, dtype in sorted(found, key=lambda key: (order[key[0]], key[1], key[2]))
+            for kind, by, dtype in sorted(
+                found, key=lambda key: (KINDS.index(key[0]), order.index(key[1]))
+            )
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,11 +166,10 @@ def make_report(names: Sequence[BackendName], *, load: Load, tell: Tell) -> Repo
     if "cuda" not in names:
         backends["cuda"] = _compare_gpu(definition, found, tell)
     peers = {}
-    for peer in PEERS:
-        tell(f"{peer.title}: all operations")
-        answer = ask(peer, definition=definition)
-        peers[peer.title] = answer.state
-        for agreed in answer.agreements:
+    tell("PyTorch and Hugging Face: all operations beside numpy")
+    for peer, state, agreements in ask(PEERS, definition=definition):
+        peers[peer.title] = state
+        for agreed in agreements:
             found[agreed.operation].append(of_agreement("peer", peer.title, agreed))
     rows = paper_rows()
     baseline = next(row for row in rows if row.name == BASELINE)

@@ -1,10 +1,10 @@
 """What PyTorch and Hugging Face make of the table's operations.
 
-    python compute.py FOLDER
+    python compute.py FOLDER PEER...
 
-Run by `audit.peers` in a process of its own. FOLDER has `calls.json` and the operands of call i in
-`i.npz`, by the table's names; the results go into `i.out.npz`, by the same names. Calls of forms that
-the peer does not have are left out. Gradients are autograd's.
+Run by `audit.peers` in a process of its own. FOLDER/PEER has `calls.json` and the operands of call i in
+`i.npz`, by the table's names; the results go into `i.out.npz`, by the same names, and at the end the
+peer's `version`. Calls of forms that the peer does not have are left out. Gradients are autograd's.
 """
 
 from __future__ import annotations
@@ -278,13 +278,9 @@ def hugging_face() -> dict[str, Callable[[Tensors, Numbers], Tensors | None]]:
     }
 
 
-def main() -> None:
-    """Compute every call that the peer can."""
-    folder = Path(sys.argv[1])
-    asked = json.loads((folder / "calls.json").read_text())
-    functions: dict[str, Any] = TORCH if asked["peer"] == "torch" else hugging_face()
-    library = "torch" if asked["peer"] == "torch" else "transformers"
-    for i, call in enumerate(asked["calls"]):
+def compute(folder: Path, library: str, functions: dict[str, Any]) -> None:
+    """Every call that the peer can."""
+    for i, call in enumerate(json.loads((folder / "calls.json").read_text())):
         function = functions.get(call["operation"])
         if function is None:
             continue
@@ -295,6 +291,16 @@ def main() -> None:
             arrays = {name: tensor.detach().numpy() for name, tensor in results.items()}
             np.savez(folder / f"{i}.out.npz", **arrays)
     (folder / "version").write_text(f"{library} {importlib.metadata.version(library)}")
+
+
+def main() -> None:
+    """One peer after the other."""
+    folder, *peers = sys.argv[1:]
+    for peer in peers:
+        if peer == "torch":
+            compute(Path(folder, peer), "torch", TORCH)
+        else:
+            compute(Path(folder, peer), "transformers", hugging_face())
 
 
 if __name__ == "__main__":
