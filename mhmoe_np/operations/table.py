@@ -624,7 +624,8 @@ class Operations(Protocol):
     ) -> None:
         r"""Add to `sums` what the counted sub-tokens chose.
 
-        Equation \mathrm{first}_e \leftarrow \mathrm{first}_e + \#\{ m \text{ counted} :\, I_{m1} = e \} \\
+        Equation \mathrm{first}_e \leftarrow \mathrm{first}_e + \#\{ m \text{ counted} :\,
+                   I_{m1} = e \} \\
                  \mathrm{choice}_e \leftarrow \mathrm{choice}_e + \#\{ (m, k) :\, m \text{ counted},\
                    I_{mk} = e \} \\
                  \mathrm{dropped}_e \leftarrow \mathrm{dropped}_e + \#\{ (m, k) :\, m \text{ counted},\

@@ -262,7 +262,8 @@ def test_the_page_names_nothing_outside_itself(made: dict[str, Any]) -> None:
 
 def test_every_equation_is_rendered(made: dict[str, Any], report: dict[str, Any]) -> None:
     text = (made["folder"] / "right.html").read_text(encoding="utf-8")
-    formulas = sum(len(operation["equations"]) for operation in report["operations"])
+    entries = [*report["operations"], *report["layers"]]
+    formulas = sum(len(entry["equations"]) for entry in entries)
     assert text.count("<math ") == formulas > 60
     # What the converter does not know it leaves as it is.
     assert "\\" not in "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
