@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "Write a checkpoint for Hugging Face transformers or llama.cpp.",
     "inspect": "List a checkpoint's tensors: format, size, scale, shares of -1, 0 and +1.",
     "upcycle": "Make a mixture of experts of a dense model, with the same function at first.",
+    "audit": "Hold everything that is claimed against its bounds; as tables, JSON or a page.",
     "gradcheck": "Check every hand-derived gradient against finite differences.",
     "vectors": "Write conformance vectors, and a script that checks a port against them.",
     "parity": "Show the paper's FLOPs and parameter parity, or solve for another one.",

@@ -439,6 +439,7 @@ OPTIONS: dict[str, list[str]] = {
     "unpack": ["--out"],
     "inspect": ["--threads", "--backend"],
     "gradcheck": ["--backend"],
+    "audit": ["--backend", "--html"],
     "parity": [
         "--heads",
         "--top-k",
@@ -522,7 +523,7 @@ def command_lines(rng: Random, folder: Path, material: Path) -> Case:
         "unpack": ["model", "--out", "made", *NUMPY],
         "inspect": ["model", *NUMPY],
     }
-    if name == "gradcheck":  # the real thing takes long
+    if name in ("gradcheck", "audit"):  # the real thing takes long
         return Case([name, rng.choice([word for word in ODD_ARGUMENTS if word != "--"])], BAD)
     if name == "plan":
         return Case(

@@ -66,10 +66,14 @@ def attention_forward(
     config: ModelConfig,
     ops: Operations,
 ) -> tuple[FloatArray, AttentionCache]:
-    """y = W_o attention(rotate(W_q x), rotate(W_k x), W_v x), sequence by sequence.
+    r"""y = W_o attention(rotate(W_q x), rotate(W_k x), W_v x), sequence by sequence.
 
     past: keys and values of earlier positions, which these T extend; None: there are none.
 
+    Equation q = \mathrm{rotate}(W_q x) \\
+             k = \mathrm{rotate}(W_k x) \\
+             v = W_v x \\
+             y = W_o\, \mathrm{norm}(\mathrm{attention}(q, k, v))
     Shapes   x_ND, rotary -> y_ND; N = sequences * T
     Source   [spec 2 attention], [spec 2 RoPE]; before the output projection [spec 2 use_sub_norm]
     """

@@ -56,10 +56,13 @@ def _counts_of(number_E: FloatArray) -> IntArray:
 
 
 def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:
-    """aux = E * sum_e f_e * mean_s p[s, e]: 1 when balanced.
+    r"""aux = E * sum_e f_e * mean_s p[s, e]: 1 when balanced.
 
     f_e is the share of first choices (top1) or of all choices (topk) that went to e.
 
+    Equation \mathrm{aux} = E \sum_e f_e\, P_e \\
+             f_e = \frac{\mathrm{count}_e}{\sum_{e'} \mathrm{count}_{e'}} \\
+             P_e = \frac{1}{n_c} \sum_m p_{me}
     Shapes   statistics
     Source   [spec 4 aux], [Switch eq. 4-6], [P2 eq. 10]; first choices as in [R1]
     """
@@ -72,8 +75,9 @@ def balance_loss(statistics: RouterStatistics, config: ModelConfig) -> float:
 
 
 def z_loss(statistics: RouterStatistics) -> float:
-    """z = mean_s logsumexp(logits_s)^2.
+    r"""z = mean_s logsumexp(logits_s)^2.
 
+    Equation z = \frac{1}{n_c} \sum_m \left( \log \sum_e \exp l_{me} \right)^2
     Shapes   statistics
     Source   [spec 4 z-loss], [ST-MoE eq. 5]
     """

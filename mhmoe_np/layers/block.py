@@ -46,10 +46,12 @@ def block_forward(
     config: ModelConfig,
     ops: Operations,
 ) -> tuple[FloatArray, BlockCache]:
-    """x <- x + attn(norm(x)); x <- x + ffn(norm(x)), the ffn being MH-MoE where w has a router.
+    r"""x <- x + attn(norm(x)); x <- x + ffn(norm(x)), the ffn being MH-MoE where w has a router.
 
     past, tally, drop: see `attention_forward` and `moe_forward`.
 
+    Equation x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)) \\
+             x \leftarrow x + \mathrm{ffn}(\mathrm{norm}(x))
     Shapes   x_ND, rotary -> y_ND
     Source   [spec 2 pre-norm]
     """

@@ -31,10 +31,12 @@ def feed_forward_forward(
     config: ModelConfig,
     ops: Operations,
 ) -> tuple[FloatArray, FeedForwardCache]:
-    """y = down(norm(act(gate(x)) * up(x))), the norm only with `use_sub_norm`.
+    r"""y = down(norm(act(gate(x)) * up(x))), the norm only with `use_sub_norm`.
 
     The weights are w[prefix + ...]. As the shared expert it is added to the MoE layer's output [D2].
 
+    Equation y = W^{\mathrm{down}}\, \mathrm{norm}\left( \mathrm{act}( W^{\mathrm{gate}} x ) \odot
+               W^{\mathrm{up}} x \right)
     Shapes   x_ND -> y_ND
     Source   [spec 2 FFN], [GLU eq. 6], [spec 3 SharedExpert]
     """

@@ -52,10 +52,12 @@ class MoeCache(NamedTuple):
 
 
 def capacity(config: ModelConfig, sub_tokens: int) -> int | None:
-    """How many choices one expert takes: max(1, ceil(factor * K * ceil(M/E))), or None: all.
+    r"""How many choices one expert takes: max(1, ceil(factor * K * ceil(M/E))), or None: all.
 
     Multiplied from left to right.
 
+    Equation \mathrm{capacity} = \max\left( 1, \left\lceil \mathrm{factor} \cdot K \cdot \left\lceil
+               \frac{M}{E} \right\rceil \right\rceil \right)
     Source   [spec 4 capacity]
     """
     if config.moe_capacity_factor is None:
@@ -73,11 +75,20 @@ def moe_forward(
     config: ModelConfig,
     ops: Operations,
 ) -> tuple[FloatArray, MoeCache]:
-    """Split each token into H sub-tokens, route each to its own experts, join and merge.
+    r"""Split each token into H sub-tokens, route each to its own experts, join and merge.
 
     tally: where the router's statistics are added up; None: nobody asks for them.
     drop: whether `moe_capacity_factor` applies.
 
+    Equation \hat X = X W_{\mathrm{head}}^{\top} + b_{\mathrm{head}} \\
+             \tilde X = \mathrm{reshape}(\hat X) \\
+             \tilde x_{nH + j,\, u} = \hat x_{n,\, jU + u} \\
+             p_m = \mathrm{softmax}(W_{\mathrm{gate}}\, \tilde x_m) \\
+             I_m = \text{the } K \text{ largest } p_m \\
+             g_m = p_{m, I_m} \\
+             \tilde y_m = \sum_k g_{mk}\, \mathrm{Expert}_{I_{mk}}(\tilde x_m) \\
+             Y = \mathrm{reshape}(\tilde Y)\, W_{\mathrm{merge}}^{\top} + b_{\mathrm{merge}} +
+               \mathrm{SharedExpert}(X)
     Shapes   x_ND -> y_ND
     Source   [P1 eq. 2-4], with one head and no projections [P1 eq. 1]; the splitting [P2 eq. 4], the
              joining [P2 eq. 8]; [spec 3 head layer], [spec 3 reshape], [spec 3 merge layer]; the

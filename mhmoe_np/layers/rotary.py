@@ -23,10 +23,11 @@ class Rotary(NamedTuple):
 def rotary_tables(
     positions: int, head_dim: int, theta: float, dtype: DTypeLike, *, ops: Operations
 ) -> Rotary:
-    """Position y turns pair j by y * theta^(-2j/C), y from 0.
+    r"""Position y turns pair j by y * theta^(-2j/C), y from 0.
 
     Computed in float64, then rounded once.
 
+    Equation \varphi_{yj} = y \cdot \mathrm{theta}^{-2j/C}
     Shapes   -> cos_YJ, sin_YJ, minus_sin_YJ
     Source   [spec 2 RoPE]
     """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from mhmoe_np.operations.packing import PackedMatrices
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight
 
-SECTIONS = "Shapes|Dtypes|Views|Raises|Source|Cost"
+SECTIONS = "Equation|Shapes|Dtypes|Views|Raises|Source|Cost"
 
 
 class Promise(NamedTuple):
@@ -122,16 +122,16 @@ class Door:
             visit = self.visit(name, promise)
             visit.enter({name: bound[name] for name in promise.arguments if name in bound})
             result = operation(*arguments, **options)
-            visit.leave(list(_flat(result)))
+            visit.leave(list(flat(result)))
             return result
 
         return call
 
 
-def _flat(result: Any) -> Iterator[Any]:
+def flat(result: Any) -> Iterator[Any]:
     """The arrays of a result, None where an optional one is absent."""
     if isinstance(result, tuple):
         for part in result:
-            yield from _flat(part) if isinstance(part, tuple) else (part,)
+            yield from flat(part) if isinstance(part, tuple) else (part,)
     elif result is not None:
         yield result

@@ -1,4 +1,4 @@
-"""The closed table of operations: what a backend offers, said once.
+r"""The closed table of operations: what a backend offers, said once.
 
 The model names these operations and never a backend. `numpy_ref` defines each of them in plain NumPy;
 `numba_cpu` computes the same, fast. An operation that differentiates has its backward beside it, and
@@ -37,6 +37,7 @@ How to read an entry
              follow with a dtype of their own.
     Views    arguments that may be views with any strides but a contiguous last axis. All others are
              C-contiguous.
+    Equation what is computed, in LaTeX; `\\` separates formulas. Index letters are those of the axes.
     Cost     multiply-adds of the products (or elementwise steps), and numbers read + written; forward,
              and `backward` beside the operation that it belongs to. Quantised products count alike.
     `checked.Checked` holds every call to Shapes, Dtypes and Views: in tests and in `gradcheck`.
@@ -235,8 +236,9 @@ class Operations(Protocol):
     # ---- sums --------------------------------------------------------------------------------
 
     def add_in_place(self, x_ND: FloatArray, onto_ND: FloatArray) -> None:
-        """onto += x: a residual, and the gradient of something used twice.
+        r"""onto += x: a residual, and the gradient of something used twice.
 
+        Equation \mathrm{onto}_{nd} \leftarrow \mathrm{onto}_{nd} + x_{nd}
         Shapes   x_ND, onto_ND
         Dtypes   float
         Source   [spec 2 pre-norm] x + f(x)
@@ -244,8 +246,9 @@ class Operations(Protocol):
         """
 
     def add_sum(self, x_N: FloatArray, total_1: FloatArray) -> None:
-        """total += the sum of x, added up in float64.
+        r"""total += the sum of x, added up in float64.
 
+        Equation \mathrm{total} \leftarrow \mathrm{total} + \sum_n x_n
         Shapes   x_N, total_1
         Dtypes   float; float64 total_1
         Source   [spec 4 NLL]
@@ -255,8 +258,11 @@ class Operations(Protocol):
     # ---- linear maps -------------------------------------------------------------------------
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
-        """y = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
+        r"""y = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
 
+        Equation y_{no} = \sum_i x_{ni}\, w_{oi} + b_o \\
+                 \text{quantised: } y_{no} = \left( \sum_i q_{ni}\, w_{oi} \right) \cdot \left( \beta_o
+                   \cdot \frac{\gamma_n}{127} \right) + b_o
         Shapes   x_NI, w_OI, b_O? -> y_NO
         Dtypes   float
         Source   [spec 1 x @ W.T]; quantised [spec 5 integer product], [B1 eq. 11]
@@ -273,8 +279,14 @@ class Operations(Protocol):
         *,
         onto_NI: FloatArray | None = None,
     ) -> FloatArray:
-        """Return dx_NI; add to dw_OI and db_O.
+        r"""Return dx_NI; add to dw_OI and db_O.
 
+        Equation \mathrm{d}x_{ni} = \sum_o \mathrm{d}y_{no}\, \hat w_{oi} \\
+                 \mathrm{d}w_{oi} \leftarrow \mathrm{d}w_{oi} + \sum_n \mathrm{d}y_{no}\, \hat x_{ni} \\
+                 \mathrm{d}b_o \leftarrow \mathrm{d}b_o + \sum_n \mathrm{d}y_{no} \\
+                 \hat x_{ni} = x_{ni},\ \hat w_{oi} = w_{oi} \\
+                 \text{quantised: } \hat x_{ni} = q_{ni} \cdot \frac{\gamma_n}{127},\ \hat w_{oi} =
+                   \beta_o\, w_{oi}
         Shapes   dy_NO, x_NI, w_OI, dw_OI, db_O?, onto_NI? -> dx_NI
         Dtypes   float
         Raises   TypeError: the weight is packed.
@@ -284,8 +296,9 @@ class Operations(Protocol):
         """
 
     def embedding(self, id_N: IntArray, w_VD: FloatArray) -> FloatArray:
-        """x[n] = w[id[n]]. Ids outside 0 .. V-1 are the caller's fault: the model checks them.
+        r"""x[n] = w[id[n]]. Ids outside 0 .. V-1 are the caller's fault: the model checks them.
 
+        Equation x_{nd} = w_{\mathrm{id}(n),\, d}
         Shapes   id_N, w_VD -> x_ND
         Dtypes   float; int64 id_N
         Source   [spec 1 embed_tokens]
@@ -293,8 +306,10 @@ class Operations(Protocol):
         """
 
     def embedding_backward(self, dx_ND: FloatArray, id_N: IntArray, dw_VD: FloatArray) -> None:
-        """Add each row of dx_ND to row id of dw_VD, in the order of the rows.
+        r"""Add each row of dx_ND to row id of dw_VD, in the order of the rows.
 
+        Equation \mathrm{d}w_{vd} \leftarrow \mathrm{d}w_{vd} + \sum_{n :\, \mathrm{id}(n) = v}
+                   \mathrm{d}x_{nd}
         Shapes   dx_ND, id_N, dw_VD
         Dtypes   float; int64 id_N
         Source   [spec 1 embed_tokens]
@@ -304,11 +319,15 @@ class Operations(Protocol):
     # ---- quantisation ------------------------------------------------------------------------
 
     def quantise_rows(self, x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """8-bit integers, kept as floats, and each row's scale: return q_NI and gamma/127 as scale_N.
+        r"""8-bit integers, kept as floats, and each row's scale: return q_NI and gamma/127 as scale_N.
 
         gamma = max(max|x|, 1e-5);  q = clip(round(x * (127/gamma)), -128, 127), halves to even.
         Every backend gives the same bits. A row with a number that is not finite has such a scale.
 
+        Equation \gamma_n = \max\left( \max_i |x_{ni}|,\ 10^{-5} \right) \\
+                 q_{ni} = \mathrm{clip}\left( \mathrm{round}\left( x_{ni} \cdot \frac{127}{\gamma_n}
+                   \right),\ -128,\ 127 \right) \\
+                 \mathrm{scale}_n = \frac{\gamma_n}{127}
         Shapes   x_NI -> q_NI, scale_N
         Dtypes   float
         Source   [spec 5 activations], [B1 eq. 4-5]; by rows as in [B2]
@@ -325,7 +344,7 @@ class Operations(Protocol):
         beta_O: FloatArray,
         report_X5: FloatArray,
     ) -> None:
-        """Quantise joined matrices: rows starts[x] .. starts[x+1]-1 of w_OI are matrix x.
+        r"""Quantise joined matrices: rows starts[x] .. starts[x+1]-1 of w_OI are matrix x.
 
         bitnet_b158: beta = max(mean|W|, 1e-5), q = clip(round(W * (1/beta)), -1, 1).
         bitnet: the same beta, q = +1 where W - mean(W) > 0, else -1.
@@ -336,6 +355,11 @@ class Operations(Protocol):
         Overwrites q_OI, beta_O (each row has its matrix's beta) and report_X5: for every matrix its
         beta, how many of q are -1, 0 and +1, and how many differ from what q_OI held.
 
+        Equation \beta = \max\left( \frac{1}{O I} \sum_{oi} |w_{oi}|,\ 10^{-5} \right) \\
+                 \text{ternary: } q_{oi} = \mathrm{clip}\left( \mathrm{round}\left( w_{oi} \cdot
+                   \frac{1}{\beta} \right),\ -1,\ 1 \right) \\
+                 \text{sign: } q_{oi} = +1 \text{ where } w_{oi} - \frac{1}{O I} \sum_{o'i'} w_{o'i'} >
+                   0, \text{ else } -1
         Shapes   w_OI, q_OI, beta_O, report_X5
         Dtypes   float; float64 report_X5
         Source   [spec 5 bitnet_b158 weights], [B2 eq. 1-3]; [spec 5 bitnet weights], [B1 eq. 1-3, 12]
@@ -343,8 +367,13 @@ class Operations(Protocol):
         """
 
     def pack_in_place(self, q_EOI: FloatArray, packed: PackedMatrices) -> None:
-        """Overwrite packed's codes by these integers, which its format must have (see `packing`).
+        r"""Overwrite packed's codes by these integers, which its format must have (see `packing`).
 
+        Equation c = \frac{q - q_{\min}}{\mathrm{step}} \\
+                 \text{2 bits: } \mathrm{byte} = \sum_{b=0}^{3} c_b\, 4^b \\
+                 \text{1.6 bits: } \mathrm{byte} = \left\lceil \frac{256}{243} \sum_{b=0}^{4} c_b\,
+                   3^{4-b} \right\rceil \\
+                 \text{1 bit: } \mathrm{byte} = \sum_{b=0}^{7} c_b\, 2^b
         Shapes   q_EOI
         Dtypes   float
         Raises   ValueError: an integer that the format does not have; a backend need not look.
@@ -357,8 +386,10 @@ class Operations(Protocol):
     def rms_norm(
         self, x_ND: FloatArray, w_D: FloatArray, *, eps: float
     ) -> tuple[FloatArray, FloatArray]:
-        """y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps); return y_ND and rstd_N.
+        r"""y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps); return y_ND and rstd_N.
 
+        Equation r_n = \left( \frac{1}{D} \sum_d x_{nd}^2 + \varepsilon \right)^{-1/2} \\
+                 y_{nd} = x_{nd}\, r_n\, w_d
         Shapes   x_ND, w_D -> y_ND, rstd_N
         Dtypes   float
         Source   [spec 2 RMSNorm], [RMSNorm eq. 4]
@@ -368,8 +399,11 @@ class Operations(Protocol):
     def add_in_place_and_norm(
         self, x_ND: FloatArray, branch_ND: FloatArray, w_D: FloatArray, *, eps: float
     ) -> tuple[FloatArray, FloatArray]:
-        """branch += x, in place; return what `rms_norm` makes of that sum.
+        r"""branch += x, in place; return what `rms_norm` makes of that sum.
 
+        Equation \mathrm{branch}_{nd} \leftarrow \mathrm{branch}_{nd} + x_{nd} \\
+                 r_n = \left( \frac{1}{D} \sum_d \mathrm{branch}_{nd}^2 + \varepsilon \right)^{-1/2} \\
+                 y_{nd} = \mathrm{branch}_{nd}\, r_n\, w_d
         Shapes   x_ND, branch_ND, w_D -> y_ND, rstd_N
         Dtypes   float
         Source   [spec 2 pre-norm] x + f(x), then [spec 2 RMSNorm]
@@ -387,8 +421,13 @@ class Operations(Protocol):
         *,
         onto_ND: FloatArray | None = None,
     ) -> FloatArray:
-        """Return dx_ND; add to dw_D.
+        r"""Return dx_ND; add to dw_D.
 
+        Equation z_{nd} = x_{nd}\, r_n \\
+                 \mathrm{d}z_{nd} = \mathrm{d}y_{nd}\, w_d \\
+                 \mathrm{d}x_{nd} = r_n \left( \mathrm{d}z_{nd} - z_{nd} \cdot \frac{1}{D} \sum_{d'}
+                   \mathrm{d}z_{nd'}\, z_{nd'} \right) \\
+                 \mathrm{d}w_d \leftarrow \mathrm{d}w_d + \sum_n \mathrm{d}y_{nd}\, z_{nd}
         Shapes   dy_ND, x_ND, w_D, rstd_N, dw_D, onto_ND? -> dx_ND
         Dtypes   float
         Source   [spec 2 RMSNorm]
@@ -400,11 +439,16 @@ class Operations(Protocol):
     def rotate_in_place(
         self, x_BTAC: FloatArray, cos_YJ: FloatArray, sin_YJ: FloatArray, first_1: IntArray | None
     ) -> None:
-        """Turn each pair (x[j], x[j + C/2]) by its angle: rotary positions in HF's rotate-half form.
+        r"""Turn each pair (x[j], x[j + C/2]) by its angle: rotary positions in HF's rotate-half form.
 
         The T rows of x have the angles of positions first .. first+T-1; None: from 0 on. The backward
         of a rotation is the rotation by the opposite angle: the same operation with -sin.
 
+        Equation x_{btaj} \leftarrow x_{btaj} \cos \varphi_{tj} - x_{b,t,a,\,j + C/2} \sin \varphi_{tj}
+                   \\
+                 x_{b,t,a,\,j + C/2} \leftarrow x_{b,t,a,\,j + C/2} \cos \varphi_{tj} + x_{btaj} \sin
+                   \varphi_{tj} \\
+                 \varphi_{tj} = (\mathrm{first} + t) \cdot \mathrm{theta}^{-2j/C}
         Shapes   x_BTAC, cos_YJ, sin_YJ, first_1?
         Dtypes   float; int64 first_1
         Views    x_BTAC
@@ -415,11 +459,15 @@ class Operations(Protocol):
     def attention(
         self, q_BTAC: FloatArray, k_BSGC: FloatArray, v_BSGC: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        """Causal softmax(q k^T / sqrt(C)) v; return out_BTAC and the rows' log-sum-exp_BAT.
+        r"""Causal softmax(q k^T / sqrt(C)) v; return out_BTAC and the rows' log-sum-exp_BAT.
 
         The T queries are the last T of the S positions: query t sees keys 0 .. S-T+t. Attention head
         a reads key/value head a // (A/G).
 
+        Equation z_{bats} = \frac{1}{\sqrt{C}} \sum_c q_{btac}\, k_{bsgc} \\
+                 g = \left\lfloor \frac{a}{A/G} \right\rfloor \\
+                 \ell_{bat} = \log \sum_{s \le S - T + t} \exp z_{bats} \\
+                 \mathrm{out}_{btac} = \sum_{s \le S - T + t} \exp( z_{bats} - \ell_{bat} )\, v_{bsgc}
         Shapes   q_BTAC, k_BSGC, v_BSGC -> out_BTAC, log_sum_exp_BAT
         Dtypes   float
         Views    q_BTAC, k_BSGC, v_BSGC
@@ -436,12 +484,19 @@ class Operations(Protocol):
         kv_BS2GC: FloatArray,
         filled_1: IntArray,
     ) -> FloatArray:
-        """Put k and v behind the positions that kv holds, and attend over all of them; return out_BTAC.
+        r"""Put k and v behind the positions that kv holds, attend over all of them; return out_BTAC.
 
         kv holds the keys and values of positions 0 .. filled-1, keys in its first G heads. Those of
         positions filled .. filled+T-1 are overwritten by k and v; then the result is `attention`'s of
         q over the first filled+T positions.
 
+        Equation \mathrm{kv}_{b,\, f + t,\, g} \leftarrow k_{btg} \\
+                 \mathrm{kv}_{b,\, f + t,\, G + g} \leftarrow v_{btg} \\
+                 f = \mathrm{filled} \\
+                 \mathrm{out} = \mathrm{attention}(q, K, V) \\
+                 K_{bsg} = \mathrm{kv}_{bsg} \\
+                 V_{bsg} = \mathrm{kv}_{b,s,\,G + g} \\
+                 S = f + T
         Shapes   q_BTAC, k_BTGC, v_BTGC, kv_BS2GC, filled_1 -> out_BTAC
         Dtypes   float; int64 filled_1
         Views    q_BTAC, k_BTGC, v_BTGC
@@ -461,8 +516,16 @@ class Operations(Protocol):
         dk_BTGC: FloatArray,
         dv_BTGC: FloatArray,
     ) -> None:
-        """Write (not add) the gradients into dq, dk and dv; here S = T.
+        r"""Write (not add) the gradients into dq, dk and dv; here S = T.
 
+        Equation p_{bats} = \exp( z_{bats} - \ell_{bat} ) \text{ where } s \le t, \text{ else } 0 \\
+                 \mathrm{d}z_{bats} = p_{bats} \left( \sum_c \mathrm{d}\mathrm{out}_{btac}\, v_{bsgc} -
+                   \sum_c \mathrm{d}\mathrm{out}_{btac}\, \mathrm{out}_{btac} \right) \\
+                 \mathrm{d}q_{btac} = \frac{1}{\sqrt{C}} \sum_s \mathrm{d}z_{bats}\, k_{bsgc} \\
+                 \mathrm{d}k_{bsgc} = \frac{1}{\sqrt{C}} \sum_{a :\, g(a) = g} \sum_t
+                   \mathrm{d}z_{bats}\, q_{btac} \\
+                 \mathrm{d}v_{bsgc} = \sum_{a :\, g(a) = g} \sum_t p_{bats}\,
+                   \mathrm{d}\mathrm{out}_{btac}
         Shapes   dout_BTAC, q_BTAC, k_BTGC, v_BTGC, out_BTAC, log_sum_exp_BAT,
                  dq_BTAC, dk_BTGC, dv_BTGC
         Dtypes   float
@@ -474,10 +537,14 @@ class Operations(Protocol):
     # ---- feed-forward ------------------------------------------------------------------------
 
     def gated_activation(self, gate_up_N2F: FloatArray, *, activation: Activation) -> FloatArray:
-        """h = act(gate) * up, gate being the first F columns and up the last F.
+        r"""h = act(gate) * up, gate being the first F columns and up the last F.
 
         silu(z) = z * sigmoid(z), relu2(z) = max(z, 0)^2.
 
+        Equation h_{nf} = \mathrm{act}(\mathrm{gate}_{nf}) \cdot \mathrm{up}_{nf} \\
+                 \mathrm{silu}(z) = z\, \sigma(z) \\
+                 \sigma(z) = \frac{1}{1 + e^{-z}} \\
+                 \mathrm{relu2}(z) = \max(z, 0)^2
         Shapes   gate_up_N2F -> h_NF
         Dtypes   float
         Source   [spec 2 FFN], [GLU eq. 5]
@@ -487,8 +554,13 @@ class Operations(Protocol):
     def gated_activation_backward(
         self, dh_NF: FloatArray, gate_up_N2F: FloatArray, *, activation: Activation
     ) -> FloatArray:
-        """Return dgate_up_N2F.
+        r"""Return dgate_up_N2F.
 
+        Equation \mathrm{d}\mathrm{gate}_{nf} = \mathrm{d}h_{nf} \cdot \mathrm{up}_{nf} \cdot
+                   \mathrm{act}'(\mathrm{gate}_{nf}) \\
+                 \mathrm{d}\mathrm{up}_{nf} = \mathrm{d}h_{nf} \cdot \mathrm{act}(\mathrm{gate}_{nf}) \\
+                 \mathrm{silu}'(z) = \sigma(z) \left( 1 + z \left( 1 - \sigma(z) \right) \right) \\
+                 \mathrm{relu2}'(z) = 2 \max(z, 0)
         Shapes   dh_NF, gate_up_N2F -> dgate_up_N2F
         Dtypes   float
         Source   [spec 2 FFN]
@@ -498,11 +570,17 @@ class Operations(Protocol):
     # ---- routing and experts -----------------------------------------------------------------
 
     def route(self, logits_ME: FloatArray, *, top_k: int, normalise: bool) -> Routing:
-        """Softmax over all experts, the K largest, ties to the lower index, gates as in the spec.
+        r"""Softmax over all experts, the K largest, ties to the lower index, gates as in the spec.
 
         gate = p of the chosen, divided by their sum where `normalise`. A row with a NaN chooses the
         experts 0 .. K-1; its p and gates are NaN.
 
+        Equation p_{me} = \frac{\exp l_{me}}{\sum_{e'} \exp l_{me'}} \\
+                 \mathrm{lse}_m = \log \sum_e \exp l_{me} \\
+                 I_{m1}, \ldots, I_{mK} = \text{the } K \text{ experts of the largest } p_{me}, \text{
+                   of equal ones the lower} \\
+                 g_{mk} = p_{m, I_{mk}} \\
+                 \text{normalised: } g_{mk} = \frac{p_{m, I_{mk}}}{\sum_{k'} p_{m, I_{mk'}}}
         Shapes   logits_ME -> p_ME, log_sum_exp_M, expert_MK, gate_MK
         Dtypes   float; int64 expert_MK
         Source   [spec 3 softmax], [P2 eq. 5]; [spec 3 K largest]; renormalised gates [D1]
@@ -518,12 +596,21 @@ class Operations(Protocol):
         *,
         normalise: bool,
     ) -> FloatArray:
-        """Return dlogits_ME: what the gates receive, and what balance loss and z-loss add.
+        r"""Return dlogits_ME: what the gates receive, and what balance loss and z-loss add.
 
         aux = E * sum_e f_e * mean_s p[s, e] with f_e = count_e / choices a constant, hence every
         counted sub-token's p receives daux * E * f_e / sub_tokens; z = mean_s lse_s^2, hence its
         log-sum-exp receives dz * 2 * lse / sub_tokens. The choice itself carries no gradient.
 
+        Equation \mathrm{d}c_{mk} = \mathrm{d}g_{mk} \\
+                 \text{normalised: } \mathrm{d}c_{mk} = \frac{\mathrm{d}g_{mk} - \sum_{k'}
+                   \mathrm{d}g_{mk'}\, g_{mk'}}{\sum_{k'} p_{m, I_{mk'}}} \\
+                 \mathrm{d}p_{me} = \sum_{k :\, I_{mk} = e} \mathrm{d}c_{mk} + \mathrm{daux} \cdot E
+                   \cdot \frac{f_e}{n_c} \text{ where } m \text{ is counted} \\
+                 f_e = \frac{\mathrm{count}_e}{\sum_{e'} \mathrm{count}_{e'}} \\
+                 \mathrm{d}l_{me} = p_{me} \left( \mathrm{d}p_{me} - \sum_{e'} \mathrm{d}p_{me'}\,
+                   p_{me'} \right) + \mathrm{dz} \cdot \frac{2\, \mathrm{lse}_m}{n_c}\, p_{me} \text{
+                   where } m \text{ is counted}
         Shapes   dgate_MK, routing, counted_M, losses -> dlogits_ME
         Dtypes   float; int64 expert_MK; bool counted_M; float64 count_E
         Source   [spec 3 softmax]; balance loss [spec 4 aux], [Switch eq. 4]; z-loss [spec 4 z-loss],
@@ -535,8 +622,16 @@ class Operations(Protocol):
     def add_router_statistics(
         self, routing: Routing, dispatch: Dispatch, counted_M: BoolArray, sums: RouterSums
     ) -> None:
-        """Add to `sums` what the counted sub-tokens chose.
+        r"""Add to `sums` what the counted sub-tokens chose.
 
+        Equation \mathrm{first}_e \leftarrow \mathrm{first}_e + \#\{ m \text{ counted} :\,
+                   I_{m1} = e \} \\
+                 \mathrm{choice}_e \leftarrow \mathrm{choice}_e + \#\{ (m, k) :\, m \text{ counted},\
+                   I_{mk} = e \} \\
+                 \mathrm{dropped}_e \leftarrow \mathrm{dropped}_e + \#\{ (m, k) :\, m \text{ counted},\
+                   I_{mk} = e,\ \mathrm{slot}_{mk} = -1 \} \\
+                 P_e \leftarrow P_e + \sum_{m \text{ counted}} p_{me} \\
+                 Z \leftarrow Z + \sum_{m \text{ counted}} \mathrm{lse}_m^2
         Shapes   routing, dispatch, counted_M, sums
         Dtypes   float; int64 expert_MK, route_R, slot_MK, start_Z; bool counted_M;
                  float64 first_choice_E, choice_E, p_E, dropped_E, squared_log_sum_exp_1
@@ -545,11 +640,16 @@ class Operations(Protocol):
         """
 
     def dispatch(self, expert_MK: IntArray, *, experts: int, capacity: int | None) -> Dispatch:
-        """Sort the choices by expert; keep at most `capacity` of each expert's (None: all).
+        r"""Sort the choices by expert; keep at most `capacity` of each expert's (None: all).
 
         An expert's rows are in filling order: all first choices in sub-token order, then all second
         ones.
 
+        Equation \mathrm{rank}_{mk} = \#\{ (m', k') :\, I_{m'k'} = I_{mk},\ (k', m') < (k, m) \} \\
+                 \mathrm{start}_{e+1} - \mathrm{start}_e = \min\left( \#\{ (m, k) :\, I_{mk} = e \},\
+                   \mathrm{capacity} \right) \\
+                 \mathrm{slot}_{mk} = \mathrm{start}_{I_{mk}} + \mathrm{rank}_{mk} \text{ where }
+                   \mathrm{rank}_{mk} < \mathrm{capacity}, \text{ else } -1
         Shapes   expert_MK -> route_R, slot_MK, start_Z
         Dtypes   int64 expert_MK, route_R, slot_MK, start_Z
         Source   [spec 4 capacity]
@@ -568,10 +668,13 @@ class Operations(Protocol):
         activation: Activation,
         eps: float,
     ) -> tuple[FloatArray, ExpertCache]:
-        """y[s] = sum_j gate[s, j] * Expert_{I[s, j]}(x[s]); dropped choices add nothing.
+        r"""y[s] = sum_j gate[s, j] * Expert_{I[s, j]}(x[s]); dropped choices add nothing.
 
         Expert(x) = down(norm(act(gate(x)) * up(x))), the norm only where sub_norm_EF is given.
 
+        Equation y_m = \sum_{k \text{ not dropped}} g_{mk}\, \mathrm{Expert}_{I_{mk}}(x_m) \\
+                 \mathrm{Expert}_e(x) = W^{\mathrm{down}}_e\, \mathrm{norm}_e\left( \mathrm{act}(
+                   W^{\mathrm{gate}}_e x ) \odot W^{\mathrm{up}}_e x \right)
         Shapes   x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?
                  -> y_MU, gate_up_R2F, rstd_R?
         Dtypes   float; int64 route_R, slot_MK, start_Z
@@ -596,8 +699,26 @@ class Operations(Protocol):
         *,
         activation: Activation,
     ) -> tuple[FloatArray, FloatArray]:
-        """Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients.
+        r"""Return dx_MU and dgate_MK (0 where dropped); add to the three weight gradients.
 
+        Equation h_{mk} = \mathrm{act}(a_{mk}) \odot u_{mk} \\
+                 a_{mk} = W^{\mathrm{gate}}_e x_m \\
+                 u_{mk} = W^{\mathrm{up}}_e x_m \\
+                 e = I_{mk} \\
+                 \mathrm{d}g_{mk} = \left( (W^{\mathrm{down}}_e)^{\top} \mathrm{d}y_m \right) \cdot
+                   \mathrm{norm}_e(h_{mk}) \\
+                 \mathrm{d}W^{\mathrm{down}}_e \leftarrow \mathrm{d}W^{\mathrm{down}}_e + \sum_{mk :\,
+                   I_{mk} = e} g_{mk}\, \mathrm{d}y_m\, \mathrm{norm}_e(h_{mk})^{\top} \\
+                 \mathrm{d}h_{mk} = \mathrm{norm}_e'\left( g_{mk}\, (W^{\mathrm{down}}_e)^{\top}
+                   \mathrm{d}y_m \right) \\
+                 \mathrm{d}a_{mk} = \mathrm{d}h_{mk} \odot u_{mk} \odot \mathrm{act}'(a_{mk}) \\
+                 \mathrm{d}u_{mk} = \mathrm{d}h_{mk} \odot \mathrm{act}(a_{mk}) \\
+                 \mathrm{d}W^{\mathrm{gate}}_e \leftarrow \mathrm{d}W^{\mathrm{gate}}_e + \sum_{mk :\,
+                   I_{mk} = e} \mathrm{d}a_{mk}\, x_m^{\top} \\
+                 \mathrm{d}W^{\mathrm{up}}_e \leftarrow \mathrm{d}W^{\mathrm{up}}_e + \sum_{mk :\,
+                   I_{mk} = e} \mathrm{d}u_{mk}\, x_m^{\top} \\
+                 \mathrm{d}x_m = \sum_k \left( (W^{\mathrm{gate}}_{I_{mk}})^{\top} \mathrm{d}a_{mk} +
+                   (W^{\mathrm{up}}_{I_{mk}})^{\top} \mathrm{d}u_{mk} \right)
         Shapes   dy_MU, x_MU, gate_MK, dispatch, gate_up_E2FU, down_EUF, sub_norm_EF?, cache,
                  dgate_up_E2FU, ddown_EUF, dsub_norm_EF? -> dx_MU, dgate_MK
         Dtypes   float; int64 route_R, slot_MK, start_Z
@@ -609,8 +730,11 @@ class Operations(Protocol):
     # ---- loss --------------------------------------------------------------------------------
 
     def token_nll(self, x_ND: FloatArray, w_VD: FloatArray, target_N: IntArray) -> FloatArray:
-        """nll[n] = logsumexp(logits[n]) - logits[n, target[n]], logits = x @ w.T; 0 where target < 0.
+        r"""nll[n] = logsumexp(logits[n]) - logits[n, target[n]], logits = x @ w.T; 0 where target < 0.
 
+        Equation l_{nv} = \sum_d x_{nd}\, w_{vd} \\
+                 \mathrm{nll}_n = \log \sum_v \exp l_{nv} - l_{n,\, t(n)} \text{ where } t(n) \ge 0,
+                   \text{ else } 0
         Shapes   x_ND, w_VD, target_N -> nll_N
         Dtypes   float; int64 target_N
         Source   [spec 4 NLL]
@@ -627,11 +751,15 @@ class Operations(Protocol):
         *,
         dnll: float,
     ) -> tuple[FloatArray, FloatArray]:
-        """`token_nll` and its backward in one pass: return nll_N and dx_ND, add to dw_VD.
+        r"""`token_nll` and its backward in one pass: return nll_N and dx_ND, add to dw_VD.
 
         Every counted token's NLL has the same upstream gradient `dnll` (1 / number of targets for a
         mean), known beforehand; so the [N, V] logits need never be kept for a second pass.
 
+        Equation \mathrm{d}l_{nv} = \mathrm{dnll} \cdot \left( \frac{\exp l_{nv}}{\sum_{v'} \exp
+                   l_{nv'}} - [v = t(n)] \right) \text{ where } t(n) \ge 0, \text{ else } 0 \\
+                 \mathrm{d}x_{nd} = \sum_v \mathrm{d}l_{nv}\, w_{vd} \\
+                 \mathrm{d}w_{vd} \leftarrow \mathrm{d}w_{vd} + \sum_n \mathrm{d}l_{nv}\, x_{nd}
         Shapes   x_ND, w_VD, target_N, dw_VD -> nll_N, dx_ND
         Dtypes   float; int64 target_N
         Source   [spec 4 NLL]
@@ -641,8 +769,9 @@ class Operations(Protocol):
     # ---- optimiser ---------------------------------------------------------------------------
 
     def add_sum_of_squares(self, x_P: FloatArray, total_1: FloatArray) -> None:
-        """total += the sum of x^2, added up in float64, in an order that depends on P alone.
+        r"""total += the sum of x^2, added up in float64, in an order that depends on P alone.
 
+        Equation \mathrm{total} \leftarrow \mathrm{total} + \sum_p x_p^2
         Shapes   x_P, total_1
         Dtypes   float; float64 total_1
         Source   [spec 6 clip]
@@ -660,7 +789,7 @@ class Operations(Protocol):
         left_out_1: FloatArray,
         update_8: FloatArray,
     ) -> None:
-        """One AdamW update with decoupled decay, of the clipped gradient, which is zero afterwards.
+        r"""One AdamW update with decoupled decay, of the clipped gradient, which is zero afterwards.
 
         update is what `AdamWSettings.update` says; squares is the gradient's sum of squares.
         g = gradient * min(1, clip_norm / sqrt(squares)); m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
@@ -669,6 +798,14 @@ class Operations(Protocol):
         went wrong is found out on the host only later. Where one element's new p, m or v would not be
         finite, this element of all four stays as it is, its gradient too, and left_out counts it.
 
+        Equation \hat g = g \cdot \min\left( 1,\ \frac{\mathrm{clip}}{\sqrt{\mathrm{squares}}} \right)
+                   \\
+                 m \leftarrow \beta_1 m + (1 - \beta_1)\, \hat g \\
+                 v \leftarrow \beta_2 v + (1 - \beta_2)\, \hat g^2 \\
+                 p \leftarrow p - \eta \left( \lambda p + \frac{m / (1 -
+                   \beta_1^{\mathrm{step}})}{\sqrt{v / (1 - \beta_2^{\mathrm{step}})} + \varepsilon}
+                   \right) \\
+                 g \leftarrow 0
         Shapes   parameter_P, gradient_P, first_moment_P, second_moment_P, squares_1, guard, left_out_1,
                  update_8
         Dtypes   float; float64 squares_1, guard, left_out_1, update_8

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ["generate", "CKPT", "--prompt", "x"],
     "trace": ["trace", "CKPT", "--tokens", "t.json", "--out", "o"],
     "gradcheck": ["gradcheck"],
+    "audit": ["audit"],
     "plan": ["plan"],
 }
 
@@ -117,7 +118,7 @@ def test_each_command_says_in_one_line_that_there_is_no_gpu(
     result = mhmoe(*COMMANDS[command], "--backend", "cuda", code=2)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
-    if command in ("train", "gradcheck", "plan"):  # the others miss their checkpoint first
+    if command in ("train", "gradcheck", "audit", "plan"):  # the others miss their checkpoint first
         assert "--backend cuda: " in lines[0]
         assert "use --backend numba" in lines[0]
     assert not list(tmp_path.iterdir())

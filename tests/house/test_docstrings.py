@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latex2mathml.converter import convert
 
+from mhmoe_np.audit.entries import equations_of
 from mhmoe_np.operations import numpy_ref
 from mhmoe_np.operations.door import axes_of, sections_of
 from mhmoe_np.operations.numpy_ref import memory
@@ -71,7 +73,15 @@ def test_every_function_of_arrays_says_their_shapes() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_operation_has_its_sections(operation: str) -> None:
-    assert {"Shapes", "Dtypes", "Source", "Cost"} <= OPERATIONS[operation].keys()
+    assert {"Equation", "Shapes", "Dtypes", "Source", "Cost"} <= OPERATIONS[operation].keys()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_equations_of_every_operation_can_be_typeset(operation: str) -> None:
+    equations = equations_of(OPERATIONS[operation]["Equation"])
+    assert equations
+    for latex in equations:
+        assert "\\" not in convert(latex), latex  # what it does not know it leaves as it is
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,0 +1,124 @@
+"""`mhmoe-np audit`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from mhmoe_cli.backend import load, prepare
+from mhmoe_cli.printing import console, print_json, show
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.table import BackendName
+
+if TYPE_CHECKING:
+    from mhmoe_np.report.report import Report
+
+LINE = 70  # columns of the line that says what is being computed
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page; a new file."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["both", "numpy", "numba", "cuda"]),
+    default="both",
+    show_default=True,
+    help="both: numpy and numba.",
+)
+def command(
+    as_json: bool, html: Path | None, backend: Literal["both", "numpy", "numba", "cuda"]
+) -> None:
+    """Compute everything that is claimed, and hold it against its bounds.
+
+    Every operation with its equation, source, cost and place: its gradient beside central differences,
+    fast backends beside the definition, PyTorch and Hugging Face beside it where they are installed;
+    every kind of model; the paper's table of equal cost. Exits with 1 if a claim fails.
+    """
+    names: list[BackendName] = ["numpy", "numba"] if backend == "both" else [backend]
+    if html is not None:
+        _check_new(html)
+    for name in names:
+        prepare(name)
+
+    from mhmoe_np.report.report import make_report
+
+    report = make_report(names, load=load, tell=_progress)
+    _progress("")
+    if html is not None:
+        from mhmoe_np.report.page import page
+        from mhmoe_np.storage.files import write_atomically, write_text
+
+        text = page(report)
+        write_atomically(html, lambda path: write_text(path, text))
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _print(report)
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+def _check_new(html: Path) -> None:
+    """Before minutes of work.
+
+    Raises UserError: the file cannot be made.
+    """
+    if html.is_symlink() or html.exists():
+        raise UserError(f"{html}: exists already; choose another --html")
+    if not html.absolute().parent.is_dir():
+        raise UserError(f"{html}: its folder does not exist; create it first")
+
+
+def _progress(what: str) -> None:
+    """Say what is being computed, on one line of a terminal."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{what[:LINE]:{LINE}s}\r", err=True, nl=False)
+
+
+def _print(report: Report) -> None:
+    from rich.table import Table
+
+    screen = console(least_width=110)
+    operations = Table("operation", *(column.title for column in report.columns), "", box=None)
+    for subject in report.operations:
+        cells = [subject.at(column) for column in report.columns]
+        errors = ["" if claim is None else claim.shown for claim in cells]
+        operations.add_row(subject.name, *errors, subject.verdict)
+    models = Table("model", *(f"{name} gradient" for name in _backends(report)), "", box=None)
+    for subject in report.models:
+        models.add_row(subject.name, *(claim.shown for claim in subject.claims), subject.verdict)
+    parity = Table("model", "H", "E", "K", "F", "parameters", "MACs a token", "", box=None)
+    for row, subject in zip(report.parity_rows, report.parity, strict=True):
+        sizes = (row.heads, row.experts, row.top_k, row.intermediate_size)
+        counts = f"{row.parameters:,}", f"{row.macs_per_token:,}"
+        parity.add_row(row.name, *map(str, sizes), *counts, subject.verdict)
+    for table in (operations, models, parity):
+        show(screen, table)
+        click.echo()
+    for name in ("mhmoe-np", "processor", "threads", "python"):
+        click.echo(f"{name}: {report.environment[name]}")
+    for name, state in (report.backends | report.peers).items():
+        click.echo(f"{name}: {state}")
+    for subject in report.subjects:
+        for claim in subject.claims:
+            if not claim.passed:
+                form = f"[{claim.case}]" if claim.case else ""
+                click.echo(
+                    f"FAILED  {subject.name}{form}, {claim.kind}, {claim.by} {claim.dtype}: "
+                    f"{claim.error:.2e}, must be at most {claim.bound:.0e}; {claim.where}"
+                )
+    count = len(report.claims)
+    failed = sum(not claim.passed for claim in report.claims)
+    verdict = f"FAILED: {failed} of {count} claims" if failed else f"all {count} claims hold"
+    click.echo(f"{verdict} ({report.seconds:.0f} s)")
+
+
+def _backends(report: Report) -> list[str]:
+    """Those whose gradients were checked."""
+    return list(dict.fromkeys(claim.by for subject in report.models for claim in subject.claims))

@@ -1,0 +1,65 @@
+"""The report as one page of HTML that needs nothing else: no script, no font, no network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+from jinja2 import Environment, StrictUndefined
+from latex2mathml.converter import convert
+from markupsafe import Markup, escape
+
+from mhmoe_np.audit.agreement import ROUNDINGS
+from mhmoe_np.report.report import Report
+
+TEMPLATE = Path(__file__).with_name("page.html")
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", NAMESPACE)
+PRIME = "\N{PRIME}"
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"mathml": _mathml, "prose": _prose, "breakable": _breakable}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(report=report, roundings=ROUNDINGS)
+
+
+def _mathml(latex: str) -> Markup:
+    """A formula as MathML.
+
+    A single upright letter, the d of a gradient, comes out of the converter as a character reference
+    and not marked as upright. A prime comes out as an exponent; its glyph is one already, and browsers
+    that make it small once more show a dot.
+    """
+    text = convert(latex, display="block")
+    text = re.sub("<mi>(&#x000[46][0-9A-F];)</mi>", r'<mi mathvariant="normal">\1</mi>', text)
+    formula = ElementTree.fromstring(text)
+    for node in list(formula.iter()):
+        if node.tag.endswith(("}msup", "}msubsup")) and node[-1].text == PRIME:
+            base, *index, prime = node
+            if index:
+                inner = ElementTree.Element(f"{{{NAMESPACE}}}msub")
+                inner.extend([base, *index])
+                base = inner
+            prime.tag = f"{{{NAMESPACE}}}mo"
+            prime.attrib |= {"lspace": "0", "rspace": "0"}
+            node.tag = f"{{{NAMESPACE}}}mrow"
+            node[:] = [base, prime]
+    return Markup(ElementTree.tostring(formula, encoding="unicode"))
+
+
+def _prose(docstring: str) -> Markup:
+    """A docstring's paragraphs; what stands between backticks is code."""
+    paragraphs = re.split(r"\n\s*\n", docstring)
+    marked = (re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))) for text in paragraphs)
+    return Markup("".join(f"<p>{text}</p>" for text in marked))
+
+
+def _breakable(path: str) -> Markup:
+    """A path that may be broken after each slash."""
+    return Markup("/<wbr>").join(path.split("/"))
