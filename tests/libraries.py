@@ -9,7 +9,7 @@ import importlib.util
 
 DISPENSABLE = (
     *("llvmlite", "matplotlib", "numba", "psutil", "rich", "scipy", "threadpoolctl", "tomli_w"),
-    *("torch", "xxhash"),
+    *("gguf", "ml_dtypes", "torch", "transformers", "xxhash"),
 )
 
 

@@ -19,7 +19,7 @@ from mhmoe_np.exchange.gguf_file import GgufTensor, read_gguf
 from mhmoe_np.exchange.gguf_keys import Keys
 from mhmoe_np.exchange.gguf_names import LAYER, TURNED, halves_turned, our_name, turns_neighbours
 from mhmoe_np.exchange.gguf_tokenizer import end_of_text_ids, import_tokenizer
-from mhmoe_np.model.packed import float_weights_of
+from mhmoe_np.model.packed import floats_of
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.room import check_room
 from mhmoe_np.settings.model import ModelConfig, parse_model_config, shown
@@ -176,4 +176,4 @@ def _undo_ternary(parameters: Parameters, found: dict[str, SourceTensor], path: 
                     f"{path}: tensor {found[part.tensor].name!r} has other values than -{beta}, 0 and "
                     f"{beta}, so it is not a ternary model's; convert it anew, as F32 or TQ2_0"
                 )
-            w_OI[...] = float_weights_of(np.sign(w_OI), beta)
+            w_OI[...] = floats_of(np.sign(w_OI), beta)

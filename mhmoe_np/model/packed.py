@@ -62,7 +62,7 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
         beta_O = weight.beta.ravel()
         target_OI = target.reshape(q_OI.shape)
         for first, last in pairwise(matrix_starts(entry)):
-            target_OI[first:last] = float_weights_of(q_OI[first:last], beta_O[first])
+            target_OI[first:last] = floats_of(q_OI[first:last], beta_O[first])
     again = quantised_anew(parameters.to_device(ops), packed=False, ops=ops).to_host(ops)
     for entry in parameters.table:
         weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]
@@ -73,14 +73,14 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
     return parameters
 
 
-def float_weights_of(q_OI: FloatArray, beta: np.float32) -> FloatArray:
+def floats_of(q_OI: FloatArray, beta: np.float32) -> FloatArray:
     """Float32 weights of one matrix whose exact mean magnitude rounds to beta and whose signs are q's.
 
     One magnitude m for all that is not 0 leaves |mean - beta| up to half a step of m, which may be a
     whole step of beta. Where it rounds to another float, some weights take the next float above m, and
     one that stands for 0 the small rest.
 
-    Shapes   q_OI -> its own
+    Shapes   q_OI -> w_OI
     Source   [D11]
     """
     used = q_OI != 0
