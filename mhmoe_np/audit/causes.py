@@ -101,7 +101,7 @@ def diagnose(
         comparison = comparison._replace(
             only_first=[name for name in comparison.only_first if name not in given]
         )
-        findings = [_with_operation(finding, comparison) for finding in findings]
+        findings = [_completed(finding, comparison) for finding in findings]
     return Diagnosis(comparison, [*findings, *_of_the_rest(comparison, findings)])
 
 
@@ -220,16 +220,17 @@ def _other_norms(
             yield cause, ops.rms_norm(x_ND, weight_D, eps=eps)[0]
 
 
-def _with_operation(finding: Finding, comparison: Comparison) -> Finding:
-    """With the first operation of its layer that is wrong by itself."""
+def _completed(finding: Finding, comparison: Comparison) -> Finding:
+    """With the layer's first operation that is wrong by itself and, without a cause, with patterns."""
     own = {f"{finding.where}.{name}" for name in NAMES}
     for row in comparison.rows:
-        if (
-            row.verdict == "different"
-            and row.name.startswith(f"{finding.where}.")
-            and row.name not in own
-        ):
-            return finding._replace(operation=row.name)
+        if row.verdict != "different" or not row.name.startswith(f"{finding.where}."):
+            continue
+        if row.name not in own and not finding.operation:
+            finding = finding._replace(operation=row.name)
+        if row.name in own and row.note and finding.kind == "unexplained":
+            name = row.name.rpartition(".")[2]
+            finding = finding._replace(text=f"{finding.text}; {name}: {row.note}")
     return finding
 
 

@@ -117,23 +117,25 @@ def _same_order(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return shape[-1] == other[-1] and np.prod(shape) == np.prod(other)
 
 
-def is_tie(
-    experts_MK: Tensor, other_MK: Tensor, logits_ME: Tensor | None, *, tolerance: float | None
-) -> bool:
+def is_tie(experts: Tensor, others: Tensor, logits: Tensor | None, *, tolerance: float | None) -> bool:
     """Whether choices that differ are between experts whose logits are equal to rounding.
 
-    Shapes   experts_MK, other_MK, logits_ME?
+    experts, others: K of each sub-token; logits: E of each; None: the trace does not have them.
     """
-    if logits_ME is None or logits_ME.ndim != 2 or len(logits_ME) != len(experts_MK):
+    if logits is None or logits.ndim < 2 or experts.ndim < 2:
         return False
-    indices = (experts_MK, other_MK)
-    if any(chosen.min() < 0 or chosen.max() >= logits_ME.shape[1] for chosen in indices):
+    chosen, other = (each.reshape(-1, each.shape[-1]).astype(np.int64) for each in (experts, others))
+    logits_ME = logits.reshape(-1, logits.shape[-1])
+    if len(logits_ME) != len(chosen):
         return False
-    if any(len(set(row)) < len(row) for chosen in indices for row in chosen.tolist()):
-        return False
-    of_first, of_second = (np.take_along_axis(logits_ME, chosen, axis=1) for chosen in indices)
-    allowed = tolerance_of(logits_ME, logits_ME, tolerance) * np.abs(logits_ME).max()
-    return bool(np.abs(of_first - of_second).max() <= allowed)
+    for each in (chosen, other):
+        if each.min() < 0 or each.max() >= logits_ME.shape[1]:
+            return False
+        if (np.diff(np.sort(each, axis=1), axis=1) == 0).any():
+            return False
+    of_chosen, of_other = (np.take_along_axis(logits_ME, each, axis=1) for each in (chosen, other))
+    allowed = tolerance_of(logits, logits, tolerance) * np.abs(logits).max()
+    return bool(np.abs(of_chosen - of_other).max() <= allowed)
 
 
 def are_rounded_otherwise(q: Tensor, other: Tensor, x: Tensor | None, scale: Tensor | None) -> bool:
@@ -151,7 +153,7 @@ def are_rounded_otherwise(q: Tensor, other: Tensor, x: Tensor | None, scale: Ten
     return bool((steps == 1).all() and (gap <= reach_of_tie(x.dtype)).all())
 
 
-def _tied(experts_MK: Tensor, other_MK: Tensor) -> str:
-    rows = np.flatnonzero((experts_MK != other_MK).any(axis=1))
+def _tied(experts: Tensor, others: Tensor) -> str:
+    rows = np.flatnonzero((experts != others).reshape(-1, experts.shape[-1]).any(axis=1))
     some = "a sub-token chooses" if len(rows) == 1 else f"{len(rows)} sub-tokens choose"
     return f"{some} between experts whose logits are equal to rounding, the first in row {rows[0]}"

@@ -102,17 +102,16 @@ def others_of(
     theirs: Trace, number: int, config: ModelConfig, dtype: Any, *, sub_tokens: int
 ) -> Others:
     """What their router did in a layer, as far as it makes sense."""
+    M, E, K = sub_tokens, config.num_experts, config.num_experts_per_tok
     logits = theirs.get(f"layers.{number}.router_logits")
     expert_MK = theirs.get(f"layers.{number}.experts")
-    E, K = config.num_experts, config.num_experts_per_tok
-    if logits is not None and (logits.shape != (sub_tokens, E) or logits.dtype.kind != "f"):
-        logits = None
-    if expert_MK is not None and (expert_MK.shape != (sub_tokens, K) or not _are_choices(expert_MK, E)):
-        expert_MK = None
-    return Others(
-        None if logits is None else np.ascontiguousarray(logits, dtype),
-        None if expert_MK is None else np.ascontiguousarray(expert_MK, np.int64),
-    )
+    if logits is not None:
+        fits = logits.dtype.kind == "f" and logits.shape[-1:] == (E,) and logits.size == M * E
+        logits = np.asarray(logits.reshape(M, E), dtype, order="C") if fits else None
+    if expert_MK is not None:
+        fits = expert_MK.shape[-1:] == (K,) and expert_MK.size == M * K and _are_choices(expert_MK, E)
+        expert_MK = np.asarray(expert_MK.reshape(M, K), np.int64, order="C") if fits else None
+    return Others(logits, expert_MK)
 
 
 def _are_choices(expert_MK: Tensor, E: int) -> bool:
@@ -124,7 +123,7 @@ def _are_choices(expert_MK: Tensor, E: int) -> bool:
         expert_MK.dtype.kind in "iu"
         and expert_MK.min(initial=0) >= 0
         and expert_MK.max(initial=0) < E
-        and bool((np.diff(np.sort(expert_MK, axis=1), axis=1) > 0).all())
+        and bool((np.diff(np.sort(expert_MK.astype(np.int64), axis=-1), axis=-1) > 0).all())
     )
 
 

@@ -485,6 +485,36 @@ def test_float32_of_both_sides_is_within_tolerance(tmp_path: Path, mhmoe_here: R
         mhmoe_here("compare", f"{kind}.safetensors", "--checkpoint", kind)
 
 
+def test_a_trace_of_other_axes_and_narrower_integers_is_the_same(
+    tmp_path: Path, mhmoe_here: Run
+) -> None:
+    weights = model_at(tmp_path / "model", MH2)
+    theirs = write_theirs(tmp_path / "theirs.safetensors", MH2, weights)
+    N, E, K = TOKENS[:, 1:].size, 5, 2
+    for i in range(2):
+        theirs[f"layers.{i}.hidden"] = theirs[f"layers.{i}.hidden"].reshape(N, -1)
+        theirs[f"layers.{i}.router_logits"] = theirs[f"layers.{i}.router_logits"].reshape(2, -1, E)
+        theirs[f"layers.{i}.experts"] = theirs[f"layers.{i}.experts"].reshape(2, -1, K).astype(np.int32)
+    save_tensors(tmp_path / "flat.safetensors", theirs)
+    mhmoe_here("compare", "flat.safetensors", "--checkpoint", "model")
+    mhmoe_here("compare", "flat.safetensors", "theirs.safetensors")
+
+
+def test_what_no_hypothesis_explains_has_its_pattern(tmp_path: Path, mhmoe_here: Run) -> None:
+    """Rows of the router in another order, and a hidden state that is not finite."""
+    weights = model_at(tmp_path / "model", MH2)
+    theirs = write_theirs(tmp_path / "theirs.safetensors", MH2, weights)
+    theirs["layers.0.router_logits"] = theirs["layers.0.router_logits"][::-1]
+    theirs["layers.1.hidden"] = theirs["layers.1.hidden"].copy()
+    theirs["layers.1.hidden"][0, 0, 0] = np.nan
+    save_tensors(tmp_path / "wrong.safetensors", theirs)
+    shown = mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", code=1).stdout
+    assert "router_logits: it is ours with its rows in reverse" in shown
+    found = mhmoe_here("compare", "wrong.safetensors", "--checkpoint", "model", "--json", code=1)
+    where = [finding["where"] for finding in json.loads(found.stdout)["findings"]]
+    assert where[:2] == BOTH
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 

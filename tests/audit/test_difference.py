@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from mhmoe_np.audit.comparison import compare_traces
 from mhmoe_np.audit.computation_order import in_order
 from mhmoe_np.audit.difference import difference
 from mhmoe_np.audit.patterns import pattern
@@ -112,3 +113,20 @@ def test_names_are_put_in_the_order_of_computation() -> None:
         "grad.model.embed_tokens.weight",
     ]
     assert in_order(sorted(forward + gradients)) == forward + gradients
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"), [([63, 20], "tie"), ([64, 21], "different"), ([62, 20], "different")]
+)
+def test_integers_of_activations_may_differ_by_one_at_the_tie_alone(
+    other: list[int], verdict: str
+) -> None:
+    """[D9]"""
+    first = {
+        "m.input": np.array([[63.5, 20.2]]) * 0.01,
+        "m.input_scale": np.array([0.01]),
+        "m.input_integers": np.array([[64, 20]], np.int8),
+    }
+    second = first | {"m.input_integers": np.array([other], np.int8)}
+    rows = {row.name: row for row in compare_traces(first, second).rows}
+    assert rows["m.input_integers"].verdict == verdict
