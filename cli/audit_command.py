@@ -85,7 +85,9 @@ def _print(report: Report) -> None:
     from rich.table import Table
 
     screen = console(least_width=110)
-    operations = Table("operation", *(column.title for column in report.columns), "", box=None)
+    titles = [column.title.replace(" ", "\n") for column in report.columns]
+    operations = Table("operation", *titles, "", box=None)
+    operations.columns[0].no_wrap = True
     for subject in report.operations:
         cells = [subject.at(column) for column in report.columns]
         errors = ["" if claim is None else claim.shown for claim in cells]
