@@ -8,8 +8,18 @@ from __future__ import annotations
 import importlib.util
 
 DISPENSABLE = (
-    *("llvmlite", "matplotlib", "numba", "psutil", "rich", "scipy", "threadpoolctl", "tomli_w"),
-    *("jax", "ml_dtypes", "torch", "transformers", "xxhash"),
+    *(
+        "gguf",
+        "jax",
+        "jinja2",
+        "latex2mathml",
+        "llvmlite",
+        "matplotlib",
+        "ml_dtypes",
+        "numba",
+        "psutil",
+    ),
+    *("rich", "scipy", "threadpoolctl", "tomli_w", "torch", "transformers", "xxhash"),
 )
 
 
