@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 
 DISPENSABLE = (
-    *("llvmlite", "matplotlib", "numba", "psutil", "rich", "scipy", "threadpoolctl", "tomli_w"),
+    *("jinja2", "latex2mathml", "llvmlite", "markupsafe", "matplotlib", "numba", "psutil", "rich"),
+    *("scipy", "threadpoolctl", "tomli_w"),
     *("torch", "xxhash"),
 )
 

@@ -24,7 +24,12 @@ def page(report: Report) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mathml": _mathml, "prose": _prose, "breakable": _breakable}
+    environment.filters |= {
+        "mathml": _mathml,
+        "marked": _marked,
+        "prose": _prose,
+        "breakable": _breakable,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, roundings=ROUNDINGS)
 
@@ -53,11 +58,15 @@ def _mathml(latex: str) -> Markup:
     return Markup(ElementTree.tostring(formula, encoding="unicode"))
 
 
+def _marked(text: str) -> Markup:
+    """What stands between backticks is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _prose(docstring: str) -> Markup:
-    """A docstring's paragraphs; what stands between backticks is code."""
+    """A docstring's paragraphs."""
     paragraphs = re.split(r"\n\s*\n", docstring)
-    marked = (re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))) for text in paragraphs)
-    return Markup("".join(f"<p>{text}</p>" for text in marked))
+    return Markup("".join(f"<p>{_marked(text)}</p>" for text in paragraphs))
 
 
 def _breakable(path: str) -> Markup:
