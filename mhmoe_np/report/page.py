@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 ElementTree.register_namespace("", NAMESPACE)
 PRIME = "\N{PRIME}"
+FUNCTIONS = "cos", "exp", "sin"
 
 
 def page(report: Report) -> str:
@@ -35,16 +36,19 @@ def page(report: Report) -> str:
 
 
 def _mathml(latex: str) -> Markup:
-    """A formula as MathML.
+    """A formula as MathML, mended where the converter leaves something to be wished.
 
-    A single upright letter, the d of a gradient, comes out of the converter as a character reference
-    and not marked as upright. A prime comes out as an exponent; its glyph is one already, and browsers
-    that make it small once more show a dot.
+    A single upright letter, the d of a gradient, comes out as a character reference and not marked as
+    upright; a function without a space before its argument; a prime as an exponent, though its glyph
+    is one already, and browsers that make it small once more show a dot.
     """
     text = convert(latex, display="block")
     text = re.sub("<mi>(&#x000[46][0-9A-F];)</mi>", r'<mi mathvariant="normal">\1</mi>', text)
     formula = ElementTree.fromstring(text)
     for node in list(formula.iter()):
+        for i in reversed(range(len(node) - 1)):
+            if node[i].text in FUNCTIONS and not node[i + 1].tag.endswith("}mo"):
+                node.insert(i + 1, ElementTree.Element(f"{{{NAMESPACE}}}mspace", width="0.17em"))
         if node.tag.endswith(("}msup", "}msubsup")) and node[-1].text == PRIME:
             base, *index, prime = node
             if index:

@@ -276,7 +276,13 @@ def test_every_equation_is_rendered(made: dict[str, Any], report: dict[str, Any]
     formulas = sum(len(entry["equations"]) for entry in entries)
     assert text.count("<math ") == formulas > 60
     # What the converter does not know it leaves as it is.
-    assert "\\" not in "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
+    rendered = "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
+    assert "\\" not in rendered
+    # What is mended of it.
+    assert '<mi mathvariant="normal">d</mi>' in rendered
+    assert "&#x" not in rendered
+    assert re.search(r"<mi>exp</mi><mspace [^>]*><m", rendered)
+    assert not re.search(r"<mi>\N{PRIME}</mi></msu", rendered)
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
