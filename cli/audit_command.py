@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -69,7 +70,7 @@ def _check_new(html: Path) -> None:
 
     Raises UserError: the file cannot be made.
     """
-    if html.is_symlink() or html.exists():
+    if os.path.lexists(html):
         raise UserError(f"{html}: exists already; choose another --html")
     if not html.absolute().parent.is_dir():
         raise UserError(f"{html}: its folder does not exist; create it first")

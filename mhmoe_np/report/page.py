@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 ElementTree.register_namespace("", NAMESPACE)
 PRIME = "\N{PRIME}"
+FUNCTIONS = "cos", "exp", "sin"
 
 
 def page(report: Report) -> str:
@@ -24,22 +25,30 @@ def page(report: Report) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mathml": _mathml, "prose": _prose, "breakable": _breakable}
+    environment.filters |= {
+        "mathml": _mathml,
+        "marked": _marked,
+        "prose": _prose,
+        "breakable": _breakable,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, roundings=ROUNDINGS)
 
 
 def _mathml(latex: str) -> Markup:
-    """A formula as MathML.
+    """A formula as MathML, mended where the converter leaves something to be wished.
 
-    A single upright letter, the d of a gradient, comes out of the converter as a character reference
-    and not marked as upright. A prime comes out as an exponent; its glyph is one already, and browsers
-    that make it small once more show a dot.
+    A single upright letter, the d of a gradient, comes out as a character reference and not marked as
+    upright; a function without a space before its argument; a prime as an exponent, though its glyph
+    is one already, and browsers that make it small once more show a dot.
     """
     text = convert(latex, display="block")
     text = re.sub("<mi>(&#x000[46][0-9A-F];)</mi>", r'<mi mathvariant="normal">\1</mi>', text)
     formula = ElementTree.fromstring(text)
     for node in list(formula.iter()):
+        for i in reversed(range(len(node) - 1)):
+            if node[i].text in FUNCTIONS and not node[i + 1].tag.endswith("}mo"):
+                node.insert(i + 1, ElementTree.Element(f"{{{NAMESPACE}}}mspace", width="0.17em"))
         if node.tag.endswith(("}msup", "}msubsup")) and node[-1].text == PRIME:
             base, *index, prime = node
             if index:
@@ -53,11 +62,15 @@ def _mathml(latex: str) -> Markup:
     return Markup(ElementTree.tostring(formula, encoding="unicode"))
 
 
+def _marked(text: str) -> Markup:
+    """What stands between backticks is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _prose(docstring: str) -> Markup:
-    """A docstring's paragraphs; what stands between backticks is code."""
+    """A docstring's paragraphs."""
     paragraphs = re.split(r"\n\s*\n", docstring)
-    marked = (re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))) for text in paragraphs)
-    return Markup("".join(f"<p>{text}</p>" for text in marked))
+    return Markup("".join(f"<p>{_marked(text)}</p>" for text in paragraphs))
 
 
 def _breakable(path: str) -> Markup:

@@ -45,8 +45,11 @@ def write_tensors(
     """
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     header = dict(metadata or {"format": "np"})
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(contiguous, path, header)
+        path.chmod(mode)  # the library lets nobody else read the file
     except SafetensorError as error:
         # The library has its own exception for what the system reports, with the number in its text.
         number = re.search(r"os error (\d+)", str(error))

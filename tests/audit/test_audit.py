@@ -260,13 +260,29 @@ def test_the_page_names_nothing_outside_itself(made: dict[str, Any]) -> None:
     assert not re.search(r"<script|@import|url\(", text)
 
 
+@pytest.mark.parametrize("name", ["right", "wrong"])
+def test_the_pages_links_lead_to_one_place_each(made: dict[str, Any], name: str) -> None:
+    text = (made["folder"] / f"{name}.html").read_text(encoding="utf-8")
+    places = re.findall(r' id="([^"]*)"', text)
+    assert len(places) == len(set(places))
+    assert set(re.findall(r'href="#([^"]*)"', text)) <= set(places)
+    if name == "wrong":
+        assert re.findall(r'<li><a href="#([^"]*)"', text) == ["rms_norm_backward", f"model-{KIND}"]
+
+
 def test_every_equation_is_rendered(made: dict[str, Any], report: dict[str, Any]) -> None:
     text = (made["folder"] / "right.html").read_text(encoding="utf-8")
     entries = [*report["operations"], *report["layers"]]
     formulas = sum(len(entry["equations"]) for entry in entries)
     assert text.count("<math ") == formulas > 60
     # What the converter does not know it leaves as it is.
-    assert "\\" not in "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
+    rendered = "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
+    assert "\\" not in rendered
+    # What is mended of it.
+    assert '<mi mathvariant="normal">d</mi>' in rendered
+    assert "&#x" not in rendered
+    assert re.search(r"<mi>exp</mi><mspace [^>]*><m", rendered)
+    assert not re.search(r"<mi>\N{PRIME}</mi></msu", rendered)
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")

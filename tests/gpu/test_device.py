@@ -14,6 +14,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from mhmoe_np.audit.agreement import agreement, results_of
+from mhmoe_np.audit.calls import calls
 from mhmoe_np.audit.gradcheck import check_all
 from mhmoe_np.audit.models import KINDS, QUANTISED
 from mhmoe_np.operations.load import load_operations
@@ -51,6 +53,15 @@ def test_every_kind_in_float32(kind: str) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert worst(actual[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_operation_beside_the_definition(dtype: str) -> None:
+    """As `audit` compares them."""
+    ops = cuda_operations()
+    for call in calls(dtype, definition=NUMPY):
+        found = agreement(call, results_of(call, ops), results_of(call, NUMPY), dtype=dtype)
+        assert found.passed, found
 
 
 def test_every_gradient() -> None:
