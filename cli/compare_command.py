@@ -12,9 +12,9 @@ from mhmoe_cli.printing import console, print_json, printable, show
 from mhmoe_np.errors import UserError
 
 if TYPE_CHECKING:
-    from mhmoe_np.audit.causes import Finding
-    from mhmoe_np.audit.comparison import Comparison, Row
-    from mhmoe_np.audit.trace_file import Trace
+    from mhmoe_np.comparison.causes import Finding
+    from mhmoe_np.comparison.trace_file import Trace
+    from mhmoe_np.comparison.two_traces import Comparison, Row
 
 COLOURS = {"same": "green", "tie": "yellow", "different": "red"}
 
@@ -51,8 +51,8 @@ def command(
     A and B are .safetensors or .npz files with the names of SPECIFICATION.md section 8, as
     `mhmoe-np trace` writes them; docs/compare.md shows how PyTorch, JAX and C++ write one.
     """
-    from mhmoe_np.audit.comparison import compare_traces
-    from mhmoe_np.audit.trace_file import read_names, read_trace, renamed
+    from mhmoe_np.comparison.trace_file import read_names, read_trace, renamed
+    from mhmoe_np.comparison.two_traces import compare_traces
 
     if (second is None) == (checkpoint is None):
         raise UserError("compare: give a second trace or --checkpoint CKPT, one of the two")
@@ -88,8 +88,8 @@ def _against(
 ) -> tuple[Comparison, list[Finding]]:
     import numpy as np
 
-    from mhmoe_np.audit.causes import diagnose
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_parameters
+    from mhmoe_np.comparison.causes import diagnose
     from mhmoe_np.operations.load import load_operations
 
     found = find_checkpoint(checkpoint)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mhmoe_np.audit.difference import Tensor
+from mhmoe_np.comparison.difference import Tensor
 
 MOST_ROWS = 4096  # of which every pair is compared
 

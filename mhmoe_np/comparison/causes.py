@@ -11,12 +11,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.comparison import Comparison, Row, compare_tensors, compare_traces
-from mhmoe_np.audit.expert_order import cause_in_order
-from mhmoe_np.audit.from_inputs import Ids, Layer, ids_of, model_from, taken
-from mhmoe_np.audit.from_operands import operations_from
-from mhmoe_np.audit.given import Given
-from mhmoe_np.audit.hypotheses import (
+from mhmoe_np.comparison.expert_order import cause_in_order
+from mhmoe_np.comparison.from_inputs import Ids, Layer, ids_of, model_from, taken
+from mhmoe_np.comparison.from_operands import operations_from
+from mhmoe_np.comparison.given import Given
+from mhmoe_np.comparison.hypotheses import (
     EPSILONS,
     HYPOTHESES,
     Hypothesis,
@@ -25,10 +24,11 @@ from mhmoe_np.audit.hypotheses import (
     half_away_from_zero,
     tensors_of,
 )
-from mhmoe_np.audit.losses_otherwise import cause_of_loss
-from mhmoe_np.audit.one_layer import NAMES, Case
-from mhmoe_np.audit.quantiser_ties import first_way, said_of, settled_by_gradients, ways_of
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.losses_otherwise import cause_of_loss
+from mhmoe_np.comparison.one_layer import NAMES, Case
+from mhmoe_np.comparison.quantiser_ties import first_way, said_of, settled_by_gradients, ways_of
+from mhmoe_np.comparison.trace_file import Trace
+from mhmoe_np.comparison.two_traces import Comparison, Row, compare_tensors, compare_traces
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations

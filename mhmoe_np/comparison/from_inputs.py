@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mhmoe_np.audit.difference import Tensor
-from mhmoe_np.audit.given import Given, Others
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.difference import Tensor
+from mhmoe_np.comparison.given import Given, Others
+from mhmoe_np.comparison.trace_file import Trace
 from mhmoe_np.errors import UserError
 from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.block import BlockCache, block_forward

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mhmoe_np.audit.computation_order import in_order
-from mhmoe_np.audit.difference import (
+from mhmoe_np.comparison.difference import (
     TOLERANCES,
     Difference,
     Tensor,
@@ -20,8 +20,8 @@ from mhmoe_np.audit.difference import (
     difference,
     reach_of_tie,
 )
-from mhmoe_np.audit.patterns import pattern
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.patterns import pattern
+from mhmoe_np.comparison.trace_file import Trace
 
 Verdict = Literal["same", "tie", "different"]
 

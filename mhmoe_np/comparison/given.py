@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.difference import reach_of_tie
+from mhmoe_np.comparison.difference import reach_of_tie
 from mhmoe_np.operations.table import (
     Activation,
     BitWeight,

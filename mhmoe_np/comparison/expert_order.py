@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.audit.hypotheses import Change, Tensors, changed, reordered
-from mhmoe_np.audit.one_layer import Case
+from mhmoe_np.comparison.hypotheses import Change, Tensors, changed, reordered
+from mhmoe_np.comparison.one_layer import Case
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.comparison import compare_tensors
-from mhmoe_np.audit.from_inputs import Ids, Layer, layer_from, others_of, taken
-from mhmoe_np.audit.given import Given, Others
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.from_inputs import Ids, Layer, layer_from, others_of, taken
+from mhmoe_np.comparison.given import Given, Others
+from mhmoe_np.comparison.trace_file import Trace
+from mhmoe_np.comparison.two_traces import compare_tensors
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mhmoe_np.audit.models import BASE
-from mhmoe_np.audit.trace_file import read_trace
 from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.comparison.trace_file import read_trace
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.settings.model import ModelConfig
 from tests.conftest import Run

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from mhmoe_np.audit.from_inputs import Layer
-from mhmoe_np.audit.given import Given, Tie
-from mhmoe_np.audit.one_layer import Case
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.from_inputs import Layer
+from mhmoe_np.comparison.given import Given, Tie
+from mhmoe_np.comparison.one_layer import Case
+from mhmoe_np.comparison.trace_file import Trace
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import IntArray
 

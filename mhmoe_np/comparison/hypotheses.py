@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.from_inputs import Layer
-from mhmoe_np.audit.given import Given
+from mhmoe_np.comparison.from_inputs import Layer
+from mhmoe_np.comparison.given import Given
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import LAYERS, Parameters
 from mhmoe_np.operations.table import (

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from mhmoe_np.audit.comparison import compare_traces
 from mhmoe_np.audit.computation_order import in_order
-from mhmoe_np.audit.difference import difference
-from mhmoe_np.audit.patterns import pattern
+from mhmoe_np.comparison.difference import difference
+from mhmoe_np.comparison.patterns import pattern
+from mhmoe_np.comparison.two_traces import compare_traces
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 8))

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhmoe_np.audit.from_inputs import ids_of
-from mhmoe_np.audit.hypotheses import HYPOTHESES, Change, alone, changed, tensors_of
 from mhmoe_np.audit.models import BASE, KINDS
-from mhmoe_np.audit.one_layer import Case
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.comparison.from_inputs import ids_of
+from mhmoe_np.comparison.hypotheses import HYPOTHESES, Change, alone, changed, tensors_of
+from mhmoe_np.comparison.one_layer import Case
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.load import load_operations

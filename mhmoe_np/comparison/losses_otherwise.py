@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.comparison import compare_tensors
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.trace_file import Trace
+from mhmoe_np.comparison.two_traces import compare_tensors
 from mhmoe_np.model.loss import IGNORED
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray, IntArray

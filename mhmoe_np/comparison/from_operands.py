@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhmoe_np.audit.difference import Tensor
 from mhmoe_np.audit.operands import module_of, quantised_part
-from mhmoe_np.audit.trace_file import Trace
+from mhmoe_np.comparison.difference import Tensor
+from mhmoe_np.comparison.trace_file import Trace
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Entry, Parameters, Part
 from mhmoe_np.operations.table import BitWeight, Operations, Weight
