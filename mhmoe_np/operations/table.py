@@ -605,12 +605,14 @@ class Operations(Protocol):
         Equation \mathrm{d}c_{mk} = \mathrm{d}g_{mk} \\
                  \text{normalised: } \mathrm{d}c_{mk} = \frac{\mathrm{d}g_{mk} - \sum_{k'}
                    \mathrm{d}g_{mk'}\, g_{mk'}}{\sum_{k'} p_{m, I_{mk'}}} \\
-                 \mathrm{d}p_{me} = \sum_{k :\, I_{mk} = e} \mathrm{d}c_{mk} + \mathrm{daux} \cdot E
-                   \cdot \frac{f_e}{n_c} \text{ where } m \text{ is counted} \\
-                 f_e = \frac{\mathrm{count}_e}{\sum_{e'} \mathrm{count}_{e'}} \\
+                 f_e = \frac{\mathrm{count}_e}{\mathrm{choices}} \\
+                 \mathrm{d}p_{me} = \sum_{k :\, I_{mk} = e} \mathrm{d}c_{mk} + [m \text{ counted}]
+                   \cdot \mathrm{daux} \cdot \frac{E f_e}{n_c} \\
+                 \mathrm{d}\mathrm{lse}_m = [m \text{ counted}] \cdot \mathrm{dz} \cdot
+                   \frac{2\, \mathrm{lse}_m}{n_c} \\
                  \mathrm{d}l_{me} = p_{me} \left( \mathrm{d}p_{me} - \sum_{e'} \mathrm{d}p_{me'}\,
-                   p_{me'} \right) + \mathrm{dz} \cdot \frac{2\, \mathrm{lse}_m}{n_c}\, p_{me} \text{
-                   where } m \text{ is counted}
+                   p_{me'} \right) + \mathrm{d}\mathrm{lse}_m\, p_{me} \\
+                 n_c = \mathrm{sub\_tokens}
         Shapes   dgate_MK, routing, counted_M, losses -> dlogits_ME
         Dtypes   float; int64 expert_MK; bool counted_M; float64 count_E
         Source   [spec 3 softmax]; balance loss [spec 4 aux], [Switch eq. 4]; z-loss [spec 4 z-loss],
