@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mhmoe_cli.backend import load, prepare
+from mhmoe_cli.backend import prepare
 from mhmoe_cli.printing import console, print_json, show
 from mhmoe_np.errors import UserError
+from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def command(
 
     from mhmoe_np.report.report import make_report
 
-    report = make_report(names, load=load, tell=_progress)
+    report = make_report(names, load=load_operations, tell=_progress)
     _progress("")
     if html is not None:
         from mhmoe_np.report.page import page

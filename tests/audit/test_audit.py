@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         run = CliRunner()
         right = run.invoke(audit_command.command, ["--json", "--html", str(folder / "right.html")])
         patch.setattr(report_module, "PEERS", ())
-        patch.setattr(audit_command, "load", lambda name: _Wrong())
+        patch.setattr(audit_command, "load_operations", lambda name: _Wrong())
         arguments = ["--backend", "numpy", "--html", str(folder / "wrong.html")]
         wrong = run.invoke(audit_command.command, arguments)
     return {"folder": folder, "right": right, "wrong": wrong}
