@@ -68,7 +68,10 @@ def command(
         from mhmoe_np.exchange.gguf_export import export_gguf
 
         write_directory_atomically(
-            out, lambda folder: export_gguf(parameters, tokenizer, folder / "model.gguf")
+            out,
+            lambda folder: export_gguf(
+                parameters, tokenizer, folder / "model.gguf", end_of_text=end_of_text
+            ),
         )
         click.echo(f"{out}: model.gguf")
         return

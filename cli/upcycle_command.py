@@ -52,6 +52,7 @@ def command(
         find_checkpoint,
         find_tokenizer,
         is_packed,
+        load_end_of_text,
         load_parameters,
         save_model,
     )
@@ -63,8 +64,10 @@ def command(
         raise UserError(f"{found}: is packed; unpack it first")
     wanted = Experts(experts, top_k, split, heads, step)
     parameters = upcycle(load_parameters(found, np.float32), wanted, seed=seed)
-    tokenizer = find_tokenizer(found)
-    write_directory_atomically(out, lambda folder: save_model(folder, parameters, tokenizer))
+    tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
+    write_directory_atomically(
+        out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
+    )
     config = parameters.config
     click.echo(
         f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters, "

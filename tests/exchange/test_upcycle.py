@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from mhmoe_np.audit.trace import trace
-from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_parameters, save_model
+from mhmoe_np.checkpoints.checkpoint import (
+    find_checkpoint,
+    load_end_of_text,
+    load_parameters,
+    save_model,
+)
 from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.errors import UserError
@@ -120,12 +125,13 @@ def test_training_goes_on_from_there(experts: Experts, mhmoe_here: Run, tmp_path
     tokenizer = train_tokenizer(["it's what the others say " * 9], vocab_size=270)
     dense = parameters_of("dense", vocab_size=270)
     (tmp_path / "dense").mkdir()
-    save_model(tmp_path / "dense", dense, tokenizer)
+    save_model(tmp_path / "dense", dense, tokenizer, (7, 9))
     (tmp_path / "text.txt").write_text(embedded_domains()[0].documents[0][:20000])
     options = ("--experts", experts.num_experts, "--top-k", experts.num_experts_per_tok)
     said = mhmoe_here("upcycle", "dense", *options, "--split", experts.split, "--out", "start").stdout
     assert "It computes what the dense model computes" in said
     start = load_parameters(tmp_path / "start", np.float32)
+    assert load_end_of_text(tmp_path / "start") == (7, 9)
     small = ("sequence_length=16", "batch_size=4", "learning_rate=0.01", "schedule=constant")
     settings = [word for setting in small for word in ("--set", setting)]
     options = ("--out", "run", "--steps", 200, "--backend", "numpy", *settings)
