@@ -1,7 +1,7 @@
 """A dense model's weights as the start of a mixture of experts.
 
 Follows sparse upcycling (arXiv 2212.05055) and, for experts split along the inner width, virtual groups
-(arXiv 2410.07524), with gates that sum to 1, so that the start is the dense model's function.
+(arXiv 2410.07524), with gates that sum to 1, so that the start is the dense model's function [D22].
 """
 
 from __future__ import annotations

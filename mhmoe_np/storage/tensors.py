@@ -18,6 +18,11 @@ from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.storage.files import write_atomically
 from mhmoe_np.storage.reading import check_regular
 
+NUMPYS_OWN = frozenset(
+    ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F16", "F32", "F64", "C64")
+)
+"""Types of numbers, by the library's names."""
+
 
 def save_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
@@ -121,6 +126,13 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                # With ml_dtypes, which somebody else may have imported, the library reads some of them.
+                if (dtype := file.get_slice(name).get_dtype()) not in NUMPYS_OWN:
+                    raise Damaged(
+                        f"{path}: not a readable safetensors file: tensor {name!r} is {dtype}, "
+                        "which NumPy lacks"
+                    )
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise Damaged(f"{path}: not a readable safetensors file: {error}") from None

@@ -65,8 +65,10 @@ def ready(on_host: Parameters, ops: Operations) -> Ready:
     return Ready(model, gradient, ops)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("backend", MAKERS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((backend, np.float32) for backend in MAKERS), ("numpy", np.float64), ("numba", np.float64)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_healthy_model_has_none(kind: str, backend: str, dtype: Any) -> None:
     at = ready(parameters(kind, dtype), MAKERS[backend]())

@@ -95,7 +95,15 @@ class _WrongWhereQuantised(_Wrong):
 @pytest.mark.parametrize("name", ["linear_backward", "expert_ffn_backward"])
 def test_a_straight_through_gradient_off_by_a_thousandth_is_found(name: str) -> None:
     ops: Operations = _WrongWhereQuantised(name)  # type: ignore[assignment]
-    failed = {check.name for check in check_operations(ops) if not check.passed}
+    rng = np.random.default_rng(0)
+    of_it = name.removesuffix("_backward")
+    checks = [
+        operation_checks.check(case, rng)
+        for case in operation_checks.cases(ops, rng)
+        if case.name.startswith(of_it)
+    ]
+    failed = {check.name for check in checks if not check.passed}
+    assert len(failed) < len(checks)
     assert failed
     assert all("bitnet" in check for check in failed)
     assert check_model("smoe", ops).passed

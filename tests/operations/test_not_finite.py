@@ -333,8 +333,15 @@ def floats(results: Any) -> list[Any]:
     return [array for array in flat(results) if array is not None and array.dtype.kind == "f"]
 
 
-@of_each_fast_backend
-@of_each_dtype
+@pytest.mark.parametrize(
+    ("name", "dtype"),  # emulated, a kernel is slow, and the same for both types
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.gpu] if name == "cuda" else [])
+        for name in FAST
+        for dtype in DTYPES
+        if dtype == np.float32 or "emulated" not in name
+    ],
+)
 @pytest.mark.parametrize("operation", NAMES)
 def test_a_number_that_is_not_finite_is_never_hidden(dtype: Any, operation: str, name: str) -> None:
     case = CASES[np.dtype(dtype)][operation]
