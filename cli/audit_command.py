@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
-from mhmoe_cli.backend import prepare
+from mhmoe_cli.backend import backends_option, prepare
+from mhmoe_cli.new_file import check_new_file
 from mhmoe_cli.printing import console, print_json, show
-from mhmoe_np.errors import UserError
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 
@@ -26,31 +25,22 @@ LINE = 70  # columns of the line that says what is being computed
 @click.option(
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page; a new file."
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["both", "numpy", "numba", "cuda"]),
-    default="both",
-    show_default=True,
-    help="both: numpy and numba.",
-)
-def command(
-    as_json: bool, html: Path | None, backend: Literal["both", "numpy", "numba", "cuda"]
-) -> None:
+@backends_option
+def command(as_json: bool, html: Path | None, backends: list[BackendName]) -> None:
     """Compute everything that is claimed, and hold it against its bounds.
 
     Every operation with its equation, source, cost and place: its gradient beside central differences,
     fast backends beside the definition, PyTorch and Hugging Face beside it where they are installed;
     every kind of model; the paper's table of equal cost. Exits with 1 if a claim fails.
     """
-    names: list[BackendName] = ["numpy", "numba"] if backend == "both" else [backend]
     if html is not None:
-        _check_new(html)
-    for name in names:
+        check_new_file(html, option="--html")  # before minutes of work
+    for name in backends:
         prepare(name)
 
     from mhmoe_np.report.report import make_report
 
-    report = make_report(names, load=load_operations, tell=_progress)
+    report = make_report(backends, load=load_operations, tell=_progress)
     _progress("")
     if html is not None:
         from mhmoe_np.report.page import page
@@ -64,17 +54,6 @@ def command(
         _print(report)
     if not report.passed:
         raise click.exceptions.Exit(1)
-
-
-def _check_new(html: Path) -> None:
-    """Before minutes of work.
-
-    Raises UserError: the file cannot be made.
-    """
-    if os.path.lexists(html):
-        raise UserError(f"{html}: exists already; choose another --html")
-    if not html.absolute().parent.is_dir():
-        raise UserError(f"{html}: its folder does not exist; create it first")
 
 
 def _progress(what: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -22,6 +22,25 @@ def backend_option(command: Command) -> Command:
         default="numba",
         show_default=True,
         help="numba: fast; numpy: the definition; cuda: an NVIDIA GPU.",
+    )(command)
+
+
+def _meant(
+    _context: click.Context, _option: click.Parameter, name: Literal["both"] | BackendName
+) -> list[BackendName]:
+    return ["numpy", "numba"] if name == "both" else [name]
+
+
+def backends_option(command: Command) -> Command:
+    """`--backend both|numpy|numba|cuda`, as the list of those that are meant."""
+    return click.option(
+        "--backend",
+        "backends",
+        type=click.Choice(["both", "numpy", "numba", "cuda"]),
+        default="both",
+        show_default=True,
+        callback=_meant,
+        help="both: numpy and numba.",
     )(command)
 
 

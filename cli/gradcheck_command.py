@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import click
 
-from mhmoe_cli.backend import load
+from mhmoe_cli.backend import backends_option, load
 from mhmoe_cli.printing import print_json
 from mhmoe_np.operations.table import BackendName
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--backend",
-    type=click.Choice(["both", "numpy", "numba", "cuda"]),
-    default="both",
-    show_default=True,
-    help="both: numpy and numba.",
-)
-def command(as_json: bool, backend: Literal["both", "numpy", "numba", "cuda"]) -> None:
+@backends_option
+def command(as_json: bool, backends: list[BackendName]) -> None:
     """Check every operation and whole models against central differences in float64.
 
     Prints the worst relative error of each and its bound, and where one is exceeded the argument or
@@ -28,9 +20,8 @@ def command(as_json: bool, backend: Literal["both", "numpy", "numba", "cuda"]) -
     """
     from mhmoe_np.audit.gradcheck import check_all
 
-    names: list[BackendName] = ["numpy", "numba"] if backend == "both" else [backend]
     checks = []
-    for name in names:
+    for name in backends:
         for check in check_all(load(name)):
             check = check._replace(name=f"{name}: {check.name}")
             checks.append(check)

@@ -32,8 +32,7 @@ def command(source: Path, out: Path) -> None:
         out,
         lambda folder: save_model(folder, foreign.parameters, foreign.tokenizer, foreign.end_of_text),
     )
-    count = sum(tensor.size for tensor in foreign.parameters.tensors.values())
-    click.echo(f"{out}: {count:,} parameters")
+    click.echo(f"{out}: {foreign.parameters.count:,} parameters")
     if foreign.tokenizer is None:
         click.echo(f"{source}: has no {TOKENIZER}; eval and generate need one in {out}", err=True)
 

@@ -32,4 +32,4 @@ def command(config: Path, out: Path, seed: int) -> None:
     parameters = Parameters(model, np.float32)
     initialise(parameters, seed)
     write_directory_atomically(out, lambda folder: write_model_files(folder, parameters, None))
-    click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")
+    click.echo(f"{out}: {parameters.count:,} parameters")

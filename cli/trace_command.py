@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.new_file import check_new_file
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -55,10 +55,7 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_model
     from mhmoe_np.storage.tensors import save_tensors
 
-    if os.path.lexists(out):
-        raise UserError(f"{out}: exists already; choose another --out")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: its folder does not exist; create it first")
+    check_new_file(out, option="--out")
     ops = load(backend, threads=threads)
     found = find_checkpoint(checkpoint)
     if is_packed(found) and not no_grad:

@@ -112,7 +112,7 @@ def _train(trainer: Trainer) -> None:
     if trainer.finished and is_evaluated(run):
         _tell(f"{run} is finished: {trainer.step} steps were made")
         return
-    size = sum(tensor.size for tensor in trainer.learner.parameters.tensors.values())
+    size = trainer.learner.parameters.count
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     _tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:

@@ -47,4 +47,4 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     write_directory_atomically(
         out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
     )
-    click.echo(f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters")
+    click.echo(f"{out}: {parameters.count:,} parameters")

@@ -70,7 +70,7 @@ def command(
     )
     config = parameters.config
     click.echo(
-        f"{out}: {sum(tensor.size for tensor in parameters.tensors.values()):,} parameters, "
+        f"{out}: {parameters.count:,} parameters, "
         f"{config.num_experts} experts in {config.moe_layers} of {config.num_hidden_layers} layers"
     )
     click.echo(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.storage.tensors import check_finite
 
 
 class Foreign(NamedTuple):
@@ -29,7 +30,7 @@ class SourceTensor(NamedTuple):
     read: Callable[[], NDArray[Any]]  # float32 or float64, of that shape
 
 
-def fill(parameters: Parameters, found: Mapping[str, SourceTensor], *, source: str) -> None:
+def fill(parameters: Parameters, found: Mapping[str, SourceTensor], *, source: Path) -> None:
     """Fill every tensor of a model from the tensor of its name.
 
     found: by our names (spec 1).
@@ -52,5 +53,4 @@ def fill(parameters: Parameters, found: Mapping[str, SourceTensor], *, source: s
             )
     for name, target in targets.items():
         target[...] = found[name].read()
-        if not np.isfinite(target).all():
-            raise UserError(f"{source}: tensor {found[name].name!r} holds numbers that are not finite")
+        check_finite(source, {found[name].name: target})

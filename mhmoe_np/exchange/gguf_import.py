@@ -62,7 +62,7 @@ def import_gguf(path: Path) -> Foreign:
                 )
             found[name] = source
     parameters = Parameters(config, np.float32)
-    fill(parameters, found, source=str(path))
+    fill(parameters, found, source=path)
     if config.is_quantised:
         _undo_ternary(parameters, found, path)
     return Foreign(parameters, tokenizer, end_of_text)

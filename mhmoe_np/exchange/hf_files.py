@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from mhmoe_np.checkpoints.checkpoint import WEIGHTS
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.settings.model import shown
 from mhmoe_np.storage.reading import check_regular, read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),

@@ -40,7 +40,7 @@ def import_hf(directory: Path) -> Foreign:
     check_room(model.config, copies=1, source=str(directory / MODEL_CONFIG))
     found = _Sources(model, directory).by_our_names()
     parameters = Parameters(model.config, np.float32)
-    fill(parameters, found, source=str(directory))
+    fill(parameters, found, source=directory)
     if model.hf_class is QWEN2_MOE:
         for name in shared_down_names(model.config):
             parameters.tensors[name] *= np.float32(0.5)

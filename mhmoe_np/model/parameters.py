@@ -202,6 +202,11 @@ class Parameters:
         return Parameters(self.config, self.flat_P.dtype, flat_P=ops.to_host(self.flat_P))
 
     @property
+    def count(self) -> int:
+        """How many numbers there are, without those between arrays."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
     def output_VD(self) -> FloatArray:
         """The output head: the embedding itself where the two are tied."""
         return self.arrays[output_name(self.config)]
