@@ -1,7 +1,8 @@
 """What users asked and the papers do not say: one change of a small preset at a time, over three seeds.
 
-    python -m benchmarks.questions [--only residual gates biases precision dropping] [--seeds 0 1 2]
-                                   [--steps N] [--threads N] [--out runs/questions] [--json]
+    python -m benchmarks.questions [--only residual gates biases precision dropping] [--presets ...]
+                                   [--seeds 0 1 2] [--steps N] [--threads N] [--out runs/questions]
+                                   [--json]
 
 Trains each preset on the embedded corpus as it is and changed, and scores the held-out text. Both runs
 of a pair have the same seed: the same text is held out, the batches are the same, and tensors of one
@@ -54,6 +55,7 @@ QUESTIONS = {
     ),
     "dropping": Question(MULTI_HEAD, ("moe_capacity_factor=1.0",)),
 }
+PRESETS = sorted({preset for question in QUESTIONS.values() for preset in question.presets})
 
 
 class Runs(NamedTuple):
@@ -137,6 +139,7 @@ def drop_at_evaluation(run: Path, ops: Operations) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int)
@@ -146,7 +149,7 @@ def main() -> None:
     runs = Runs(arguments.out, arguments.steps, arguments.threads)
     rows: list[dict[str, Any]] = []
     for name in arguments.only:
-        for preset in QUESTIONS[name].presets:
+        for preset in filter(arguments.presets.__contains__, QUESTIONS[name].presets):
             for change in QUESTIONS[name].changes:
                 row = {"question": name, **compare(runs, preset, change, arguments.seeds)}
                 if name == "dropping":

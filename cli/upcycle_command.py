@@ -9,36 +9,43 @@ import click
 from mhmoe_cli.new_directory import out_option
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import LARGEST_COUNT, LARGEST_SIZE
+from mhmoe_np.settings.presets import PAPER_MODELS
 
 COUNT = click.IntRange(1, LARGEST_SIZE)
 
 
 @click.command()
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-@click.option("--experts", required=True, type=COUNT, help="Experts of each layer that gets some.")
-@click.option("--top-k", required=True, type=COUNT, help="Experts chosen for each token.")
+@click.option(
+    "--preset-like",
+    type=click.Choice([name for name in PAPER_MODELS if name != "dense"]),
+    help="Experts as those of this model of the paper; the options below change one or the other.",
+)
+@click.option("--experts", type=COUNT, help="Experts of each layer that gets some.")
+@click.option("--top-k", type=COUNT, help="Experts chosen for each token.")
 @click.option(
     "--split",
-    default=1,
-    show_default=True,
     type=COUNT,
-    help="Cut each network into so many experts along its inner width, instead of copying it.",
+    help="Cut each network into so many experts along its inner width, instead of copying it.  "
+    "[default: 1]",
 )
-@click.option("--heads", default=1, show_default=True, type=COUNT, help="Above 1: an MH-MoE.")
+@click.option("--heads", type=COUNT, help="Above 1: an MH-MoE.  [default: 1]")
 @click.option(
-    "--step", default=2, show_default=True, type=COUNT, help="Every which layer gets experts."
+    "--inner-width",
+    type=COUNT,
+    help="Of each expert of an MH-MoE.  [default: the dense network's]",
 )
+@click.option("--step", type=COUNT, help="Every which layer gets experts.  [default: 2]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_COUNT))
 @out_option
 def command(
     checkpoint: Path,
-    experts: int,
-    top_k: int,
-    split: int,
-    heads: int,
-    step: int,
+    preset_like: str | None,
+    experts: int | None,
+    top_k: int | None,
     seed: int,
     out: Path,
+    **others: int | None,
 ) -> None:
     """Make a mixture of experts of a dense model, as the start of further training (train --init).
 
@@ -57,13 +64,23 @@ def command(
         save_model,
     )
     from mhmoe_np.exchange.upcycle import Experts, upcycle
+    from mhmoe_np.settings.presets import MODEL_PRESETS
     from mhmoe_np.storage.files import write_directory_atomically
 
+    if not preset_like and not (experts and top_k):
+        raise UserError("--experts and --top-k: give both, or --preset-like")
     found = find_checkpoint(checkpoint)
     if is_packed(found):
         raise UserError(f"{found}: is packed; unpack it first")
-    wanted = Experts(experts, top_k, split, heads, step)
-    parameters = upcycle(load_parameters(found, np.float32), wanted, seed=seed)
+    dense = load_parameters(found, np.float32)
+    given = {"num_experts": experts, "num_experts_per_tok": top_k, **others}
+    changes = {name: value for name, value in given.items() if value}
+    wanted = (
+        Experts.like(MODEL_PRESETS[f"paper-{preset_like}"], dense.config)._replace(**changes)
+        if preset_like
+        else Experts(**changes)
+    )
+    parameters = upcycle(dense, wanted, seed=seed)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
     write_directory_atomically(
         out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)

@@ -6,6 +6,7 @@ Follows sparse upcycling (arXiv 2212.05055) and, for experts split along the inn
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,29 @@ class Experts(NamedTuple):
     split: int = 1  # into how many pieces along the inner width each network is cut
     heads: int = 1  # above 1: an MH-MoE, whose function is another one
     step: int = 2  # every which layer gets experts
+    inner_width: int | None = None  # of an MH-MoE's fresh experts; None: the dense network's
 
     @property
     def keep_function(self) -> bool:
         """Whether the model computes at first what the dense one computes."""
         return self.heads == 1
+
+    @classmethod
+    def like(cls, preset: ModelConfig, dense: ModelConfig) -> Experts:
+        """A preset's counts, and an inner width in the same ratio to the dense network's.
+
+        Raises UserError: that inner width is no whole number.
+        """
+        part = Fraction(preset.moe_intermediate_size, preset.intermediate_size)
+        inner_width, heads = part * dense.intermediate_size, preset.moe_heads
+        if inner_width.denominator > 1:
+            raise UserError(
+                f"intermediate_size {dense.intermediate_size}: {part} of it, the inner width of each "
+                "expert, is no whole number; give --experts, --top-k and --split or --heads instead"
+            )
+        split, inner = (1, int(inner_width)) if heads > 1 else (part.denominator, None)
+        experts, chosen = preset.num_experts, preset.num_experts_per_tok
+        return cls(experts, chosen, split, heads, preset.decoder_sparse_step, inner)
 
 
 def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
@@ -74,11 +93,13 @@ def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
 
 
 def _config(dense: ModelConfig, experts: Experts) -> ModelConfig:
-    E, K, S, H, step = experts
+    E, K, S, H, step, inner_width = experts
     if dense.num_experts:
         raise UserError(f"num_experts: the model has {dense.num_experts} already; take a dense one")
     if S > 1 and H > 1:
         raise UserError(f"--split {S}: --heads {H} makes fresh experts; leave one of the two out")
+    if inner_width and H == 1:
+        raise UserError("--inner-width: is of the fresh experts of --heads; elsewhere --split sets it")
     if K == 1 and H == 1:
         raise UserError(
             "--top-k 1: a gate alone is a probability below 1, so the function would change; choose 2"
@@ -103,7 +124,7 @@ def _config(dense: ModelConfig, experts: Experts) -> ModelConfig:
     values = dense.model_dump() | {
         "num_experts": E,
         "num_experts_per_tok": K,
-        "moe_intermediate_size": dense.intermediate_size // S,
+        "moe_intermediate_size": inner_width or dense.intermediate_size // S,
         "decoder_sparse_step": step,
         "moe_heads": H,
         "moe_head_layer": H > 1,

@@ -119,6 +119,61 @@ def test_the_command_says_when_the_function_is_lost(mhmoe_here: Run, tmp_path: P
     assert load_parameters(tmp_path / "new", np.float32).config.moe_heads == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        (("smoe", "--top-k", 2), {"num_experts": 8, "num_experts_per_tok": 2}),
+        (
+            ("fine-grained-smoe", "--experts", 6, "--step", 1),
+            {"num_experts": 6, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+        ),
+        (
+            ("mh-moe-3",),
+            {"num_experts": 96, "num_experts_per_tok": 3, "moe_heads": 3, "moe_intermediate_size": 8},
+        ),
+        (
+            ("mh-moe-2", "--experts", 10, "--inner-width", 7),
+            {"num_experts": 10, "moe_heads": 2, "moe_intermediate_size": 7},
+        ),
+    ],
+    ids=str,
+)
+def test_experts_as_those_of_a_model_of_the_paper(
+    options: tuple[object, ...], keys: dict[str, int], mhmoe_here: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "dense").mkdir()
+    dense = parameters_of("dense", intermediate_size=32)
+    save_model(tmp_path / "dense", dense, None)
+    mhmoe_here("upcycle", "dense", "--preset-like", *options, "--out", "new")
+    made = load_parameters(tmp_path / "new", np.float32)
+    assert made.config.model_dump() | keys == made.config.model_dump()
+    expected, found = traced(dense, "numpy")["logits"], traced(made, "numpy")["logits"]
+    kept = np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert kept == (made.config.moe_heads == 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--preset-like", "smoe"), "--top-k 1: a gate alone"),
+        (("--preset-like", "mh-moe-2"), "intermediate_size 20: 3/8 of it"),
+        (("--preset-like", "mh-moe-4"), "'mh-moe-4' is not one of"),
+        (("--experts", 4), "--experts and --top-k: give both, or --preset-like"),
+        (("--experts", 4, "--top-k", 2, "--inner-width", 5), "--inner-width"),
+    ],
+    ids=str,
+)
+def test_counts_that_do_not_fit_are_refused_in_a_line(
+    options: tuple[object, ...], words: str, mhmoe_here: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "dense").mkdir()
+    save_model(tmp_path / "dense", parameters_of("dense"), None)
+    refused = mhmoe_here("upcycle", "dense", *options, "--out", "new", code=2).stderr
+    assert words in refused
+    assert refused.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("experts", [KEPT["copies"], KEPT["halves"]], ids=["copies", "halves"])
 def test_training_goes_on_from_there(experts: Experts, mhmoe_here: Run, tmp_path: Path) -> None:
     """200 steps of training of the upcycled model lower the loss, and its experts part."""
