@@ -34,7 +34,6 @@ Tensors = Mapping[str, FloatArray]
 
 EPSILONS = (0.0, 1e-12, 1e-8, 1.1920929e-07, 1e-6, 1e-5, 1e-3)  # 2^-23 is PyTorch's own in float32
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
-NETWORKS = ("mlp.", "mlp.experts.", "mlp.shared_expert.")
 
 
 class Change(NamedTuple):
@@ -94,25 +93,37 @@ def changed(
 
 
 def transposed(config: ModelConfig, tensors: Tensors) -> Iterator[Change]:
-    """A square matrix applied as x @ W."""
+    """A square matrix applied as x @ W, or all of them."""
+    by_name = {}
     for name, group in _groups(tensors).items():
         if all(tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] for tensor in group.values()):
-            yield Change(
-                f"{name} is transposed", tensors={part: tensor.T for part, tensor in group.items()}
-            )
+            by_name[name] = {part: tensor.T for part, tensor in group.items()}
+    yield from _one_or_all(by_name, "{} is transposed", "all square matrices are transposed")
 
 
 def left_out_or_doubled(config: ModelConfig, tensors: Tensors) -> Iterator[Change]:
-    """Norm weights and biases that are not applied, or applied as 1 + weight."""
+    """Norm weights and biases, one or all, that are not applied, or applied as 1 + weight."""
+    ones, more, zeros = {}, {}, {}
     for name, group in _groups(tensors).items():
         if name.endswith("norm.weight"):
-            ones = {part: np.ones_like(tensor) for part, tensor in group.items()}
-            yield Change(f"{name} is not applied", tensors=ones)
-            more = {part: 1 + tensor for part, tensor in group.items()}
-            yield Change(f"{name} is applied as 1 + weight", tensors=more)
+            ones[name] = {part: np.ones_like(tensor) for part, tensor in group.items()}
+            more[name] = {part: 1 + tensor for part, tensor in group.items()}
         if name.endswith(".bias"):
-            zeros = {part: np.zeros_like(tensor) for part, tensor in group.items()}
-            yield Change(f"{name} is not added", tensors=zeros)
+            zeros[name] = {part: np.zeros_like(tensor) for part, tensor in group.items()}
+    yield from _one_or_all(ones, "{} is not applied", "no norm's weight is applied")
+    yield from _one_or_all(
+        more, "{} is applied as 1 + weight", "every norm's weight is applied as 1 + weight"
+    )
+    yield from _one_or_all(zeros, "{} is not added", "no bias is added")
+
+
+def _one_or_all(by_name: Mapping[str, Tensors], one: str, every: str) -> Iterator[Change]:
+    """A change of each name's tensors by itself, and of all at once: a mistake in a shared function."""
+    for name, tensors in by_name.items():
+        yield Change(one.format(name), tensors=tensors)
+    if len(by_name) > 1:
+        together = {part: tensor for tensors in by_name.values() for part, tensor in tensors.items()}
+        yield Change(every, tensors=together)
 
 
 def _groups(tensors: Tensors) -> dict[str, dict[str, FloatArray]]:
@@ -127,18 +138,18 @@ def _groups(tensors: Tensors) -> dict[str, dict[str, FloatArray]]:
 
 def gate_and_up_exchanged(config: ModelConfig, tensors: Tensors) -> Iterator[Change]:
     """down(act(up(x)) * gate(x))."""
-    for network in NETWORKS:
-        swapped: dict[str, FloatArray] = {}
-        for name in tensors:
-            prefix, gate, _ = name.rpartition("gate_proj.weight")
-            within = prefix.rstrip("0123456789.") + "."
-            if gate and within == network:
-                up = f"{prefix}up_proj.weight"
-                swapped |= {name: tensors[up], up: tensors[name]}
-        if swapped:
-            yield Change(
-                f"gate_proj and up_proj of {network.rstrip('.')} are exchanged", tensors=swapped
-            )
+    by_network: dict[str, dict[str, FloatArray]] = {}
+    for name in tensors:
+        prefix, gate, _ = name.rpartition("gate_proj.weight")
+        if gate:
+            up, network = f"{prefix}up_proj.weight", prefix.rstrip("0123456789.")
+            swapped = by_network.setdefault(network, {})
+            swapped |= {name: tensors[up], up: tensors[name]}
+    yield from _one_or_all(
+        by_network,
+        "gate_proj and up_proj of {} are exchanged",
+        f"gate_proj and up_proj of {' and '.join(by_network)} are exchanged",
+    )
 
 
 def experts_in_another_order(config: ModelConfig, tensors: Tensors) -> Iterator[Change]:
@@ -367,9 +378,12 @@ def merge_before_the_gate(config: ModelConfig, tensors: Tensors) -> Iterator[Cha
 
 
 class _MergedFirst(Given):
-    """y = sum_j gate_j * merge(Expert_j(x)): the gates, one for each sub-token, come last."""
+    """y = sum_j gate_j * merge(Expert_j(x)): the gates, one for each sub-token, come last.
 
-    _choices: tuple[list[FloatArray], FloatArray, FloatArray] | None = None
+    A sub-token's residual, where there is one, is added to that sum.
+    """
+
+    _choices: tuple[list[FloatArray], FloatArray, FloatArray, FloatArray] | None = None
 
     def expert_ffn(
         self,
@@ -386,15 +400,15 @@ class _MergedFirst(Given):
             alone_MK[:, j] = 1
             choices.append(super().expert_ffn(x_MU, alone_MK, dispatch, *weights, **options)[0])
         y_MU, cache = super().expert_ffn(x_MU, gate_MK, dispatch, *weights, **options)
-        self._choices = choices, gate_MK, y_MU
+        self._choices = choices, gate_MK, y_MU, y_MU.copy()
         return y_MU, cache
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         """See `Operations.linear`; of the experts' output: each choice by itself, then the gates."""
         if self._choices is None or not np.shares_memory(x_NI, self._choices[2]):
             return super().linear(x_NI, w_OI, b_O)
-        choices, gate_MK, y_MU = self._choices
-        merged_MU = np.zeros_like(y_MU)
+        choices, gate_MK, y_MU, experts_MU = self._choices
+        merged_MU = y_MU - experts_MU
         for j, choice_MU in enumerate(choices):
             merged_NI = super().linear(choice_MU.reshape(x_NI.shape), w_OI, b_O)
             merged_MU += gate_MK[:, j, None] * merged_NI.reshape(y_MU.shape)

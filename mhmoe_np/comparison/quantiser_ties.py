@@ -15,7 +15,6 @@ from mhmoe_np.comparison.from_inputs import Layer
 from mhmoe_np.comparison.given import Given, Tie
 from mhmoe_np.comparison.one_layer import Case
 from mhmoe_np.comparison.trace_file import Trace
-from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import IntArray
 
 MOST_TIES = 8  # of one token in one layer: each doubles the ways to round that are tried
@@ -25,10 +24,10 @@ Ways = list[list[int]]
 """For each token the codes (`Given.enter`) with which its rows come out."""
 
 
-def ways_of(case: Case, layer: Layer, *, ops: Operations) -> Ways:
+def ways_of(case: Case, layer: Layer, given: Given) -> Ways:
     """Every way to round the tied activations of each token, for all tokens at once."""
     ways: Ways = [[] for _ in case.x_ND]
-    given, most = Given(ops), 0
+    most = 0
     for code in range(1 << MOST_TIES):
         ours = case.computed(layer, np.full(len(case.x_ND), code), given)
         most = max(most, int(given.met_N.max(initial=0)))

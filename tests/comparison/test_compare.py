@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,8 @@ class Fault(NamedTuple):
     where: list[str]
     cause: str
     halves: bool = False
+    seed: int = 2
+    of_logits: Mapping[str, str] = MappingProxyType({})  # the cause there, where it is said otherwise
 
 
 def transposed(patch: Patch, weights: dict[str, Any]) -> None:
@@ -197,6 +199,11 @@ def wrong_first_choice(patch: Patch, weights: dict[str, Any]) -> None:
     patch.setattr(oracle, "balance_loss", lambda p, experts, kind: right(p, experts[:, -1:], kind))
 
 
+def norms_of_one_more(patch: Patch, weights: dict[str, Any]) -> None:
+    right = oracle.rms_norm
+    patch.setattr(oracle, "rms_norm", lambda x, weight, eps: right(x, 1 + weight, eps))
+
+
 def halves_away_from_zero(patch: Patch, weights: dict[str, Any]) -> None:
     torch_round = torch.round
     away = lambda x: torch.sign(x) * torch.floor(torch.abs(x) + 0.5)  # noqa: E731
@@ -206,6 +213,7 @@ def halves_away_from_zero(patch: Patch, weights: dict[str, Any]) -> None:
 
 
 BOTH = ["layers.0", "layers.1"]
+SHARED = KINDS["mh3-shared-sub-norm"]
 FAULTS = {
     "transposed weight": Fault(
         transposed, MH2, "layers.1.router_logits", ["layers.1"], "self_attn.o_proj.weight is transposed"
@@ -231,6 +239,14 @@ FAULTS = {
         BOTH,
         "the scale 1/sqrt(C) of the scores is missing",
     ),
+    "no 1/sqrt(C), beside ties": Fault(
+        not_scaled,
+        KINDS["mh2-ternary-projections"],
+        "layers.0.router_logits",
+        BOTH,
+        "the scale 1/sqrt(C) of the scores is missing",
+        seed=7,
+    ),
     "gates not renormalised": Fault(
         gates_not_renormalised,
         MH2,
@@ -247,6 +263,28 @@ FAULTS = {
         "layers.0.hidden",
         BOTH,
         "the experts are in another order: 2, 0, 4, 1, 3",
+    ),
+    "shuffled experts, three heads": Fault(
+        experts_shuffled,
+        SHARED,
+        "layers.0.hidden",
+        BOTH,
+        "the experts are in another order: 2, 0, 4, 1, 3",
+    ),
+    "gate and up exchanged, shared expert": Fault(
+        gate_and_up_exchanged,
+        SHARED,
+        "layers.0.hidden",
+        BOTH,
+        "gate_proj and up_proj of mlp.experts and mlp.shared_expert are exchanged",
+    ),
+    "norms of 1 + weight": Fault(
+        norms_of_one_more,
+        KINDS["dense"],
+        "layers.0.hidden",
+        BOTH,
+        "every norm's weight is applied as 1 + weight",
+        of_logits={"logits": "model.norm.weight is applied as 1 + weight"},
     ),
     "another epsilon": Fault(
         another_epsilon,
@@ -268,6 +306,13 @@ FAULTS = {
     "merge before the gates": Fault(
         merge_before_the_gates,
         MH2,
+        "layers.0.hidden",
+        BOTH,
+        "the merge layer is applied before the gates",
+    ),
+    "merge before the gates, residual": Fault(
+        merge_before_the_gates,
+        KINDS["mh2-residual"],
         "layers.0.hidden",
         BOTH,
         "the merge layer is applied before the gates",
@@ -295,7 +340,7 @@ def test_a_planted_fault_is_named(
     name: str, tmp_path: Path, monkeypatch: Patch, mhmoe_here: Run
 ) -> None:
     fault = FAULTS[name]
-    weights = model_at(tmp_path / "model", fault.keys, halves=fault.halves)
+    weights = model_at(tmp_path / "model", fault.keys, seed=fault.seed, halves=fault.halves)
     with monkeypatch.context() as patch:
         fault.plant(patch, weights)
         write_theirs(tmp_path / "wrong.safetensors", fault.keys, weights)
@@ -303,7 +348,7 @@ def test_a_planted_fault_is_named(
     found = json.loads(result.stdout)
     assert found["first_difference"] == fault.first
     causes = {each["where"]: each["text"] for each in found["findings"] if each["kind"] == "cause"}
-    assert causes == dict.fromkeys(fault.where, fault.cause)
+    assert causes == dict.fromkeys(fault.where, fault.cause) | fault.of_logits
     others = [each for each in found["findings"] if each["kind"] != "cause"]
     assert all(each["where"].startswith("grad.") for each in others)
 
