@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from mhmoe_cli.progress import tell
 from mhmoe_np.operations.cuda.driver import check_driver
 from mhmoe_np.operations.load import import_numba_backend, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
@@ -60,7 +61,10 @@ def announce_compilation() -> None:
     from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
 
     on_first_compilation(
-        lambda: click.echo("compiling kernels for this processor (once; under a minute) ...", err=True)
+        lambda: tell(
+            "compiling kernels that this command needs first; they are kept for its next runs "
+            "(under a minute) ..."
+        )
     )
 
 

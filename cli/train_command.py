@@ -15,6 +15,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import printable
+from mhmoe_cli.progress import bar_console, may_show_bar, shown, tell
 from mhmoe_cli.run_settings import base_layers, option_tables
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
@@ -108,13 +109,13 @@ def _train(trainer: Trainer) -> None:
 
     run, steps = trainer.run, trainer.config.training.steps
     for notice in trainer.notices:
-        _tell(f"mhmoe-np: {printable(notice)}")
+        tell(f"mhmoe-np: {printable(notice)}")
     if trainer.finished and is_evaluated(run):
-        _tell(f"{run} is finished: {trainer.step} steps were made")
+        tell(f"{run} is finished: {trainer.step} steps were made")
         return
     size = trainer.learner.parameters.count
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
-    _tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
+    tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:
         with _Progress(trainer) as progress:
             stopped = trainer.train(progress.show, _acknowledge)
@@ -123,7 +124,7 @@ def _train(trainer: Trainer) -> None:
     except Interrupted as second:
         _end_run(f"stopped at once: {trainer.keeper.kept()}", 128 + second.signal)
     if stopped is not None:
-        _tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
+        tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
     try:
         result = score_run(trainer)
@@ -148,19 +149,6 @@ def _train(trainer: Trainer) -> None:
         _end_run(unwritten, 1)
 
 
-def _tell(line: str) -> None:
-    """Say something on standard error.
-
-    Only a reader that went away ends the run; one that writes to a full disk does not.
-    """
-    try:
-        click.echo(line, err=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
-
-
 def _acknowledge(kind: int) -> None:
     """Say that a signal was heard; within its handler, where only a bare write is safe."""
     name = signal.Signals(kind).name
@@ -182,32 +170,28 @@ class _Progress:
     """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
 
     def __init__(self, trainer: Trainer) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._training = trainer.config.training
         self._started, self._first = time.perf_counter(), trainer.step
-        console = Console(stderr=True)
-        self._bar = None
-        if console.is_terminal:
+        self._bar, self._shown = None, contextlib.ExitStack()
+        if may_show_bar():
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
-                console=console,
+                console=bar_console(),
             )
             self._task = self._bar.add_task("", total=self._training.steps, completed=trainer.step)
 
     def __enter__(self) -> _Progress:
         if self._bar is not None:
-            self._bar.start()
+            self._shown.enter_context(shown(self._bar))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                self._bar.stop()
+        self._shown.close()
 
     def show(self, report: StepReport) -> None:
         """Show one step."""
@@ -218,7 +202,7 @@ class _Progress:
             self._bar.update(self._task, completed=report.step, description=text)
         elif made == 1 or report.step % self._training.log_every == 0:
             left = (self._training.steps - report.step) / rate
-            _tell(
+            tell(
                 f"step {report.step}/{self._training.steps}  {text}  "
                 f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}  "
                 f"{left:.0f} s left"
