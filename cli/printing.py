@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,19 @@ def printable(text: str) -> str:
     """The text on one line: line breaks, control characters and the like as backslash escapes."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def visible(text: str) -> str:
+    """A text of several lines as a terminal can be given it: control characters as backslash escapes.
+
+    Line breaks and tabs stay.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs")
+        else printable(character)
         for character in text
     )
 

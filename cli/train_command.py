@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
-from mhmoe_cli.printing import printable
+from mhmoe_cli.printing import printable, visible
 from mhmoe_cli.progress import bar_console, may_show_bar, shown, tell
 from mhmoe_cli.run_settings import base_layers, option_tables
 from mhmoe_np.errors import Interrupted, Taken, UserError
@@ -144,7 +144,7 @@ def _train(trainer: Trainer) -> None:
         )
     click.echo("held-out text:")
     print_scores(result.scores)
-    click.echo(f"\nsample:\n{result.sample}")
+    click.echo(f"\nsample:\n{visible(result.sample)}")
     if unwritten is not None:
         _end_run(unwritten, 1)
 

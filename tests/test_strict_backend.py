@@ -20,7 +20,8 @@ from mhmoe_np.audit.trace import trace
 from mhmoe_np.checkpoints.checkpoint import load_model, save_model, save_packed_model
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.inference.evaluate import score_stream
-from mhmoe_np.inference.generate import Sampling, generate
+from mhmoe_np.inference.generate import generate
+from mhmoe_np.inference.sampling import Sampling
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.packed import pack_weights, unpack_weights

@@ -1,10 +1,17 @@
-"""Continuing a prompt, token by token."""
+"""Continuing prompts, token by token, several at once.
+
+The prompts of a batch begin at the same position. Up to the length of the shortest they are read
+together; from there each position adds one token to every text: a prompt that is longer gives its own
+next one, the others the one that was drawn. So nothing is padded, and each text is what it would be
+alone, to the rounding of products with another number of rows.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,38 +20,204 @@ from tokenizers.decoders import DecodeStream
 from mhmoe_np.data.store import tokenise_prompt
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count
 from mhmoe_np.errors import UserError
+from mhmoe_np.inference.sampling import Sampling, next_token
+from mhmoe_np.inference.stop_strings import StopStrings
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import Progress, unseen
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
 
-
-class Sampling(NamedTuple):
-    """How the next token is drawn; temperature 0 takes the most probable one."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+FinishReason = Literal["end_of_text", "stop", "length", "positions"]
+"""A text ended by itself, before a stop string, at `max_new_tokens`, or with the model's positions."""
 
 
-def next_token(logits_V: FloatArray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Draw from softmax(logits / temperature), of the top_k most probable, of the top_p nucleus.
+class Limits(NamedTuple):
+    """Where a text ends, at the latest.
 
-    The nucleus is the smallest set of most probable tokens whose probabilities reach top_p
-    (Holtzman et al., arXiv 1904.09751). Ties keep the lower id.
+    end_of_text: ids that end a text, as a checkpoint says them; none: the tokenizer's own.
     """
-    if sampling.temperature == 0:
-        return int(np.argmax(logits_V))
-    order = np.argsort(-logits_V, kind="stable")[: sampling.top_k]
-    sorted_V = logits_V[order].astype(np.float64)
-    with np.errstate(over="ignore"):  # a temperature near 0: -inf, hence probability 0
-        p = np.exp((sorted_V - sorted_V[0]) / sampling.temperature)
-    p /= p.sum()
-    if sampling.top_p is not None:
-        nucleus = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1
-        order, p = order[:nucleus], p[:nucleus] / p[:nucleus].sum()
-    return int(order[rng.choice(len(order), p=p)])
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    end_of_text: tuple[int, ...] = ()
+
+
+@dataclass
+class Continuation:
+    """One text in the making.
+
+    token_ids are those that were drawn, without the end of text and with those of a stop string; text
+    is what they say, without a stop string and what follows it.
+    """
+
+    prompt: str
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None  # None: it goes on
+
+
+class Prompt(NamedTuple):
+    """The beginning of a text, and how it goes on."""
+
+    text: str
+    id_T: IntArray
+    sampling: Sampling
+
+
+def prompt_of(
+    text: str,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    *,
+    end_of_text: tuple[int, ...] = (),
+    config: ModelConfig,
+) -> Prompt:
+    """What the model is given for `text`.
+
+    For an empty one, that starts a new text, it is what the tokenizer puts before every text, or else
+    the first end-of-text token. end_of_text: as in `Limits`.
+
+    Raises UserError: the sampling is no such numbers; the text makes no token, one that the model
+    lacks, or leaves no position for a new one.
+    """
+    sampling.check()
+    shown = f"prompt {text if len(text) <= 40 else text[:40] + '...'!r}"
+    id_T = tokenise_prompt(text, tokenizer)
+    if not text and not len(id_T):
+        id_T = np.array(_ends(end_of_text, tokenizer)[:1])
+    if not len(id_T):
+        raise UserError(f"{shown}: the model's tokenizer makes no token of it; give another one")
+    if int(id_T.max()) >= config.vocab_size:
+        raise UserError(
+            f"{shown}: token id {int(id_T.max())} is beyond the model's vocab_size "
+            f"{config.vocab_size}; the tokenizer is not the model's"
+        )
+    if len(id_T) >= config.max_position_embeddings:
+        raise UserError(
+            f"{shown}: its {len(id_T)} tokens leave no room in the model's "
+            f"{config.max_position_embeddings} positions; shorten it"
+        )
+    return Prompt(text, id_T, sampling)
+
+
+def _ends(end_of_text: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
+    return end_of_text or (end_of_text_id(tokenizer),)
+
+
+class _Text:
+    """A continuation with what makes it."""
+
+    def __init__(self, prompt: Prompt, limits: Limits, tokenizer: Tokenizer, positions: int) -> None:
+        self.made = Continuation(prompt.text, prompt.sampling.seed)
+        self.prompt_length = len(prompt.id_T)
+        self.most_positions = min(positions, self.prompt_length + limits.max_new_tokens)
+        self._ids: list[int] = prompt.id_T.tolist()
+        self._sampling, self._limits, self._tokenizer = prompt.sampling, limits, tokenizer
+        self._rng = np.random.default_rng(prompt.sampling.seed)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._stop = StopStrings(limits.stop)
+
+    @property
+    def finished(self) -> bool:
+        return self.made.finish_reason is not None
+
+    def id_at(self, position: int) -> int:
+        """The token that stands there; behind the end of the text the last one again, for nobody."""
+        return self._ids[min(position, len(self._ids) - 1)]
+
+    def extend(self, logits_V: FloatArray) -> str:
+        """Draw a token; the text that can be shown now."""
+        token = next_token(logits_V, self._sampling, np.array(self._ids), self._rng)
+        if token in self._limits.end_of_text:
+            return self._show(self._stop.rest(), "end_of_text")
+        self._ids.append(token)
+        self.made.token_ids.append(token)
+        piece = self._stop.through(_decoded(self._stream, self._tokenizer, token) or "")
+        if self._stop.found:
+            return self._show(piece, "stop")
+        if len(self._ids) < self.most_positions:
+            return self._show(piece, None)
+        at_limit = len(self.made.token_ids) == self._limits.max_new_tokens
+        return self._show(piece + self._stop.rest(), "length" if at_limit else "positions")
+
+    def _show(self, piece: str, reason: FinishReason | None) -> str:
+        self.made.text += piece
+        self.made.finish_reason = reason
+        return piece
+
+
+class Generation:
+    """Some texts that are made together, a token of each a step."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        *,
+        limits: Limits,
+        ops: Operations,
+    ) -> None:
+        """Of a model, its tokenizer and prompts for them.
+
+        Raises UserError: a stop string is empty; the cache of keys and values of so many texts does not
+        fit into memory.
+        """
+        limits = limits._replace(end_of_text=_ends(limits.end_of_text, tokenizer))
+        positions = model.config.max_position_embeddings
+        self._texts = [_Text(prompt, limits, tokenizer, positions) for prompt in prompts]
+        self._known, self._ops = id_count(tokenizer), ops
+        self._cache = _room(self._texts, model, ops)
+
+    @property
+    def continuations(self) -> list[Continuation]:
+        """As far as they are, in the order of the prompts."""
+        return [text.made for text in self._texts]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all texts have ended."""
+        return all(text.finished for text in self._texts)
+
+    def step(self) -> list[str]:
+        """Read the next position of every text; the text that each shows more of by it.
+
+        Raises UserError: the logits are not finite, or the tokenizer cannot decode what was drawn.
+        """
+        ops, cache = self._ops, self._cache
+        first = cache.length
+        last = first + 1 if first else min(text.prompt_length for text in self._texts)
+        id_BT = np.array([[text.id_at(t) for t in range(first, last)] for text in self._texts])
+        with ops.scope():
+            logits_BV = ops.to_host(cache.extend(id_BT))
+        shown = []
+        for text, logits_V in zip(self._texts, logits_BV, strict=True):
+            if last < text.prompt_length or text.finished:
+                shown.append("")
+                continue
+            if not np.isfinite(logits_V).all():
+                raise UserError(
+                    "the logits are not finite; the weights are damaged or too large for float32: take "
+                    "another checkpoint"
+                )
+            shown.append(text.extend(logits_V[: self._known]))
+        return shown
+
+
+def _room(texts: list[_Text], model: Model, ops: Operations) -> KeyValueCache:
+    # Nobody reads what follows the last token.
+    config, positions = model.config, max(text.most_positions for text in texts) - 1
+    per_position = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    check_memory(
+        np.dtype(model.weights.dtype).itemsize * per_position * positions * len(texts),
+        f"the keys and values of {len(texts)} texts of {positions:,} tokens at once need",
+        remedy="lower the batch size or the number of new tokens",
+    )
+    return KeyValueCache(model, sequences=len(texts), positions=positions, ops=ops)
 
 
 def generate(
@@ -54,82 +227,93 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling,
+    stop: tuple[str, ...] = (),
     end_of_text: tuple[int, ...] = (),
     ops: Operations,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of text, as each becomes whole.
 
-    Ends after `max_new_tokens`, at an end-of-text token, or when all positions are used. An empty
-    prompt starts a new text: the model is given what the tokenizer puts before every text, or else the
-    first end-of-text token.
+    Ends after `max_new_tokens`, at an end-of-text token, before a string of `stop`, or when all
+    positions are used. An empty prompt starts a new text.
 
-    end_of_text: ids that end a text, as a checkpoint says them; none: the tokenizer's own.
+    end_of_text: as in `Limits`.
 
-    Raises UserError: temperature or top_p is no such number; the prompt makes no token, one that the
-    model lacks, or leaves no position for a new one. While it is read: the logits are not finite, or
-    the tokenizer cannot decode what was drawn.
+    Raises UserError: as `prompt_of` and `Generation`; while it is read, as its `step`.
     """
-    _check_sampling(sampling)
-    config = model.config
-    end_of_text = end_of_text or (end_of_text_id(tokenizer),)
-    id_T = tokenise_prompt(prompt, tokenizer)
-    if not prompt and not len(id_T):
-        id_T = np.array(end_of_text[:1])
-    if not len(id_T):
-        raise UserError("--prompt: the model's tokenizer makes no token of it; give another one")
-    if int(id_T.max()) >= config.vocab_size:
-        raise UserError(
-            f"--prompt: token id {int(id_T.max())} is beyond the model's vocab_size "
-            f"{config.vocab_size}; the tokenizer is not the model's"
-        )
-    room = config.max_position_embeddings - len(id_T)
-    if room < 1:
-        raise UserError(
-            f"--prompt: its {len(id_T)} tokens leave no room in the model's "
-            f"{config.max_position_embeddings} positions; shorten it"
-        )
-    length = min(max_new_tokens, room)
-    return _continuation(model, tokenizer, id_T, length, sampling, end_of_text, ops=ops)
+    first = prompt_of(prompt, tokenizer, sampling, end_of_text=end_of_text, config=model.config)
+    limits = Limits(max_new_tokens, stop, end_of_text)
+    generation = Generation(model, tokenizer, [first], limits=limits, ops=ops)
+
+    def pieces() -> Iterator[str]:
+        while not generation.finished:
+            (piece,) = generation.step()
+            if piece:
+                yield piece
+
+    return pieces()
 
 
-def _check_sampling(sampling: Sampling) -> None:
-    temperature, _, top_p, _ = sampling
-    if not 0 <= temperature < math.inf:  # NaN is in no range
-        raise UserError(f"temperature: {temperature} is not a finite number of at least 0; try 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p: {top_p} is not above 0 and at most 1; try 0.95")
+class Texts(NamedTuple):
+    """The continuations of some prompts, in their order, and how fast they came."""
+
+    continuations: list[Continuation]
+    seconds: float  # reading the prompts with the model included
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were drawn."""
+        return sum(len(made.token_ids) for made in self.continuations)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Drawn tokens a second, of all texts together."""
+        return self.tokens / self.seconds
 
 
-def _continuation(
+def generate_all(
     model: Model,
     tokenizer: Tokenizer,
-    id_T: IntArray,
-    length: int,
-    sampling: Sampling,
-    end_of_text: tuple[int, ...],
+    prompts: Sequence[str],
     *,
+    limits: Limits,
+    sampling: Sampling,
+    batch_size: int,
+    progress: Progress = unseen,
     ops: Operations,
-) -> Iterator[str]:
-    known = id_count(tokenizer)
-    rng = np.random.default_rng(sampling.seed)
-    cache = KeyValueCache(model, sequences=1, positions=len(id_T) + length, ops=ops)
-    stream = DecodeStream(skip_special_tokens=False)
-    new_T = id_T.astype(np.int64)
-    for _ in range(length):
-        with ops.scope():
-            logits_V = ops.to_host(cache.extend(new_T[None]))[0]
-            if not np.isfinite(logits_V).all():
-                raise UserError(
-                    "the logits are not finite; the weights are damaged or too large for float32: take "
-                    "another checkpoint"
-                )
-            token = next_token(logits_V[:known], sampling, rng)
-        if token in end_of_text:
-            return
-        text = _decoded(stream, tokenizer, token)
-        if text:
-            yield text
-        new_T = np.array([token])
+) -> Texts:
+    """Continue every prompt, `batch_size` at once, those of similar length together.
+
+    The i-th prompt, from 0, is sampled with seed `sampling.seed` + i, whatever stands beside it.
+    progress: counts tokens; a text that ends early counts as long as it might have been.
+
+    Raises UserError: as `prompt_of` for any prompt, before a text is begun; as `Generation` and `step`.
+    """
+    ends, config = limits.end_of_text, model.config
+    given = [
+        prompt_of(
+            prompt,
+            tokenizer,
+            sampling._replace(seed=sampling.seed + i),
+            end_of_text=ends,
+            config=config,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    # The longest first: if memory is short, it shows at once.
+    order = sorted(range(len(given)), key=lambda i: -len(given[i].id_T))
+    made: dict[int, Continuation] = {}
+    started, most = time.perf_counter(), limits.max_new_tokens
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        generation = Generation(model, tokenizer, [given[i] for i in places], limits=limits, ops=ops)
+        while not generation.finished:
+            generation.step()
+            done = sum(
+                most if text.finish_reason else len(text.token_ids) for text in generation.continuations
+            )
+            progress(most * first + done, most * len(given))
+        made.update(zip(places, generation.continuations, strict=True))
+    return Texts([made[i] for i in range(len(given))], time.perf_counter() - started)
 
 
 def _decoded(stream: DecodeStream, tokenizer: Tokenizer, token: int) -> str | None:

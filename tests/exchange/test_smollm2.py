@@ -24,7 +24,8 @@ from mhmoe_np.exchange.foreign import Foreign
 from mhmoe_np.exchange.gguf_export import export_gguf
 from mhmoe_np.exchange.gguf_import import import_gguf
 from mhmoe_np.inference.evaluate import evaluate
-from mhmoe_np.inference.generate import Sampling, generate
+from mhmoe_np.inference.generate import generate
+from mhmoe_np.inference.sampling import Sampling
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.load import load_operations
 
