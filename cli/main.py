@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -19,11 +19,15 @@ from mhmoe_cli.printing import printable
 from mhmoe_np.errors import Interrupted, UserError
 from mhmoe_np.training.stopping import ignore_from_here
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
     "generate": "Continue a prompt.",
+    "presets": "List the named settings of train and plan.",
     "init": "Write a checkpoint with random weights from a config.json.",
     "trace": "Run one forward and backward and write every tensor down.",
     "compare": "Compare two traces, or a trace with a checkpoint, and name what differs and why.",
@@ -80,6 +84,17 @@ class LazyGroup(click.Group):
         """The list from the table above: nothing is imported."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands from the table above, too, and the group's own options."""
+        from click.shell_completion import CompletionItem
+
+        commands = [
+            CompletionItem(name, help=help)
+            for name, help in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -11,10 +11,9 @@ import click
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import console, print_json, show
 from mhmoe_cli.progress import duration
-from mhmoe_cli.run_settings import option_tables, resolved_config
+from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
-from mhmoe_np.settings.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from mhmoe_np.costs.plan import Plan
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
-@click.option("--preset", help=f"Named settings (default: {DEFAULT_PRESET}); see the README.")
+@preset_option
 @click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+import click
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import nearest, shown
@@ -18,6 +22,22 @@ from mhmoe_np.settings.run import (
     with_settings,
 )
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _completed(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in RUN_PRESETS if name.startswith(incomplete)]
+
+
+def preset_option(command: Command) -> Command:
+    """`--preset NAME`, which the shell completes."""
+    return click.option(
+        "--preset",
+        metavar="NAME",
+        shell_complete=_completed,
+        help=f"Named settings (default: {DEFAULT_PRESET}); `mhmoe-np presets` lists them.",
+    )(command)
+
 
 def base_layers(config: Path | None, preset: str | None) -> list[Layer]:
     """CONFIG over --preset; with neither, the default preset.
@@ -25,7 +45,10 @@ def base_layers(config: Path | None, preset: str | None) -> list[Layer]:
     Raises UserError: no such preset, or a damaged file.
     """
     if preset is not None and preset not in RUN_PRESETS:
-        raise UserError(f"--preset {shown(preset)}: unknown{nearest(preset, RUN_PRESETS)}")
+        raise UserError(
+            f"--preset {shown(preset)}: unknown{nearest(preset, RUN_PRESETS)}; "
+            "`mhmoe-np presets` lists them"
+        )
     if config is None:
         preset = preset or DEFAULT_PRESET
     layers = [Layer(RUN_PRESETS[preset], f"--preset {preset}")] if preset else []

@@ -16,7 +16,7 @@ import click
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import printable, visible
 from mhmoe_cli.progress import bar_console, may_show_bar, shown, tell
-from mhmoe_cli.run_settings import base_layers, option_tables
+from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import read_model_config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
-@click.option("--preset", help=f"Named settings (default: {DEFAULT_PRESET}); see the README.")
+@preset_option
 @click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder (default: runs/NAME).")
 @click.option("--steps", type=int, help="Optimiser steps.")

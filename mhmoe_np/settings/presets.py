@@ -122,3 +122,16 @@ RUN_PRESETS: Mapping[str, Tables] = MappingProxyType(
     _FLOAT_PRESETS | {f"{name}-bitnet": _bitnet(tables) for name, tables in _FLOAT_PRESETS.items()}
 )
 """Preset name -> the tables of a training run; `...-bitnet` is the same run with BitNet's recipe."""
+
+
+def described(config: ModelConfig) -> str:
+    """What kind of model it is, in a few words, as "MH-MoE, 2 heads, 40 experts, top 2, ternary"."""
+    words = ["dense"]
+    if config.num_experts:
+        kind = ["MoE"] if config.moe_heads == 1 else ["MH-MoE", f"{config.moe_heads} heads"]
+        words = [*kind, f"{config.num_experts} experts", f"top {config.num_experts_per_tok}"]
+    if config.shared_expert_intermediate_size:
+        words.append("shared expert")
+    if config.quantization != "none":
+        words.append("ternary" if config.quantization == "bitnet_b158" else "1-bit")
+    return ", ".join(words)

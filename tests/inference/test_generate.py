@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +264,15 @@ def test_standard_input_is_a_prompt(generated: Run, monkeypatch: pytest.MonkeyPa
         assert generated("--prompt", "-", *options).stdout == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     assert "is not UTF-8 at byte offset 1" in generated("--prompt", "-", code=2).stderr
+
+
+def test_the_readmes_commands_continue_prompts(generated: Run, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("the\na\n")
+    lines = re.findall("^mhmoe-np generate runs/mine (.*)", readme, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert generated(*shlex.split(line), "--max-new-tokens", 3).stdout
 
 
 @pytest.mark.parametrize(
