@@ -9,6 +9,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -67,21 +68,28 @@ def command(
     if format_name == "gguf":
         from mhmoe_np.exchange.gguf_export import export_gguf
 
-        write_directory_atomically(
-            out,
-            lambda folder: export_gguf(
-                parameters, tokenizer, folder / "model.gguf", end_of_text=end_of_text
-            ),
-        )
+        with progress("parameters") as show:
+            write_directory_atomically(
+                out,
+                lambda folder: export_gguf(
+                    parameters,
+                    tokenizer,
+                    folder / "model.gguf",
+                    end_of_text=end_of_text,
+                    on_progress=show,
+                ),
+            )
         click.echo(f"{out}: model.gguf")
         return
     from mhmoe_np.exchange.hf_export import exported_as, write_hf
 
     model = exported_as(parameters.config, ours=own_class, packed=packed)
-    write_directory_atomically(
-        out,
-        lambda folder: write_hf(folder, model, parameters, tokenizer, end_of_text, ops=ops),
-    )
+    with progress() as show:
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(
+            out,
+            lambda folder: write_hf(folder, model, parameters, tokenizer, end_of_text, ops=ops),
+        )
     click.echo(f"{out}: {model.hf_class.architecture}")
 
 

@@ -123,7 +123,7 @@ def command(
         prompt = prompt_of(prompts[0], tokenizer, sampling, end_of_text=ends, config=model.config)
         _stream(prompts[0], Generation(model, tokenizer, [prompt], limits=limits, ops=ops))
         return
-    with progress("generating", "tokens") as show:
+    with progress("tokens") as show:
         texts = generate_all(
             model,
             tokenizer,
@@ -131,7 +131,7 @@ def command(
             limits=limits,
             sampling=sampling,
             batch_size=batch_size,
-            progress=show,
+            on_progress=show,
             ops=ops,
         )
     if as_json:

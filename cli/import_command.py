@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
+from mhmoe_np.progress import OnProgress
 
 if TYPE_CHECKING:
     from mhmoe_np.exchange.foreign import Foreign
@@ -27,23 +29,27 @@ def command(source: Path, out: Path) -> None:
     from mhmoe_np.checkpoints.checkpoint import TOKENIZER, save_model
     from mhmoe_np.storage.files import write_directory_atomically
 
-    foreign = _read(source)
-    write_directory_atomically(
-        out,
-        lambda folder: save_model(folder, foreign.parameters, foreign.tokenizer, foreign.end_of_text),
-    )
+    with progress("parameters") as show:
+        foreign = _read(source, show)
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(
+            out,
+            lambda folder: save_model(
+                folder, foreign.parameters, foreign.tokenizer, foreign.end_of_text
+            ),
+        )
     click.echo(f"{out}: {foreign.parameters.count:,} parameters")
     if foreign.tokenizer is None:
         click.echo(f"{source}: has no {TOKENIZER}; eval and generate need one in {out}", err=True)
 
 
-def _read(source: Path) -> Foreign:
+def _read(source: Path, on_progress: OnProgress) -> Foreign:
     if source.suffix == ".gguf":
         from mhmoe_np.exchange.gguf_import import import_gguf
 
-        return import_gguf(source)
+        return import_gguf(source, on_progress=on_progress)
     if not source.is_dir():
         raise UserError(f"{source}: neither a directory nor a .gguf file; give one of them")
     from mhmoe_np.exchange.hf_import import import_hf
 
-    return import_hf(source)
+    return import_hf(source, on_progress=on_progress)

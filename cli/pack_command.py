@@ -9,6 +9,7 @@ import click
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
 from mhmoe_cli.printing import print_json
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.packing import FORMATS
 from mhmoe_np.operations.table import BackendName
@@ -72,19 +73,26 @@ def command(
             f"use {' or '.join(formats)}"
         )
     ops = load(backend, threads=threads)
-    weights = pack_weights(parameters.to_device(ops), chosen, ops=ops).to_host(ops)
-    write_directory_atomically(
-        out, lambda folder: save_packed_model(folder, config, weights, tokenizer, end_of_text)
-    )
+    with progress("parameters") as show:
+        weights = pack_weights(parameters.to_device(ops), chosen, ops=ops, on_progress=show).to_host(
+            ops
+        )
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(
+            out, lambda folder: save_packed_model(folder, config, weights, tokenizer, end_of_text)
+        )
     rows = sizes(config, weights)
     if as_json:
         values = {name: size.as_dict() for name, size in rows.items()}
         print_json({"format": chosen, "sizes": values})
         return
+
+    from rich.filesize import decimal
+
     click.echo(f"{out}: {chosen}")
-    click.echo(f"{'':18s}{'weights':>14s}{'float32 MB':>12s}{'packed MB':>12s}{'bits/weight':>13s}")
+    click.echo(f"{'':12s}{'weights':>16s}{'float32':>12s}{'packed':>12s}{'bits/weight':>13s}")
     for name, size in rows.items():
         click.echo(
-            f"{name:18s}{size.weights:14,d}{size.float32_bytes / 1e6:12.2f}"
-            f"{size.packed_bytes / 1e6:12.2f}{size.bits_per_weight:13.3f}"
+            f"{name:12s}{size.weights:16,d}{decimal(size.float32_bytes, precision=2):>12s}"
+            f"{decimal(size.packed_bytes, precision=2):>12s}{size.bits_per_weight:13.3f}"
         )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
-from mhmoe_cli.printing import console, print_json, show
-from mhmoe_cli.progress import duration
+from mhmoe_cli.printing import console, duration, print_json, show
+from mhmoe_cli.progress import progress
 from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
@@ -52,7 +52,8 @@ def command(
     text_bytes = sum(domain.byte_count for domain in chosen_domains(resolved.data.paths))
     matmul = resolved.training.matmul
     load = partial(load_operations, backend, threads=threads, keep_buffers=True, matmul=matmul)
-    plan = make_plan(resolved, text_bytes, load=load)
+    with progress() as show_progress:
+        plan = make_plan(resolved, text_bytes, load=load, on_progress=show_progress)
     if as_json:
         print_json(_as_dict(plan))
     else:
@@ -69,6 +70,7 @@ def _as_dict(plan: Plan) -> dict[str, object]:
 
 
 def _print(plan: Plan) -> None:
+    from rich.filesize import decimal
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
@@ -79,20 +81,16 @@ def _print(plan: Plan) -> None:
     for part, flops in plan.flops_per_token.items():
         if flops:
             table.add_row(f"  {part}", f"{flops:,}")
-    table.add_row("memory at the peak", _size(plan.memory.peak))
+    table.add_row("memory at the peak", decimal(plan.memory.peak, precision=2))
     for part, size in plan.memory._asdict().items():
         if size:
-            table.add_row(f"  {part}", _size(size))
+            table.add_row(f"  {part}", decimal(size, precision=2))
     if plan.device is not None:
-        table.add_row(f"  of {plan.device.name}", _size(plan.device.total_bytes))
+        table.add_row(f"  of {plan.device.name}", decimal(plan.device.total_bytes, precision=2))
         if plan.memory.peak > plan.device.total_bytes:
             table.add_row("", "it does not fit: a smaller batch, or more gradient_accumulation_steps")
     table.add_row("tokens/s", f"{plan.tokens_per_s:,.0f}")
     table.add_row("a step", f"{plan.step_seconds:.3g} s")
     table.add_row("all steps", duration(plan.training_seconds))
-    table.add_row("disk", _size(plan.disk))
+    table.add_row("disk", decimal(plan.disk, precision=2))
     show(console(least_width=80), table)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from mhmoe_cli.printing import printable
-from mhmoe_np.progress import Progress
+from mhmoe_cli.printing import duration, printable
+from mhmoe_np.progress import OnProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
-_live: list[Bar] = []  # the bar that is on the terminal, if there is one
+_live: list[Progress] = []  # the bar that is on the terminal, if there is one
 
 
 def tell(line: str) -> None:
@@ -51,7 +52,7 @@ def bar_console() -> Console:
 
 
 @contextmanager
-def shown(bar: Bar) -> Iterator[None]:
+def shown(bar: Progress) -> Iterator[None]:
     """Keep a bar on the terminal; what `tell` says meanwhile goes above it."""
     bar.start()
     _live.append(bar)
@@ -64,56 +65,92 @@ def shown(bar: Bar) -> Iterator[None]:
 
 
 @contextmanager
-def progress(title: str, unit: str = "") -> Iterator[Progress]:
-    """Show how far a step is: what is given is to be called with how many units of how many are done.
+def progress(unit: str = "") -> Iterator[OnProgress]:
+    """Show how far some work is: what is given is called with its stage, what is done, and of how much.
 
-    title: what is being done, as "scoring speech"; unit: what is counted, in the plural. The bar goes
-    away when the step ends. Beneath another bar, and where there is no terminal, a step that takes long
-    is told in lines instead.
+    unit: what is counted, in the plural; bytes are shown with their speed. The bar goes away when the
+    work ends. Beneath another bar, and where there is no terminal, work that takes long is told in
+    lines instead, also while nothing calls.
     """
-    title = printable(title)
-    if not may_show_bar():
-        yield _lines(title, unit)
-        return
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    with _bar(unit) if may_show_bar() else _lines(unit) as show:
+        yield show
 
-    bar = Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+
+@contextmanager
+def _bar(unit: str) -> Iterator[OnProgress]:
+    from rich import progress as columns
+
+    amounts = (
+        (columns.DownloadColumn(), columns.TransferSpeedColumn())
+        if unit == "bytes"
+        else (columns.TaskProgressColumn(),)
+    )
+    bar = columns.Progress(
+        columns.TextColumn("{task.description}", markup=False),
+        columns.BarColumn(bar_width=None),
+        *amounts,
+        columns.TimeRemainingColumn(),
         console=bar_console(),
         expand=True,
         transient=True,
     )
-    task = bar.add_task(title, total=None)
+
+    def show(stage: str, done: int, total: int) -> None:
+        stage = printable(stage)
+        if not bar.tasks or bar.tasks[0].description != stage:
+            for task in bar.tasks:
+                bar.remove_task(task.id)
+            bar.add_task(stage, total=None)
+        bar.update(bar.tasks[0].id, completed=done, total=total or None)
+
     with shown(bar):
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+        yield show
 
 
-def _lines(title: str, unit: str) -> Progress:
-    started = told = time.monotonic()
+class _State(NamedTuple):
+    """How far a stage is."""
 
-    def line(done: int, of: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told < SECONDS_BETWEEN_LINES or not done:
-            return
-        told = now
-        left = (now - started) * (of - done) / done
-        counted = f"{done:,} of {of:,} {unit}".rstrip()
-        tell(f"{title}: {counted}, {done / of:.0%}, {duration(left)} left")
+    stage: str
+    done: int
+    total: int
+    started: float
 
-    return line
+    def line(self, unit: str, now: float) -> str:
+        """It as a line, at the time `now`."""
+        seconds = now - self.started
+        if not (self.done and self.total):
+            return f"{self.stage}: {duration(seconds)} so far"
+        left = f"{duration(seconds * (self.total - self.done) / self.done)} left"
+        if unit == "bytes":
+            speed = f"{self.done / 1e6 / seconds:.1f} MB/s"
+            counted = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
+            return f"{self.stage}: {counted}, {speed}, {left}"
+        counted = f"{self.done:,} of {self.total:,} {unit}".rstrip()
+        return f"{self.stage}: {counted}, {self.done / self.total:.0%}, {left}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 58 s, 12 min, 3 h 5 min, 2 d 4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+@contextmanager
+def _lines(unit: str) -> Iterator[OnProgress]:
+    state: _State | None = None
+    ended = threading.Event()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal state
+        stage = printable(stage)
+        before = state
+        started = before.started if before and before.stage == stage else time.monotonic()
+        state = _State(stage, done, total, started)
+
+    def speak() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            if state is not None:
+                with contextlib.suppress(OSError):  # nobody reads; the command itself finds out
+                    tell(state.line(unit, time.monotonic()))
+
+    thread = threading.Thread(target=speak, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield show
+    finally:
+        ended.set()
+        thread.join()

@@ -8,6 +8,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -42,9 +43,11 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         raise UserError(f"{found}: is not packed: it has no {PACKED_WEIGHTS}")
     ops = load(backend, threads=threads)
     model = load_model(found, np.float32, ops=ops)
-    parameters = unpack_weights(model.config, model.weights, ops=ops)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
-    write_directory_atomically(
-        out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
-    )
+    with progress("parameters") as show:
+        parameters = unpack_weights(model.config, model.weights, ops=ops, on_progress=show)
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(
+            out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
+        )
     click.echo(f"{out}: {parameters.count:,} parameters")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import LARGEST_COUNT, LARGEST_SIZE
 from mhmoe_np.settings.presets import PAPER_MODELS
@@ -80,11 +81,13 @@ def command(
         if preset_like
         else Experts(**changes)
     )
-    parameters = upcycle(dense, wanted, seed=seed)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
-    write_directory_atomically(
-        out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
-    )
+    with progress("layers") as show:
+        parameters = upcycle(dense, wanted, seed=seed, on_progress=show)
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(
+            out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)
+        )
     config = parameters.config
     click.echo(
         f"{out}: {parameters.count:,} parameters, "

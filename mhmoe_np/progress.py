@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with how many units are done, and of how many, after each piece of a long step."""
+OnProgress: TypeAlias = Callable[[str, int, int], object]
+"""Told what is being done, how much of it is done, and of how much; 0: nobody knows of how much."""
 
 
-def unseen(done: int, of: int) -> None:
+def unseen(stage: str, done: int, total: int) -> None:
     """The progress of a step that nobody watches."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
+import json
 import os
 import pty
 import re
@@ -11,41 +13,59 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from mhmoe_cli import progress as shown
-from mhmoe_cli.progress import duration, progress, tell
+from mhmoe_cli.printing import duration
+from mhmoe_cli.progress import progress, tell
+from mhmoe_np.audit.models import settings
+from mhmoe_np.checkpoints.checkpoint import save_model
+from mhmoe_np.data.tokenizer import train_tokenizer
+from tests.conftest import Run
+from tests.whole_models import parameters_of
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Seconds that pass only when a test says so."""
-    now = [100.0]
-    monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])
-    return now
+@pytest.mark.parametrize(
+    ("unit", "state", "line"),
+    [
+        # 1,000 took 11 s, so 9,000 take 99 s.
+        ("tokens", (1000, 10_000, 100.0), "scoring: 1,000 of 10,000 tokens, 10%, 99 s left"),
+        ("", (2, 3, 100.0), "scoring: 2 of 3, 67%, 6 s left"),
+        ("tokens", (0, 10_000, 100.0), "scoring: 11 s so far"),
+        ("tokens", (5, 0, 100.0), "scoring: 11 s so far"),
+        ("bytes", (22_000_000, 1_022_000_000, 100.0), "scoring: 22 of 1,022 MB, 2.0 MB/s, 8 min left"),
+    ],
+)
+def test_how_far_a_stage_is_makes_a_line(unit: str, state: Any, line: str) -> None:
+    assert shown._State("scoring", *state).line(unit, 111.0) == line
 
 
-def test_elsewhere_than_on_a_terminal_a_line_is_told_now_and_then(
-    clock: Any, capsys: pytest.CaptureFixture[str]
+def test_elsewhere_than_on_a_terminal_lines_are_told_also_while_nothing_calls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with progress("scoring [red]a\n", "tokens") as show:
-        for done, second in ((0, 11.0), (1000, 11.0), (2000, 20.9), (4000, 21.0), (10_000, 22.0)):
-            clock[0] = 100.0 + second
-            show(done, 10_000)
+    monkeypatch.setattr(shown, "SECONDS_BETWEEN_LINES", 0.01)
+    with progress("tokens") as show:
+        show("scoring [red]a\n", 0, 0)
+        time.sleep(0.2)
+        show("packing", 1, 2)
+        time.sleep(0.2)
+    time.sleep(0.1)
     printed, said = capsys.readouterr()
     assert printed == ""
-    # 1,000 took 11 s, so 9,000 take 99 s; 4,000 took 21 s, so 6,000 take 31.5 s.
-    assert said.splitlines() == [
-        "scoring [red]a\\n: 1,000 of 10,000 tokens, 10%, 99 s left",
-        "scoring [red]a\\n: 4,000 of 10,000 tokens, 40%, 32 s left",
-    ]
+    first, *_, last = said.splitlines()
+    assert first == "scoring [red]a\\n: 0 s so far"
+    assert last == "packing: 1 of 2 tokens, 50%, 0 s left"
 
 
 def test_a_short_step_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("packing") as show:
-        show(1, 1)
+    with progress() as show:
+        show("packing", 1, 1)
     assert capsys.readouterr() == ("", "")
 
 
@@ -75,11 +95,12 @@ def on_a_terminal(code: str, columns: int) -> str:
 def test_on_a_terminal_a_bar_fills_its_width_and_what_is_told_stands_above_it() -> None:
     written = on_a_terminal(
         "import time; from mhmoe_cli.progress import progress, tell\n"
-        "with progress('packing [red]', 'matrices') as show:\n"
-        "    show(1, 4); time.sleep(0.3)\n"
+        "with progress() as show:\n"
+        "    show('reading', 0, 0)\n"
+        "    show('packing [red]', 1, 4); time.sleep(0.3)\n"
         "    tell('compiling [red] kernels, in a line longer than the terminal is wide ...')\n"
-        "    with progress('inside') as inner: inner(1, 2)\n"
-        "    show(4, 4)\n",
+        "    with progress() as inner: inner('inside', 1, 2)\n"
+        "    show('packing [red]', 4, 4)\n",
         60,
     )
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
@@ -112,3 +133,91 @@ def test_with_no_bar_a_line_is_told_as_it_is(capsys: pytest.CaptureFixture[str])
 )
 def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+# ---- the commands that take long -----------------------------------------------------------------
+
+
+@pytest.fixture
+def told(mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a command tells of its progress: each stage, and how far it came, of how much."""
+    tokenizer = train_tokenizer(["the whale and the sea"], vocab_size=270)
+    for kind in ("dense", "mh2-ternary"):
+        (tmp_path / kind).mkdir()
+        save_model(tmp_path / kind, parameters_of(kind, vocab_size=270), tokenizer)
+
+    def run(name: str, *arguments: object) -> dict[str, tuple[int, int]]:
+        stages: dict[str, tuple[int, int]] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            before, of = stages.get(stage, (0, total))
+            assert before <= done <= total == of
+            stages[stage] = done, total
+
+        @contextlib.contextmanager
+        def recorded(unit: str = "") -> Iterator[Any]:
+            yield show
+
+        command = importlib.import_module(f"mhmoe_cli.{name}_command")
+        monkeypatch.setattr(command, "progress", recorded)
+        result = mhmoe_here(name, *arguments)
+        assert result.stderr == ""
+        return stages
+
+    return run
+
+
+def test_models_on_their_way_in_and_out_tell_how_far_they_are(told: Any) -> None:
+    backend = ("--backend", "numpy")
+    dense = parameters_of("dense", vocab_size=270).count
+    ternary = parameters_of("mh2-ternary", vocab_size=270).count
+    assert told("export", "dense", "--format", "hf", "--out", "hf", *backend) == {"writing hf": (0, 0)}
+    assert told("export", "dense", "--format", "gguf", "--out", "gguf", *backend) == {
+        "exporting": (dense, dense)
+    }
+    for source, out in (("hf", "a"), ("gguf/model.gguf", "b")):
+        assert told("import", source, "--out", out) == {
+            "importing": (dense, dense),
+            f"writing {out}": (0, 0),
+        }
+    assert told("pack", "mh2-ternary", "--out", "packed", *backend) == {
+        "quantising": (0, 0),
+        "packing": (ternary, ternary),
+        "writing packed": (0, 0),
+    }
+    found = told("unpack", "packed", "--out", "floats", *backend)
+    assert list(found) == ["unpacking", "checking", "writing floats"]
+    experts = ("--experts", 2, "--top-k", 2, "--step", 1)
+    assert told("upcycle", "dense", *experts, "--out", "experts") == {
+        "drawing": (0, 0),
+        "filling": (2, 2),
+        "writing experts": (0, 0),
+    }
+
+
+def test_a_plan_tells_how_far_its_probes_are(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PROBE_TOKENS", "BATCH_TOKENS"):
+        monkeypatch.setattr(f"mhmoe_np.costs.plan.{name}", 64)
+    tables = {
+        "model": settings("mh2"),
+        "training": {"batch_size": 32, "sequence_length": 8, "steps": 1},
+    }
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tables))
+    # 64 tokens and twice as many, in sequences of 8; each goes through the model three times.
+    assert told("plan", "config.toml", "--backend", "numpy") == {
+        "probing this machine": (3 * (8 + 16), 3 * (8 + 16))
+    }
+
+
+def test_packed_sizes_are_shown_in_a_unit_that_fits_them(mhmoe_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", parameters_of("mh2-ternary"), None, (0,))
+    options = ("--out", "packed", "--backend", "numpy")
+    printed = mhmoe_here("pack", "model", *options).stdout
+    (tmp_path / "packed").rename(tmp_path / "other")
+    sizes = json.loads(mhmoe_here("pack", "model", *options, "--json").stdout)["sizes"]
+    row = next(line for line in printed.splitlines() if line.startswith("model "))
+    assert f"{sizes['model']['packed_bytes'] / 1000:.2f} kB" in row
+    assert f"{sizes['model']['float32_bytes'] / 1000:.2f} kB" in row

@@ -24,6 +24,7 @@ from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import AdamWSettings, BitWeight, Device, Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.training.step import Learner
 
@@ -73,10 +74,17 @@ class _Probe(NamedTuple):
     buffers: int  # bytes
 
 
-def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operations]) -> Plan:
+def make_plan(
+    config: RunConfig,
+    text_bytes: int,
+    *,
+    load: Callable[[], Operations],
+    on_progress: OnProgress = unseen,
+) -> Plan:
     """Probe this machine and add up, for a run on a text of `text_bytes`.
 
     load: makes the operations of a run; each probe has its own, since their buffers adapt to its size.
+    on_progress: counts sequences that a probe took through the model.
 
     Raises   UserError: the model alone, or a probe of it, does not fit into the memory that is free.
     Source   [spec 7 multiply-adds]; accumulated steps [D5]; the rest is measured here
@@ -92,16 +100,17 @@ def make_plan(config: RunConfig, text_bytes: int, *, load: Callable[[], Operatio
         tokens=larger * training.sequence_length,
         source=f"training.sequence_length: {training.sequence_length}",
     )
+    counted = _Counted(on_progress, (1 + REPEATS) * (larger + (smaller if smaller < larger else 0)))
     parameters = Parameters(config.model, np.float32)
     initialise(parameters, training.seed)
     moments = Moments.zeros(config.model, np.float32)
     probes = []
     if smaller < larger:
-        probes.append(_probe_alone(smaller, parameters, moments, config, load))
+        probes.append(_probe_alone(smaller, parameters, moments, config, load, counted))
         gc.collect()  # its learner, which refers to itself
     ops = load()
     learner = Learner(parameters, moments, updates=0, ops=ops)
-    probes.append(_probe(learner, larger, config, ops))
+    probes.append(_probe(learner, larger, config, ops, counted))
     whole = _extrapolated(probes, smaller, larger, sequences)
     _score(learner, config, ops)  # a run ends with it
 
@@ -136,7 +145,21 @@ def _tokens(config: RunConfig, sequences: int) -> np.ndarray:
     return rng.integers(0, config.model.vocab_size, shape)
 
 
-def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations) -> _Probe:
+class _Counted:
+    """Adds up what is done, for `on_progress`."""
+
+    def __init__(self, on_progress: OnProgress, total: int) -> None:
+        self._on_progress, self._total, self._done = on_progress, total, 0
+        self.add(0)
+
+    def add(self, sequences: int) -> None:
+        self._done += sequences
+        self._on_progress("probing this machine", self._done, self._total)
+
+
+def _probe(
+    learner: Learner, sequences: int, config: RunConfig, ops: Operations, counted: _Counted
+) -> _Probe:
     """Steps that change nothing: with learning rate and decay 0."""
     batch = Batch.of(_tokens(config, sequences))
     still = AdamWSettings(0.0, 0.9, 0.95, 1e-6, 0.0, 1.0)
@@ -154,6 +177,7 @@ def _probe(learner: Learner, sequences: int, config: RunConfig, ops: Operations)
         steps.append(stepped - start)
         updates.append(updated - stepped)
         routings.append(time.perf_counter() - updated)
+        counted.add(sequences)
     update = min(updates)
     return _Probe(max(0.0, min(steps) - update), min(routings), update, ops.buffer_bytes())
 
@@ -164,10 +188,11 @@ def _probe_alone(
     moments: Moments,
     config: RunConfig,
     load: Callable[[], Operations],
+    counted: _Counted,
 ) -> _Probe:
     """A probe whose memory is given back."""
     ops = load()
-    return _probe(Learner(parameters, moments, updates=0, ops=ops), sequences, config, ops)
+    return _probe(Learner(parameters, moments, updates=0, ops=ops), sequences, config, ops, counted)
 
 
 def _extrapolated(probes: list[_Probe], smaller: int, larger: int, sequences: int) -> _Probe:

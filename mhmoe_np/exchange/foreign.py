@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.storage.tensors import check_finite
 
 
@@ -30,10 +31,16 @@ class SourceTensor(NamedTuple):
     read: Callable[[], NDArray[Any]]  # float32 or float64, of that shape
 
 
-def fill(parameters: Parameters, found: Mapping[str, SourceTensor], *, source: Path) -> None:
+def fill(
+    parameters: Parameters,
+    found: Mapping[str, SourceTensor],
+    *,
+    source: Path,
+    on_progress: OnProgress = unseen,
+) -> None:
     """Fill every tensor of a model from the tensor of its name.
 
-    found: by our names (spec 1).
+    found: by our names (spec 1). on_progress: counts parameters.
 
     Raises UserError: a tensor is missing, left over, of another shape or not finite. Names and shapes
     are checked before anything is read.
@@ -51,6 +58,9 @@ def fill(parameters: Parameters, found: Mapping[str, SourceTensor], *, source: P
                 f"{source}: tensor {found[name].name!r} has shape {list(found[name].shape)}, "
                 f"its configuration says {list(target.shape)}"
             )
+    done = 0
     for name, target in targets.items():
         target[...] = found[name].read()
         check_finite(source, {found[name].name: target})
+        done += target.size
+        on_progress("importing", done, parameters.count)

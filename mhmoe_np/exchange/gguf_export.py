@@ -25,6 +25,7 @@ from mhmoe_np.model.parameters import LAYERS, Parameters
 from mhmoe_np.model.weights import quantised_anew
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BitWeight
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.files import write_atomically
 from mhmoe_np.types import FloatArray
@@ -58,6 +59,7 @@ def export_gguf(
     path: Path,
     *,
     end_of_text: tuple[int, ...] = (),
+    on_progress: OnProgress = unseen,
 ) -> None:
     """Write a GGUF file of float32 tensors: `llama` (dense, or experts as Mixtral's), or `bitnet`.
 
@@ -65,7 +67,8 @@ def export_gguf(
     writes them; the floats that are trained are not in it. Balance losses and capacity are training's
     and stay behind. A tokenizer trained here is written as GPT-2's (see `export_tokenizer`).
 
-    end_of_text: the ids that end a text, at most three; none: the tokenizer's own.
+    end_of_text: the ids that end a text, at most three; none: the tokenizer's own. on_progress: counts
+    parameters.
 
     Raises UserError: the model's configuration or its tokenizer has no counterpart in llama.cpp, or
     `gguf` is not installed; OSError: the disk is full or refuses. Then `path` is as it was.
@@ -90,8 +93,11 @@ def export_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for _, made in tensors.values():  # one at a time in memory
+            done = 0
+            for shape, made in tensors.values():  # one at a time in memory
                 writer.write_tensor_data(np.ascontiguousarray(made(), np.float32))
+                done += int(np.prod(shape))
+                on_progress("exporting", done, parameters.count)
 
     write_atomically(path, write)
 

@@ -22,6 +22,7 @@ from mhmoe_np.exchange.gguf_tokenizer import end_of_text_ids, import_tokenizer
 from mhmoe_np.model.packed import floats_of
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.room import check_room
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig, parse_model_config, shown
 
 # Keys of an architecture that are allowed at a value that changes nothing.
@@ -37,11 +38,13 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def import_gguf(path: Path) -> Foreign:
+def import_gguf(path: Path, *, on_progress: OnProgress = unseen) -> Foreign:
     """Read a GGUF file of the architecture `llama` or `bitnet`: configuration, weights, tokenizer.
 
     A `tokenizer.json` in the same folder is taken instead of the file's own tokenizer. A ternary
     model's weights become floats that quantise to the file's integers and scales again [D11].
+
+    on_progress: counts parameters.
 
     Raises UserError: the file is missing, damaged, or of another architecture or type of tensor; a key
     or a tensor is missing or has no counterpart here; the model does not fit into memory; `gguf` is
@@ -62,7 +65,7 @@ def import_gguf(path: Path) -> Foreign:
                 )
             found[name] = source
     parameters = Parameters(config, np.float32)
-    fill(parameters, found, source=path)
+    fill(parameters, found, source=path, on_progress=on_progress)
     if config.is_quantised:
         _undo_ternary(parameters, found, path)
     return Foreign(parameters, tokenizer, end_of_text)

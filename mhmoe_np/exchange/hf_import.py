@@ -23,6 +23,7 @@ from mhmoe_np.model.packed import floats_of
 from mhmoe_np.model.parameters import Parameters, Part
 from mhmoe_np.model.room import check_room
 from mhmoe_np.model.weights import EMBEDDING
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.types import FloatArray
 
 SMALLEST_SCALE = np.float32(1e-5)  # of a quantised weight [spec 5]
@@ -30,8 +31,10 @@ SMALLEST_SCALE = np.float32(1e-5)  # of a quantised weight [spec 5]
 UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def import_hf(directory: Path) -> Foreign:
+def import_hf(directory: Path, *, on_progress: OnProgress = unseen) -> Foreign:
     """Read a model of transformers: configuration, weights, tokenizer, the ids that end a text.
+
+    on_progress: counts parameters.
 
     Raises UserError: a file is missing or damaged; a key or a tensor is unknown, missing or of another
     shape, or says what our mathematics cannot. The line names it.
@@ -40,7 +43,7 @@ def import_hf(directory: Path) -> Foreign:
     check_room(model.config, copies=1, source=str(directory / MODEL_CONFIG))
     found = _Sources(model, directory).by_our_names()
     parameters = Parameters(model.config, np.float32)
-    fill(parameters, found, source=directory)
+    fill(parameters, found, source=directory, on_progress=on_progress)
     if model.hf_class is QWEN2_MOE:
         for name in shared_down_names(model.config):
             parameters.tensors[name] *= np.float32(0.5)

@@ -14,6 +14,7 @@ import numpy as np
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import LAYERS, Parameters, initialise
 from mhmoe_np.model.room import check_room
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig, parse_model_config
 
 
@@ -50,7 +51,9 @@ class Experts(NamedTuple):
         return cls(experts, chosen, split, heads, preset.decoder_sparse_step, inner)
 
 
-def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
+def upcycle(
+    dense: Parameters, experts: Experts, *, seed: int, on_progress: OnProgress = unseen
+) -> Parameters:
     """The parameters of a mixture of experts, every other tensor as it is.
 
     Gates are renormalised: those of the K chosen experts sum to 1.
@@ -69,7 +72,8 @@ def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
     With H = `heads` > 1 head and merge layer start as the identity and the experts, of sub-token width,
     are fresh: what the layer computed is lost, all else is kept.
 
-    Otherwise a fresh tensor is what `initialise` makes of `seed`.
+    Otherwise a fresh tensor is what `initialise` makes of `seed`. on_progress: counts layers with
+    experts.
 
     Raises UserError: the model has experts; K is 1, where the gate is a probability, or S does not
     divide K, the experts and the inner width, so that the function would change; the pieces would be
@@ -77,18 +81,20 @@ def upcycle(dense: Parameters, experts: Experts, *, seed: int) -> Parameters:
     """
     config = _config(dense.config, experts)
     check_room(config, copies=1, source=f"--experts {experts.num_experts}")
+    on_progress("drawing", 0, 0)
     made = Parameters(config, dense.flat_P.dtype)
     initialise(made, seed)
     for name, tensor in made.tensors.items():
         if name in dense.tensors:
             tensor[...] = dense.tensors[name]
-    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+    for done, layer in enumerate(filter(config.is_moe_layer, range(config.num_hidden_layers)), 1):
         mlp = f"{LAYERS}{layer}.mlp"
         if experts.keep_function:
             _fill_layer(made, dense, mlp, experts)
         else:
             for projection in ("head_proj", "merge_proj"):
                 made.tensors[f"{mlp}.{projection}.weight"][...] = np.eye(config.hidden_size)
+        on_progress("filling", done, config.moe_layers)
     return made
 
 

@@ -25,7 +25,7 @@ from mhmoe_np.inference.stop_strings import StopStrings
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.progress import Progress, unseen
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
@@ -278,13 +278,13 @@ def generate_all(
     limits: Limits,
     sampling: Sampling,
     batch_size: int,
-    progress: Progress = unseen,
+    on_progress: OnProgress = unseen,
     ops: Operations,
 ) -> Texts:
     """Continue every prompt, `batch_size` at once, those of similar length together.
 
     The i-th prompt, from 0, is sampled with seed `sampling.seed` + i, whatever stands beside it.
-    progress: counts tokens; a text that ends early counts as long as it might have been.
+    on_progress: counts tokens; a text that ends early counts as long as it might have been.
 
     Raises UserError: as `prompt_of` for any prompt, before a text is begun; as `Generation` and `step`.
     """
@@ -311,7 +311,7 @@ def generate_all(
             done = sum(
                 most if text.finish_reason else len(text.token_ids) for text in generation.continuations
             )
-            progress(most * first + done, most * len(given))
+            on_progress("generating", most * first + done, most * len(given))
         made.update(zip(places, generation.continuations, strict=True))
     return Texts([made[i] for i in range(len(given))], time.perf_counter() - started)
 

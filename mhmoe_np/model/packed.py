@@ -11,17 +11,28 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights, floats, matrix_starts, quantised_anew
 from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
 
-def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations) -> Weights:
+def pack_weights(
+    parameters: Parameters,
+    format: FormatName,
+    *,
+    ops: Operations,
+    on_progress: OnProgress = unseen,
+) -> Weights:
     """Quantise and pack the backend's parameters; what is not quantised stays as views of them.
+
+    on_progress: counts parameters.
 
     Source   [spec 5 packed weights]
     """
+    on_progress("quantising", 0, 0)
     weights = quantised_anew(parameters, packed=False, ops=ops)
     arrays: dict[str, Weight] = {}
+    done = 0
     for name, weight in weights.arrays.items():
         if isinstance(weight, BitWeight):
             q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
@@ -31,6 +42,8 @@ def pack_weights(parameters: Parameters, format: FormatName, *, ops: Operations)
             arrays[name] = PackedWeight(packed, weight.beta.reshape(q_EOI.shape[:2]))
         else:
             arrays[name] = weight
+        done += parameters.arrays[name].size
+        on_progress("packing", done, parameters.count)
     return Weights(parameters.config, arrays)
 
 
@@ -42,18 +55,25 @@ def packed_format(weights: Weights) -> FormatName:
     return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
 
 
-def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) -> Parameters:
+def unpack_weights(
+    config: ModelConfig, weights: Weights, *, ops: Operations, on_progress: OnProgress = unseen
+) -> Parameters:
     """Float32 parameters, on the host, that are the same model: quantised they give these weights.
 
     The weights that once were trained are gone. In their place stand -m, 0 and m with m such that
     mean|W| is the scale beta again (m = beta over the share that is not 0), or -beta and beta.
+
+    on_progress: counts parameters.
 
     Raises   UserError: no floats quantise to these weights, so no checkpoint was packed into them.
     Source   [D11]
     """
     weights = weights.to_host(ops)
     parameters = Parameters(config, np.float32)
+    done = 0
     for entry in parameters.table:
+        on_progress("unpacking", done, parameters.count)
+        done += parameters.arrays[entry.name].size
         weight, target = weights.arrays[entry.name], parameters.arrays[entry.name]
         if not isinstance(weight, PackedWeight):
             target[...] = floats(weight)
@@ -63,6 +83,7 @@ def unpack_weights(config: ModelConfig, weights: Weights, *, ops: Operations) ->
         target_OI = target.reshape(q_OI.shape)
         for first, last in pairwise(matrix_starts(entry)):
             target_OI[first:last] = floats_of(q_OI[first:last], beta_O[first])
+    on_progress("checking", 0, 0)
     again = quantised_anew(parameters.to_device(ops), packed=False, ops=ops).to_host(ops)
     for entry in parameters.table:
         weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]

@@ -140,7 +140,7 @@ def test_a_prompt_that_cannot_be_read_is_named_before_a_text_is_begun() -> None:
             limits=Limits(2),
             sampling=Sampling(),
             batch_size=1,
-            progress=lambda done, of: told.append(done),
+            on_progress=lambda stage, done, total: told.append(done),
             ops=OPS,
         )
     assert not told
@@ -155,7 +155,7 @@ def test_progress_ends_with_all_tokens() -> None:
         limits=Limits(6),
         sampling=Sampling(0),
         batch_size=2,
-        progress=lambda done, of: told.append((done, of)),
+        on_progress=lambda stage, done, total: told.append((done, total)),
         ops=OPS,
     )
     assert told == sorted(told)
