@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,12 @@ import click
 from mhmoe_cli.backend import backends_option, prepare
 from mhmoe_cli.new_file import check_new_file
 from mhmoe_cli.printing import console, print_json, show
+from mhmoe_cli.progress import progress
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 
 if TYPE_CHECKING:
     from mhmoe_np.report.report import Report
-
-LINE = 70  # columns of the line that says what is being computed
 
 
 @click.command()
@@ -40,8 +38,10 @@ def command(as_json: bool, html: Path | None, backends: list[BackendName]) -> No
 
     from mhmoe_np.report.report import make_report
 
-    report = make_report(backends, load=load_operations, tell=_progress)
-    _progress("")
+    with progress() as show_progress:
+        report = make_report(
+            backends, load=load_operations, tell=lambda what: show_progress(what, 0, 0)
+        )
     if html is not None:
         from mhmoe_np.report.page import page
         from mhmoe_np.storage.files import write_atomically, write_text
@@ -54,12 +54,6 @@ def command(as_json: bool, html: Path | None, backends: list[BackendName]) -> No
         _print(report)
     if not report.passed:
         raise click.exceptions.Exit(1)
-
-
-def _progress(what: str) -> None:
-    """Say what is being computed, on one line of a terminal."""
-    if sys.stderr.isatty():
-        click.echo(f"\r{what[:LINE]:{LINE}s}\r", err=True, nl=False)
 
 
 def _print(report: Report) -> None:
