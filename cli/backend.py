@@ -60,12 +60,7 @@ def announce_compilation() -> None:
     import_numba_backend()
     from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
 
-    on_first_compilation(
-        lambda: tell(
-            "compiling kernels that this command needs first; they are kept for its next runs "
-            "(under a minute) ..."
-        )
-    )
+    on_first_compilation(lambda: tell("compiling kernels, kept for later runs (a minute or so) ..."))
 
 
 def prepare(name: BackendName) -> None:

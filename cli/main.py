@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,7 @@ def group(context: click.Context) -> None:
 def main() -> None:
     """Run the command line: 0 done, 1 a check or a run failed, 2 bad input (one line, no traceback)."""
     _open_standard_streams()
+    _drop_odd_sizes()
     _unwind_on_signals()
     try:
         # Outside standalone mode click hands back the code of a command that ended by Exit.
@@ -175,6 +177,13 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_odd_sizes() -> None:
+    """Forget a size of the terminal that is none: tables and bars stumble over it."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
+            del os.environ[name]
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -79,17 +79,25 @@ def progress(unit: str = "") -> Iterator[OnProgress]:
 @contextmanager
 def _bar(unit: str) -> Iterator[OnProgress]:
     from rich import progress as columns
+    from rich.table import Column
+    from rich.text import Text
 
-    amounts = (
-        (columns.DownloadColumn(), columns.TransferSpeedColumn())
-        if unit == "bytes"
-        else (columns.TaskProgressColumn(),)
-    )
+    class Pace(columns.ProgressColumn):
+        """Bytes a second, and how long it will take, or has taken where that is not known yet."""
+
+        def render(self, task: columns.Task) -> Text:
+            left = task.time_remaining
+            if left is None or not task.speed:
+                return Text(f"{duration(task.elapsed or 0.0)} so far")
+            speed = f"{task.speed / 1e6:.1f} MB/s, " if unit == "bytes" else ""
+            return Text(f"{speed}{duration(left)} left")
+
     bar = columns.Progress(
+        columns.SpinnerColumn(),
         columns.TextColumn("{task.description}", markup=False),
         columns.BarColumn(bar_width=None),
-        *amounts,
-        columns.TimeRemainingColumn(),
+        columns.TaskProgressColumn(),
+        Pace(table_column=Column(no_wrap=True)),
         console=bar_console(),
         expand=True,
         transient=True,

@@ -104,8 +104,8 @@ def test_on_a_terminal_a_bar_fills_its_width_and_what_is_told_stands_above_it() 
         60,
     )
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
-    bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("packing [red] ")]
-    assert any("25%" in line for line in bars)
+    bars = [line for line in re.split(r"[\r\n]+", plain) if line[1:].startswith(" packing [red] ")]
+    assert any(" 25% 0 s so far" in line for line in bars)
     assert max(len(line) for line in bars) == 60
     # The bar's line is cleared first, and the line comes whole, as the terminal will fold it.
     told = "compiling [red] kernels, in a line longer than the terminal is wide ..."

@@ -66,20 +66,20 @@ def penalised(logits_V: FloatArray, seen_T: IntArray, penalty: float) -> FloatAr
     return logits_V
 
 
-def nucleus_size(p_V: FloatArray, top_p: float) -> int:
+def nucleus_size(p: FloatArray, top_p: float) -> int:
     """Count the fewest most probable tokens whose probabilities reach top_p.
 
-    p_V: falling, of sum 1. At least 1 (Holtzman et al., arXiv 1904.09751).
+    p: probabilities, falling, of sum 1. At least 1 (Holtzman et al., arXiv 1904.09751).
     """
-    return min(len(p_V), int(np.searchsorted(np.cumsum(p_V), top_p)) + 1)
+    return min(len(p), int(np.searchsorted(np.cumsum(p), top_p)) + 1)
 
 
-def min_p_size(p_V: FloatArray, min_p: float) -> int:
+def min_p_size(p: FloatArray, min_p: float) -> int:
     """Count the tokens at least min_p times as probable as the most probable one.
 
-    p_V: falling. At least 1 (Nguyen et al., arXiv 2407.01082).
+    p: probabilities, falling. At least 1 (Nguyen et al., arXiv 2407.01082).
     """
-    return int(np.count_nonzero(p_V >= min_p * p_V[0]))
+    return int(np.count_nonzero(p >= min_p * p[0]))
 
 
 def candidates(
@@ -89,29 +89,29 @@ def candidates(
 
     seen_T: ids of prompt and continuation, for the repetition penalty.
 
-    Returns id_K, int64, and p_K, float64 of sum 1, for K >= 1 tokens. With temperature 0 it is one.
+    Returns ids, int64, and p, float64 of sum 1, of at least one token; with temperature 0 of one.
     """
     if sampling.repetition_penalty != 1:
         logits_V = penalised(logits_V, seen_T, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return np.array([np.argmax(logits_V)]), np.ones(1)
-    id_K = np.argsort(-logits_V, kind="stable")[: sampling.top_k]
-    sorted_K = logits_V[id_K].astype(np.float64)
+    ids = np.argsort(-logits_V, kind="stable")[: sampling.top_k]
+    sorted_logits = logits_V[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # a temperature near 0: -inf, hence probability 0
-        p_K = np.exp((sorted_K - sorted_K[0]) / sampling.temperature)
-    p_K /= p_K.sum()
+        p = np.exp((sorted_logits - sorted_logits[0]) / sampling.temperature)
+    p /= p.sum()
     if sampling.top_p is not None:
-        p_K = p_K[: nucleus_size(p_K, sampling.top_p)]
-        p_K /= p_K.sum()
+        p = p[: nucleus_size(p, sampling.top_p)]
+        p /= p.sum()
     if sampling.min_p is not None:
-        p_K = p_K[: min_p_size(p_K, sampling.min_p)]
-        p_K /= p_K.sum()
-    return id_K[: len(p_K)], p_K
+        p = p[: min_p_size(p, sampling.min_p)]
+        p /= p.sum()
+    return ids[: len(p)], p
 
 
 def next_token(
     logits_V: FloatArray, sampling: Sampling, seen_T: IntArray, rng: np.random.Generator
 ) -> int:
     """Draw one of the `candidates`. With temperature 0 nothing is drawn from `rng`."""
-    id_K, p_K = candidates(logits_V, sampling, seen_T)
-    return int(id_K[0] if sampling.temperature == 0 else id_K[rng.choice(len(id_K), p=p_K)])
+    ids, p = candidates(logits_V, sampling, seen_T)
+    return int(ids[0] if sampling.temperature == 0 else ids[rng.choice(len(ids), p=p)])
