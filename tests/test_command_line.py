@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mhmoe_cli import main
 from mhmoe_cli.main import COMMANDS
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.settings.model import ModelConfig
@@ -103,3 +104,17 @@ def test_the_readme_says_how_a_shell_learns_it(shell: str) -> None:
     script = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, check=True).stdout
     assert f"_MHMOE_NP_COMPLETE={shell}_complete" in script
     assert " mhmoe-np" in script
+
+
+# ---- the terminal ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["²", "0", "-3", "", "1e3", "9" * 30])
+def test_a_size_of_the_terminal_that_is_none_is_forgotten(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", size)
+    monkeypatch.setenv("LINES", "24")
+    main._drop_odd_sizes()
+    assert "COLUMNS" not in os.environ
+    assert os.environ["LINES"] == "24"
