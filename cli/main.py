@@ -22,6 +22,7 @@ from mhmoe_np.training.stopping import ignore_from_here
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
+    "report": "Write a page on one run or several: curves, experts, tokens, settings.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
     "generate": "Continue a prompt.",
     "init": "Write a checkpoint with random weights from a config.json.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
-from mhmoe_cli.printing import console, print_json, show
+from mhmoe_cli.printing import console, duration, print_json, show
 from mhmoe_cli.run_settings import option_tables, resolved_config
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
@@ -89,20 +89,10 @@ def _print(plan: Plan) -> None:
             table.add_row("", "it does not fit: a smaller batch, or more gradient_accumulation_steps")
     table.add_row("tokens/s", f"{plan.tokens_per_s:,.0f}")
     table.add_row("a step", f"{plan.step_seconds:.3g} s")
-    table.add_row("all steps", _duration(plan.training_seconds))
+    table.add_row("all steps", duration(plan.training_seconds))
     table.add_row("disk", _size(plan.disk))
     show(console(least_width=80), table)
 
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

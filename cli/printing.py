@@ -22,6 +22,17 @@ def printable(text: str) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """As people say it: 42 s, 5 min, 2 h 10 min, 3 d 4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def print_json(value: Any) -> None:
     """Print indented JSON; a float that is not finite, which JSON does not know, as null."""
     click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
