@@ -215,7 +215,6 @@ class _Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._training = trainer.config.training
-        self._warned: set[tuple[str, int]] = set()  # each once: what is wrong stays so for many steps
         self._started, self._first = time.perf_counter(), trainer.step
         console = Console(stderr=True)
         self._bar = None
@@ -246,9 +245,7 @@ class _Progress:
         text = f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s"
         steps, experts = self._training.steps, _experts(report)
         for warning in report.warnings:
-            if (warning.name, warning.layer) not in self._warned:
-                self._warned.add((warning.name, warning.layer))
-                self._say(f"warning: {warning.name}: step {report.step}, {warning.text}")
+            self._say(f"warning: {warning.name}: step {report.step}, {warning.text}")
         if self._bar is not None:
             description = f"{text}\n{experts}" if experts else text
             self._bar.update(self._task, completed=report.step, description=description)
@@ -266,7 +263,8 @@ class _Progress:
         if self._bar is None:
             _tell(line)
         else:
-            self._bar.console.print(line, markup=False, highlight=False)
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.console.print(line, markup=False, highlight=False)
 
 
 def _experts(report: StepReport) -> str:

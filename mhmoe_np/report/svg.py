@@ -46,7 +46,8 @@ def _line_chart(chart: LineChart) -> Markup:
     x_low, x_high = _range(np.concatenate([curve.x for curve in filled]))
     y_low, y_high = _range(np.concatenate([curve.y for curve in filled]))
     margin = 0.04 * (y_high - y_low)
-    y_low, y_high = y_low - margin, y_high + margin
+    # Nothing that is counted goes below 0, nor does its axis.
+    y_low, y_high = (0.0 if 0 <= y_low < margin else y_low - margin), y_high + margin
     x_scale = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
     y_scale = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
     parts = []
@@ -77,8 +78,7 @@ def _range(values: FloatArray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if low < high:
         return low, high
-    room = abs(low) / 10 or 0.5
-    return low - room, high + room
+    return (0.0, 1.0) if low == 0 else (low - abs(low) / 10, high + abs(low) / 10)
 
 
 def _ticks(low: float, high: float, most: int) -> Iterator[tuple[float, str]]:
@@ -116,9 +116,10 @@ def _heat_map(heat: HeatMap) -> Markup:
         for level in np.unique(levels)
     ]
     parts.append("</g>")
-    parts.append(_text(LEFT - 5, TOP + min(cell, 10), f"{heat.rows} 0", "end"))
-    if rows * cell > 24:
-        parts.append(_text(LEFT - 5, TOP + rows * cell - 1, str(rows - 1), "end"))
+    parts.append(_text(LEFT - 5, TOP + max(cell / 2 + 3.5, 7.5), "0", "end"))
+    if rows * cell > 20:
+        last_row = TOP + rows * cell - max(cell / 2 - 3.5, 0)
+        parts.append(_text(LEFT - 5, last_row, str(rows - 1), "end"))
     parts.append(_text(LEFT, height - 7, f"{heat.columns} {heat.first}", "start"))
     if heat.last != heat.first:
         parts.append(_text(WIDTH - RIGHT, height - 7, heat.last, "end"))

@@ -25,8 +25,10 @@ COLLAPSED = 0.1
 
 With K experts for each sub-token it uses at least K, and E where it is balanced. One that uses fewer
 than K + a tenth of the other E - K has as good as one way left for all tokens; routers that only are
-uneven, as all are in their first steps, use several times as many.
+uneven use several times as many.
 """
+COLLAPSED_STEPS = 10
+"""Steps in a row after which a collapse is told: while the rate rises routers dip there, and return."""
 SATURATED = 0.99
 """Mean probability of the first choice from which on a router counts as saturated.
 
@@ -147,41 +149,44 @@ def _together(parts: Sequence[LayerRouting]) -> LayerRouting:
     )
 
 
-def warnings_of(
-    balances: Sequence[LayerBalance],
-    routings: Sequence[LayerRouting],
-    choices: int,
-    config: ModelConfig,
-) -> list[RouterWarning]:
-    """The routers that are collapsed or saturated, a line each.
+class RouterAlarm:
+    """Raises each layer's warnings once, as long as one process trains."""
 
-    choices: of each layer, in the step. Of fewer choices than experts nothing can be said.
-    """
-    E, K = config.num_experts, config.num_experts_per_tok
-    found = []
-    for balance in balances:
-        used = E**balance.entropy
-        if E > K and choices >= E and used < K + COLLAPSED * (E - K):
-            found.append(
-                RouterWarning(
-                    "router-collapse",
-                    balance.layer,
-                    f"layer {balance.layer}: the router has collapsed: it uses as many as {used:.1f} "
-                    f"of {E} experts; raise router_aux_loss_coef or lower learning_rate",
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._collapsed: dict[int, int] = {}  # layer -> steps in a row
+        self._raised: set[tuple[WarningName, int]] = set()
+
+    def look(
+        self, balances: Sequence[LayerBalance], routings: Sequence[LayerRouting], choices: int
+    ) -> list[RouterWarning]:
+        """What is wrong since this step, a line for each router.
+
+        choices: of each layer, in the step. Of fewer choices than experts nothing can be said.
+        """
+        E, K = self._config.num_experts, self._config.num_experts_per_tok
+        found = []
+        for balance in balances:
+            layer, used = balance.layer, E**balance.entropy
+            collapsed = E > K and choices >= E and used < K + COLLAPSED * (E - K)
+            self._collapsed[layer] = collapsed * (self._collapsed.get(layer, 0) + 1)
+            if self._collapsed[layer] == COLLAPSED_STEPS:
+                text = (
+                    f"layer {layer}: the router has collapsed: it uses about {used:.1f} of {E} "
+                    "experts; raise router_aux_loss_coef or lower learning_rate"
                 )
-            )
-    found += [
-        RouterWarning(
-            "router-saturation",
-            routing.layer,
-            f"layer {routing.layer}: the router is saturated: its first choice has a probability of "
-            f"{routing.top_probability:.4f} on average, so it hardly learns; raise router_z_loss_coef "
-            "or lower learning_rate",
-        )
-        for routing in routings
-        if E > 1 and routing.top_probability > SATURATED
-    ]
-    return found
+                found.append(RouterWarning("router-collapse", layer, text))
+        for routing in routings:
+            if E > 1 and routing.top_probability > SATURATED:
+                text = (
+                    f"layer {routing.layer}: the router is saturated: its first choice has a "
+                    f"probability of {routing.top_probability:.4f} on average, so it hardly learns; "
+                    "raise router_z_loss_coef or lower learning_rate"
+                )
+                found.append(RouterWarning("router-saturation", routing.layer, text))
+        new = [warning for warning in found if (warning.name, warning.layer) not in self._raised]
+        self._raised |= {(warning.name, warning.layer) for warning in new}
+        return new
 
 
 def _entropy(count_E: IntArray) -> float:

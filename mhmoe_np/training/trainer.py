@@ -32,9 +32,9 @@ from mhmoe_np.training.keeper import Keeper, TrainingFailure
 from mhmoe_np.training.router_statistics import (
     LayerBalance,
     LayerRouting,
+    RouterAlarm,
     RouterWarning,
     RouterWatch,
-    warnings_of,
 )
 from mhmoe_np.training.run_folder import (
     EVALUATION,
@@ -88,7 +88,7 @@ class StepReport(NamedTuple):
     tokens_per_s: float
     quantised: QuantisedShares | None  # after the update; None: the model has no such weights
     router: list[LayerBalance]  # of each MoE layer
-    warnings: list[RouterWarning]  # what is wrong with a router; no part of the line
+    warnings: list[RouterWarning]  # of routers, first raised at this step; no part of the line
 
     def as_dict(self) -> dict[str, Any]:
         """The line as JSON has it; what the model does not have is left out."""
@@ -132,6 +132,7 @@ class Trainer:
         changed = changes(opened, config, ops.name)
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.keeper = Keeper(run, config, start.state, changed, tokenizer, self.learner, ops)
+        self._alarm = RouterAlarm(config.model)
         self._events: EventFile | None = None
         self.notices = [
             *opened.notices,
@@ -223,7 +224,7 @@ class Trainer:
             tokens_per_s=batch_tokens / (time.perf_counter() - start),
             quantised=QuantisedShares.of(matrices),
             router=balances,
-            warnings=warnings_of(balances, routings, choices, model),
+            warnings=self._alarm.look(balances, routings, choices),
         )
         return report, matrices, routings
 
