@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +19,16 @@ from mhmoe_np.data.store import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import Model, checked_ids, forward
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.training.run_folder import validation_domains
-from mhmoe_np.types import IntArray
+from mhmoe_np.types import FloatArray, IntArray
 
 TOKENS = 8192  # of held-out text that are looked at, unless told otherwise
 AT_ONCE = 2048  # tokens that go through the model together
 BYTES_PER_TOKEN = 8  # more than a token has on average: so much text is enough
 LEAST = 3  # occurrences below which a token says nothing
+CHOICE_BYTES = 12  # an expert's number and its gate
 SHOWN = 8  # tokens of an expert
 EXAMPLES = 2
 CONTEXT = 8  # tokens on both sides
@@ -54,7 +57,15 @@ class Taken(NamedTuple):
     expert: int
     share: float  # of all choices of the layer
     tokens: list[OverRepresented]  # most first
-    examples: list[Example]  # of the first of them
+    examples: list[Example]  # one of each of the first of them
+
+
+class _Window(NamedTuple):
+    """Held-out text as one layer sees it."""
+
+    token_W: IntArray
+    expert_WK: IntArray  # each token's, of all its heads
+    gate_WK: FloatArray
 
 
 class ExpertTokens(NamedTuple):
@@ -73,7 +84,8 @@ def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> Expert
     A token's choices are those of all its heads. Experts' tokens are ordered by (seen - expected) /
     sqrt(expected), so that rare tokens do not come first by chance.
 
-    Raises UserError: there is no whole checkpoint, or its tokenizer is missing.
+    Raises UserError: the newest checkpoint is damaged or has no tokenizer, or so many tokens do not fit
+    into memory.
     """
     if not checkpoints_of(run):
         return None
@@ -83,14 +95,16 @@ def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> Expert
     if not model.config.moe_layers:
         return None
     window = model.config.max_position_embeddings
+    choices = model.config.moe_heads * model.config.num_experts_per_tok
+    check_memory(
+        tokens * choices * model.config.moe_layers * CHOICE_BYTES,
+        f"--tokens {tokens}: the experts of so many tokens need about",
+        remedy="lower it",
+    )
     rows = _windows(run, tokenizer, tokens, window)
-    chosen = _choices(model, rows, window, ops=ops)
     layers = {
-        layer: [
-            _taken(layer, expert, count_VE, rows, expert_of, tokenizer)
-            for expert in range(model.config.num_experts)
-        ]
-        for layer, (count_VE, expert_of) in chosen.items()
+        layer: _layer(layer, windows, model.config, tokenizer)
+        for layer, windows in _routed(model, rows, ops=ops).items()
     }
     return ExpertTokens(checkpoint.name, sum(map(len, rows)), layers)
 
@@ -112,87 +126,72 @@ def _windows(run: Path, tokenizer: Tokenizer, tokens: int, window: int) -> list[
     return rows
 
 
-def _choices(
-    model: Model, rows: list[IntArray], window: int, *, ops: Operations
-) -> Mapping[int, tuple[IntArray, list[IntArray]]]:
-    """For each MoE layer how often each token went to each expert, and each window's experts."""
-    config = model.config
-    found: dict[int, tuple[IntArray, list[IntArray]]] = {}
-    per_batch = max(1, AT_ONCE // window)
+def _routed(model: Model, rows: Sequence[IntArray], *, ops: Operations) -> dict[int, list[_Window]]:
+    """For each MoE layer where every token went; windows of one length go through together."""
+    window = model.config.max_position_embeddings
     whole = [row for row in rows if len(row) == window]
-    batches = [whole[first : first + per_batch] for first in range(0, len(whole), per_batch)]
-    order = [row for batch in batches for row in batch]
-    for row in rows:
-        if len(row) < window:
-            batches.append([row])
-            order.append(row)
-    rows[:] = order
+    at_once = max(1, AT_ONCE // window)
+    batches = [whole[first : first + at_once] for first in range(0, len(whole), at_once)]
+    batches += [[row] for row in rows if len(row) < window]
+    found: dict[int, list[_Window]] = {}
     for batch in batches:
-        id_BT = ops.to_device(checked_ids(np.array(batch), config))
+        id_BT = ops.to_device(checked_ids(np.array(batch), model.config))
         with ops.scope():
             _, cache = forward(model, id_BT, None, drop=False, ops=ops)
             for layer, block in enumerate(cache.blocks):
                 if isinstance(block.feed_forward, MoeCache):
-                    expert_MK = ops.to_host(block.feed_forward.routing.expert_MK).copy()
-                    count_VE, places = found.setdefault(
-                        layer, (np.zeros((config.vocab_size, config.num_experts), np.int64), [])
-                    )
-                    of_token = expert_MK.reshape(len(batch), len(batch[0]), -1)
-                    np.add.at(count_VE, (np.array(batch)[..., None], of_token), 1)
-                    places += list(of_token)
+                    routing = block.feed_forward.routing
+                    shape = len(batch), len(batch[0]), -1
+                    # Copies: the backend's memory is used again.
+                    experts = ops.to_host(routing.expert_MK).reshape(shape).copy()
+                    gates = ops.to_host(routing.gate_MK).reshape(shape).copy()
+                    found.setdefault(layer, []).extend(map(_Window, batch, experts, gates))
     return found
 
 
-def _taken(
-    layer: int,
-    expert: int,
-    count_VE: IntArray,
-    rows: list[IntArray],
-    places: list[IntArray],
-    tokenizer: Tokenizer,
-) -> Taken:
-    """What one expert takes.
-
-    places: for each window, the experts that each of its tokens went to.
-    """
+def _layer(
+    layer: int, windows: Sequence[_Window], config: ModelConfig, tokenizer: Tokenizer
+) -> list[Taken]:
+    count_VE = np.zeros((config.vocab_size, config.num_experts), np.int64)
+    for window in windows:
+        np.add.at(count_VE, (window.token_W[:, None], window.expert_WK), 1)
     count_V = count_VE.sum(axis=1)
-    share = float(count_VE[:, expert].sum() / max(1, count_V.sum()))
-    expected_V = share * count_V
-    seen_V = count_VE[:, expert]
-    least = LEAST * places[0].shape[1] if places else 0  # a token makes so many choices
-    usable = np.flatnonzero((seen_V > expected_V) & (count_V >= least))
-    score = (seen_V[usable] - expected_V[usable]) / np.sqrt(expected_V[usable])
-    best = usable[np.argsort(-score, kind="stable")[:SHOWN]]
-    return Taken(
-        layer,
-        expert,
-        share,
-        [
+    least = LEAST * config.moe_heads * config.num_experts_per_tok  # a token makes so many choices
+    taken = []
+    for expert in range(config.num_experts):
+        seen_V = count_VE[:, expert]
+        share = float(seen_V.sum() / max(1, count_V.sum()))
+        expected_V = share * count_V
+        usable = np.flatnonzero((seen_V > expected_V) & (count_V >= least))
+        score = (seen_V[usable] - expected_V[usable]) / np.sqrt(expected_V[usable])
+        best = usable[np.argsort(-score, kind="stable")[:SHOWN]].tolist()
+        tokens = [
             OverRepresented(
-                visible(tokenizer, [int(token)]),
+                visible(tokenizer, [token]),
                 float(seen_V[token] / expected_V[token]),
                 int(seen_V[token]),
             )
             for token in best
-        ],
-        [_example(int(token), expert, rows, places, tokenizer) for token in best[:EXAMPLES]],
+        ]
+        examples = [_example(token, expert, windows, tokenizer) for token in best[:EXAMPLES]]
+        taken.append(Taken(layer, expert, share, tokens, examples))
+    return taken
+
+
+def _example(token: int, expert: int, windows: Sequence[_Window], tokenizer: Tokenizer) -> Example:
+    """The place where the token went to the expert with the largest gate."""
+    places = []
+    for window in windows:
+        here_WK = (window.token_W[:, None] == token) & (window.expert_WK == expert)
+        gate_W = np.where(here_WK, window.gate_WK, -1).max(axis=1)
+        place = int(gate_W.argmax())
+        places.append((float(gate_W[place]), place, window.token_W))
+    _, place, token_W = max(places, key=lambda found: found[0])
+    return Example(
+        visible(tokenizer, token_W[max(0, place - CONTEXT) : place].tolist()),
+        visible(tokenizer, [token]),
+        visible(tokenizer, token_W[place + 1 : place + 1 + CONTEXT].tolist()),
     )
-
-
-def _example(
-    token: int, expert: int, rows: list[IntArray], places: list[IntArray], tokenizer: Tokenizer
-) -> Example:
-    """The first place where the token went to the expert."""
-    for row, of_token in zip(rows, places, strict=True):
-        here = np.flatnonzero((row == token) & (of_token == expert).any(axis=1))
-        if len(here):
-            i = int(here[0])
-            return Example(
-                visible(tokenizer, row[max(0, i - CONTEXT) : i].tolist()),
-                visible(tokenizer, [token]),
-                visible(tokenizer, row[i + 1 : i + 1 + CONTEXT].tolist()),
-            )
-    raise AssertionError("a token that was counted is somewhere")
 
 
 def visible(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -38,6 +38,7 @@ class Curve(NamedTuple):
     y: FloatArray
     color: int
     faint: bool = False  # raw values behind their mean
+    dashed: bool = False  # what another curve may lie under
 
 
 class LineChart(NamedTuple):
@@ -290,7 +291,7 @@ def _quantised(run: RunData) -> Iterator[LineChart]:
     if not _is_ternary(run):
         del shares["zero"]
     curves = [
-        _curve(label, step, run.metrics[key], color)
+        _curve(label, step, run.metrics[key], color)._replace(dashed=key == "plus")
         for color, (key, label) in enumerate(shares.items())
         if key in run.metrics
     ]

@@ -77,6 +77,7 @@ def _draw_curves(axes: Axes, chart: LineChart) -> None:
             curve.y,
             label=curve.label,
             color=f"C{curve.color % 10}",
+            linestyle="--" if curve.dashed else "-",
             alpha=0.3 if curve.faint else 1.0,
             linewidth=0.8 if curve.faint else 1.4,
         )

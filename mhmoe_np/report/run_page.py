@@ -118,11 +118,11 @@ def number(value: float | None) -> str:
         return "none"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _percent(change: float) -> str:
-    return f"{change:+.1%}".replace("-", "\N{MINUS SIGN}")
+    return f"{change:+.1%}".replace("-", "\N{MINUS SIGN}") if change else "same"
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {

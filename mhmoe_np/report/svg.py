@@ -67,7 +67,7 @@ def _line_chart(chart: LineChart) -> Markup:
         points = " ".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
         if len(curve.x) == 1:
             points += " h0.01"  # a round cap makes it a dot
-        kind = " faint" if curve.faint else ""
+        kind = " faint" * curve.faint + " dashed" * curve.dashed
         return f'<path class="curve c{curve.color % COLORS}{kind}" d="M{points}"/>'
 
     return _svg(chart.title, HEIGHT, [*parts, *map(path, filled)])
