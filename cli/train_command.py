@@ -273,7 +273,5 @@ def _experts(report: StepReport) -> str:
         return ""
     uneven = min(layer.entropy for layer in report.router)
     dead = sum(layer.dead for layer in report.router)
-    return (
-        f"experts: entropy {uneven:.2f}  max/mean {report.busiest_expert:.1f}  dead {dead}  "
-        f"dropped {report.dropped:,}"
-    )
+    dropped = f"  dropped {report.dropped:,}" if report.dropped else ""
+    return f"experts: entropy {uneven:.2f}  max/mean {report.busiest_expert:.1f}  dead {dead}{dropped}"

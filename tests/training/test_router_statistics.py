@@ -263,7 +263,7 @@ def test_plain_logs_say_how_experts_are_used_and_have_the_last_step(
     last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
     (layer,) = last["router"]
     shown = f"  experts: entropy {layer['entropy']:.2f}  max/mean {layer['max_over_mean']:.1f}  "
-    assert said[-3] == f"{shown}dead {layer['dead']}  dropped 0"
+    assert said[-3] == f"{shown}dead {layer['dead']}"
     assert re.fullmatch(r"done in \d+ s: run; its report: run/report.html", said[-2])
     assert said[-1] == 'go on with: mhmoe-np generate run --prompt "..."'
 
