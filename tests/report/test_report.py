@@ -185,6 +185,9 @@ def test_a_run_without_a_step_has_a_page(folder: Path, tmp_path: Path) -> None:
     text = run_page(read_runs([run]), {})
     assert f"0 of {STEPS} steps made" in text
     assert "Scored at the end" in text
+    shutil.rmtree(run / "checkpoints")
+    assert expert_tokens(run, ops=load_operations("numpy")) is None
+    assert "There is no checkpoint yet" in run_page(read_runs([run]), {"run": None})
 
 
 # ---- which tokens an expert takes -----------------------------------------------------------------
@@ -323,17 +326,13 @@ def test_the_command_writes_plots(
     mhmoe_here: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all figures, whose drawing takes long, one of each kind is drawn."""
-    kinds = {}
-    for name in ("mine", OTHER):
-        charts = charts_of(read_run(folder / name))
-        few = [figure for key, figure in charts.items() if key in ("loss", "load_layer_1")]
-        kinds[name] = [Group("few", "", few)]
-    few_figures = Figures([kinds["mine"][0].figures[0]], kinds)
-    monkeypatch.setattr(run_page_module, "figures_of_runs", lambda _runs: few_figures)
+    loss, load = (charts_of(read_run(folder / "mine"))[key] for key in ("loss", "load_layer_1"))
+    few = Figures([loss], {"mine": [Group("few", "", [load])], OTHER: [Group("few", "", [loss])]})
+    monkeypatch.setattr(run_page_module, "figures_of_runs", lambda _runs: few)
     options = ("--tokens", 0, "--plots", "plots", "--out", "new.html")
     printed = mhmoe_here("report", folder / "mine", folder / OTHER, *options).stdout
-    assert printed == "new.html\nplots: 5 figures, each as PNG and SVG\n"
-    stems = ("loss", "run-1-loss", "run-1-load_layer_1", "run-2-loss", "run-2-load_layer_1")
+    assert printed == "new.html\nplots: 3 figures, each as PNG and SVG\n"
+    stems = ("loss", "run-1-load_layer_1", "run-2-loss")
     names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     assert {path.name for path in (tmp_path / "plots").iterdir()} == names
     for stem in stems:
@@ -355,7 +354,7 @@ def test_the_commands_of_the_docs_run(
     monkeypatch.setattr(plots, "_write", lambda stem, _figure: stem.touch())
     small = ("--data", "text.txt", "--backend", "numpy")
     mhmoe_here(*commands[0][1:], "config.toml", *small)
-    mhmoe_here("train", "config.toml", *small, "--out", "runs/b")
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
     for command in commands[1:]:
         mhmoe_here(*command[1:], "--backend", "numpy")
     assert "(same)" in (tmp_path / "page.html").read_text()
