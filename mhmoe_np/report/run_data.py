@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mhmoe_np.checkpoints.checkpoint import checkpoints_of
+from mhmoe_np.checkpoints.training_state import Change, load_trainer_state
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.run import RunConfig, parse_run_config
 from mhmoe_np.storage.memory import check_memory
@@ -47,6 +49,8 @@ class RunData:
     """A run, as far as it has come.
 
     Attributes:
+        config: as it stood at the newest checkpoint.
+        changes: of settings by later sittings.
         metrics: of every step.
         balances: MoE layer -> what the steps' lines say of it.
         routers: MoE layer -> its router, every few steps.
@@ -57,6 +61,7 @@ class RunData:
 
     folder: Path
     config: RunConfig
+    changes: list[Change]
     environment: Mapping[str, Any]
     metrics: Columns
     balances: Mapping[int, Columns]
@@ -82,6 +87,13 @@ def read_run(folder: Path) -> RunData:
     if not is_run_folder(folder):
         raise UserError(f"{folder}: not a run folder ({RUN_CONFIG} is missing)")
     config = parse_run_config(read_run_tables(folder), source=str(folder / RUN_CONFIG))
+    changes, notices = list[Change](), list[str]()
+    if checkpoints := checkpoints_of(folder):
+        try:
+            state = load_trainer_state(checkpoints[-1], config)
+            config, changes = state.config, state.changes
+        except UserError as error:
+            notices.append(str(error))
     logs = {name: _Log(folder / name) for name in (METRICS, ROUTER, VALIDATION_LOG)}
     metrics, balances = _Table(), dict[int, _Table]()
     for line in logs[METRICS]:
@@ -99,13 +111,14 @@ def read_run(folder: Path) -> RunData:
     return RunData(
         folder,
         config,
+        changes,
         _read_object(folder / ENVIRONMENT),
         metrics.columns(),
         {layer: table.columns() for layer, table in sorted(balances.items())},
         routers,
         {name: table.columns() for name, table in validation.items()},
         evaluation,
-        [log.notice for log in logs.values() if log.notice is not None],
+        notices + [log.notice for log in logs.values() if log.notice is not None],
     )
 
 

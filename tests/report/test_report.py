@@ -41,7 +41,7 @@ from mhmoe_np.report.run_page import Figures, Measure, number, read_runs, run_pa
 from mhmoe_np.report.svg import drawing
 from mhmoe_np.settings.run import merge, parse_run_config, read_toml
 from mhmoe_np.training.finish import finish_run
-from mhmoe_np.training.run import start_run
+from mhmoe_np.training.run import resume_run, start_run
 from mhmoe_np.training.run_folder import validation_domains
 from tests.audit.browser import chromium, opened
 from tests.conftest import Run
@@ -177,6 +177,23 @@ def test_damaged_lines_are_left_out_and_counted(folder: Path, tmp_path: Path) ->
     assert html.escape(data.notices[0]) in run_page({"run": data}, {})
 
 
+def test_what_a_later_sitting_changed_is_said(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "mine", run)
+    more = {"training": {"steps": STEPS + 1}, "optimizer": {"learning_rate": 0.02}}
+    trainer = resume_run(run, more, backend="numpy", threads=1)
+    trainer.train()
+    trainer.close()
+    data = read_run(run)
+    assert (data.steps, data.config.training.steps) == (STEPS + 1, STEPS + 1)
+    text = run_page({"run": data}, {})
+    (said,) = re.findall(r"<p>(From step.*)</p>", text)
+    key = "<code>optimizer.learning_rate</code>"
+    assert said == f"From step {STEPS} on {key} is <code>0.02</code>; it was <code>0.01</code>."
+    (run / "checkpoints" / f"step-{STEPS + 1:08d}" / "trainer_state.json").write_text("{")
+    assert "trainer_state.json: cannot be read as JSON" in read_run(run).notices[0]
+
+
 def test_a_run_without_a_step_has_a_page(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder / "mine", run)
@@ -295,7 +312,7 @@ def test_a_long_run_of_many_experts_makes_a_small_page(folder: Path) -> None:
         loads = list(rng.integers(0, 99, (lines, 3, 96)))
         columns = {key: rng.normal(size=lines) for key in run.routers[1].columns}
         routers[layer] = RouterLog(np.arange(lines), loads, loads, columns)
-    long = RunData(run.folder, config, {}, metrics, balances, routers, {}, {}, [])
+    long = RunData(run.folder, config, [], {}, metrics, balances, routers, {}, {}, [])
     assert len(run_page({"long": long}, {})) < 3_000_000
 
 
