@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
+    "report": "Write a page on one run or several: curves, experts, tokens, settings.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
     "generate": "Continue a prompt.",
     "presets": "List the named settings of train and plan.",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
-from mhmoe_cli.printing import printable, visible
+from mhmoe_cli.printing import duration, printable, visible
 from mhmoe_cli.progress import bar_console, may_show_bar, shown, tell
 from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
 from mhmoe_np.errors import Interrupted, Taken, UserError
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Start a new run from a checkpoint's weights and tokenizer (fine-tuning).",
 )
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files too.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @backend_option
 def command(
@@ -56,6 +57,7 @@ def command(
     checkpoint_every: int | None,
     resume: str | None,
     init: Path | None,
+    tensorboard: bool,
     settings: tuple[str, ...],
     backend: BackendName,
 ) -> None:
@@ -71,7 +73,14 @@ def command(
 
     if init is not None and resume not in (None, "auto"):
         raise UserError("--init: starts a new run; give either --init or --resume")
-    over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
+    over = option_tables(
+        settings,
+        data,
+        steps=steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+    )
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
     given = base_layers(config, preset) if config or preset else None
@@ -114,6 +123,7 @@ def _train(trainer: Trainer) -> None:
         tell(f"{run} is finished: {trainer.step} steps were made")
         return
     size = trainer.learner.parameters.count
+    started = time.perf_counter()
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:
@@ -147,6 +157,25 @@ def _train(trainer: Trainer) -> None:
     click.echo(f"\nsample:\n{visible(result.sample)}")
     if unwritten is not None:
         _end_run(unwritten, 1)
+    _close(run, time.perf_counter() - started)
+
+
+def _close(run: Path, seconds: float) -> None:
+    """Write the run's page, and say where everything is and how to go on."""
+    from mhmoe_np.report.run_page import write_run_page
+
+    try:
+        page = write_run_page(run)
+    except OSError as error:
+        _end_run(
+            f"{error.filename}: {error.strerror}; nothing is lost but the report of {run}; free some "
+            f"space and run: mhmoe-np report {run}",
+            1,
+        )
+    tell(
+        f"done in {duration(seconds)}: {run}; its report: {page}\n"
+        f'go on with: mhmoe-np generate {run} --prompt "..."'
+    )
 
 
 def _acknowledge(kind: int) -> None:
@@ -198,12 +227,27 @@ class _Progress:
         made = report.step - self._first
         rate = made / (time.perf_counter() - self._started)
         text = f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s"
+        steps, experts = self._training.steps, _experts(report)
+        for warning in report.warnings:
+            tell(f"warning: {warning.name}: step {report.step}, {warning.text}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=report.step, description=text)
-        elif made == 1 or report.step % self._training.log_every == 0:
-            left = (self._training.steps - report.step) / rate
+            description = f"{text}\n{experts}" if experts else text
+            self._bar.update(self._task, completed=report.step, description=description)
+        elif made == 1 or report.step % self._training.log_every == 0 or report.step == steps:
             tell(
-                f"step {report.step}/{self._training.steps}  {text}  "
+                f"step {report.step}/{steps}  {text}  "
                 f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}  "
-                f"{left:.0f} s left"
+                f"{(steps - report.step) / rate:.0f} s left"
             )
+            if experts:
+                tell(f"  {experts}")
+
+
+def _experts(report: StepReport) -> str:
+    """How the experts are used, of all layers the worst; empty for a dense model."""
+    if not report.router:
+        return ""
+    uneven = min(layer.entropy for layer in report.router)
+    dead = sum(layer.dead for layer in report.router)
+    dropped = f"  dropped {report.dropped:,}" if report.dropped else ""
+    return f"experts: entropy {uneven:.2f}  max/mean {report.busiest_expert:.1f}  dead {dead}{dropped}"

@@ -105,6 +105,14 @@ def load_training_checkpoint(directory: Path, started_with: RunConfig) -> Traini
     return TrainingCheckpoint(parameters, moments, state)
 
 
+def load_trainer_state(directory: Path, started_with: RunConfig) -> TrainerState:
+    """The state alone, for who wants to know how a run stands and not to go on with it.
+
+    Raises Damaged, UserError: as `load_training_checkpoint`, of the state's file.
+    """
+    return _read_state(directory / STATE, started_with, sealed=(directory / CHECKSUMS).is_file())
+
+
 def _read_state(path: Path, started_with: RunConfig, *, sealed: bool) -> TrainerState:
     values = read_json(path)
     version = values.get("version") if isinstance(values, dict) else None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
-from jinja2 import Environment, StrictUndefined
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
 
 from mhmoe_np.audit.agreement import ROUNDINGS
 from mhmoe_np.report.report import Report
+from mhmoe_np.report.templates import template
 
-TEMPLATE = Path(__file__).with_name("page.html")
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 ElementTree.register_namespace("", NAMESPACE)
 PRIME = "\N{PRIME}"
@@ -22,17 +20,8 @@ FUNCTIONS = "cos", "exp", "sin"
 
 def page(report: Report) -> str:
     """The whole page."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "mathml": _mathml,
-        "marked": _marked,
-        "prose": _prose,
-        "breakable": _breakable,
-    }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, roundings=ROUNDINGS)
+    filters = {"mathml": _mathml, "marked": _marked, "prose": _prose, "breakable": _breakable}
+    return template("page.html", filters).render(report=report, roundings=ROUNDINGS)
 
 
 def _mathml(latex: str) -> Markup:

@@ -73,6 +73,8 @@ class TrainingConfig(StrictModel):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between progress lines
+    router_every: Positive = 10  # steps between lines of router.jsonl
+    tensorboard: bool = False  # whether TensorBoard's event files are written too
     matmul: Matmul = "float32"  # how float32 products are computed; other ways by --backend cuda alone
 
     @model_validator(mode="after")
@@ -132,6 +134,8 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",
+    "training.router_every",
+    "training.tensorboard",
 )
 """What a resumed run may change without another word: it decides no update that was made."""
 
@@ -173,6 +177,7 @@ OPTIONS = {
     "training.steps": "--steps",
     "training.seed": "--seed",
     "training.checkpoint_every": "--checkpoint-every",
+    "training.tensorboard": "--tensorboard",
     "data.paths": "--data",
 }
 """The keys that have an option of their own beside `--set`."""

@@ -23,7 +23,7 @@ from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.files import remove_directory
 from mhmoe_np.training.log_file import LogFile, mark_of_older
-from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, SET_ASIDE
+from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, ROUTER, SET_ASIDE
 from mhmoe_np.training.step import Learner
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -61,7 +61,8 @@ class Keeper:
         self._changes = [*start.changes, *changes]
         self._learner, self._ops, self.saved_step = learner, ops, start.step
         (run / CHECKPOINTS).mkdir(exist_ok=True)
-        names = [METRICS, QUANTIZATION] if config.model.is_quantised else [METRICS]
+        kept = {METRICS: True, ROUTER: config.model.moe_layers, QUANTIZATION: config.model.is_quantised}
+        names = [name for name, is_kept in kept.items() if is_kept]
         self._logs = {name: LogFile(run / name, self._mark(name, start)) for name in names}
         self._pending: list[tuple[str, dict[str, Any]]] = []  # lines that no log has yet
         self.notices = [log.notice for log in self._logs.values() if log.notice is not None]

@@ -21,6 +21,7 @@ from mhmoe_np.operations.table import BackendName, Operations
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import check_training_room, open_run, resumed_config
+from mhmoe_np.training.event_file import check_installed
 from mhmoe_np.training.preparation import InitialWeights, create_run_folder
 from mhmoe_np.training.trainer import Trainer
 
@@ -43,6 +44,7 @@ def start_run(
     """
     ops = _operations(backend, threads, config)
     check_training_room(config)
+    _check_event_files(config)
     lock = create_run_folder(
         run,
         config,
@@ -96,10 +98,16 @@ def resume_run(
     opened = open_run(run)
     try:
         config = resumed_config(opened, over or {}, base=base)
+        _check_event_files(config)
         return Trainer(run, config, _operations(backend, threads, config), opened=opened)
     except BaseException:
         opened.lock.release()
         raise
+
+
+def _check_event_files(config: RunConfig) -> None:
+    if config.training.tensorboard:
+        check_installed()
 
 
 def _operations(backend: BackendName, threads: int | None, config: RunConfig) -> Operations:

@@ -5,9 +5,12 @@
     tokenizer.json     data/train.bin, data/train.json (the token store)
     validation/        each domain's held-out documents, a JSON line each
     metrics.jsonl      one object a step
+    router.jsonl       with experts: every `router_every` steps, what each router did, head by head
     quantization.jsonl with BitNet: at every checkpoint, each quantised matrix's scale and shares
     checkpoints/       step-00000100/ ...
     evaluation.json    the final scores
+    report.html        the run as a page, written at its end and by `mhmoe-np report`
+    tensorboard/       event files, where they are asked for
 
     failure/           the step that ended the run, for `mhmoe-np replay`
     checksums.json     of all files above metrics.jsonl, and of evaluation.json
@@ -29,6 +32,7 @@ from mhmoe_np.storage.checksums import sealed_files
 
 RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
+ROUTER, REPORT = "router.jsonl", "report.html"
 QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
 STORE, VALIDATION = "data/train", "validation"
 SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.model.loss import Batch, DeviceBatch, add_loss_and_gradient, targets_of
+from mhmoe_np.model.loss import Batch, DeviceBatch, Watch, add_loss_and_gradient, targets_of
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.sums import StepResult, StepSums
@@ -42,7 +42,7 @@ class Learner:
         self._targets = 0
         self._repeated = ops.repeated(self._gradient_and_update)
 
-    def add_gradient(self, micro_batches: Sequence[Batch]) -> None:
+    def add_gradient(self, micro_batches: Sequence[Batch], watch: Watch | None = None) -> None:
         """Begin a step: the batch's loss, its gradient and that gradient's norm.
 
         Raises ValueError: see `add_loss_and_gradient`.
@@ -50,12 +50,20 @@ class Learner:
         self._targets = targets_of(micro_batches)
         config = self.parameters.config
         batches = [DeviceBatch.of(batch, config, ops=self._ops) for batch in micro_batches]
-        self._add_gradient(batches, self._targets)
+        self._add_gradient(batches, self._targets, watch)
 
-    def _add_gradient(self, micro_batches: Sequence[DeviceBatch], targets: int) -> None:
+    def _add_gradient(
+        self, micro_batches: Sequence[DeviceBatch], targets: int, watch: Watch | None = None
+    ) -> None:
         self._sums.clear()
         add_loss_and_gradient(
-            self.model, self.gradient, micro_batches, self._sums, targets=targets, ops=self._ops
+            self.model,
+            self.gradient,
+            micro_batches,
+            self._sums,
+            targets=targets,
+            watch=watch,
+            ops=self._ops,
         )
         self._ops.add_sum_of_squares(self.gradient.flat_P, self._sums.squares_1)
 
@@ -86,11 +94,17 @@ class Learner:
         self.updates += result.is_finite
         return result
 
-    def step(self, micro_batches: Sequence[Batch], settings: AdamWSettings) -> StepResult:
-        """A whole step.
+    def step(
+        self, micro_batches: Sequence[Batch], settings: AdamWSettings, watch: Watch | None = None
+    ) -> StepResult:
+        """A whole step, with the same bits whether it is watched or not.
 
         Raises ValueError: see `add_loss_and_gradient`.
         """
+        if watch is not None:  # what was recorded and is repeated calls nobody
+            self.add_gradient(micro_batches, watch)
+            self.update(settings)
+            return self.read()
         self._targets = targets_of(micro_batches)
         batches = [batch.arrays(self.parameters.config) for batch in micro_batches]
         self._repeated(

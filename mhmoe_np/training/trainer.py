@@ -16,7 +16,6 @@ import numpy as np
 from mhmoe_np.checkpoints.failure import FailureRecord, save_failure
 from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
 from mhmoe_np.data.tokenizer import load_tokenizer
-from mhmoe_np.layers.balance import RouterStatistics
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -28,12 +27,21 @@ from mhmoe_np.storage.checksums import unseal
 from mhmoe_np.storage.files import remove_directory
 from mhmoe_np.training.continuation import OpenRun, changes, open_run
 from mhmoe_np.training.diagnosis import diagnose
+from mhmoe_np.training.event_file import EventFile
 from mhmoe_np.training.keeper import Keeper, TrainingFailure
+from mhmoe_np.training.router_statistics import (
+    LayerBalance,
+    LayerRouting,
+    RouterAlarm,
+    RouterWarning,
+    RouterWatch,
+)
 from mhmoe_np.training.run_folder import (
     EVALUATION,
     FAILURE,
     METRICS,
     QUANTIZATION,
+    ROUTER,
     TOKENIZER,
     batches_of,
     training_store,
@@ -79,12 +87,19 @@ class StepReport(NamedTuple):
     tokens: int  # trained on so far
     tokens_per_s: float
     quantised: QuantisedShares | None  # after the update; None: the model has no such weights
+    router: list[LayerBalance]  # of each MoE layer
+    warnings: list[RouterWarning]  # of routers, first raised at this step; no part of the line
 
     def as_dict(self) -> dict[str, Any]:
         """The line as JSON has it; what the model does not have is left out."""
         values = self._asdict()
-        quantised = values.pop("quantised")
-        return values if quantised is None else {**values, "quantised": quantised._asdict()}
+        del values["warnings"]
+        quantised, router = values.pop("quantised"), values.pop("router")
+        if quantised is not None:
+            values["quantised"] = quantised._asdict()
+        if router:
+            values["router"] = [layer._asdict() for layer in router]
+        return values
 
 
 class Trainer:
@@ -117,6 +132,8 @@ class Trainer:
         changed = changes(opened, config, ops.name)
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.keeper = Keeper(run, config, start.state, changed, tokenizer, self.learner, ops)
+        self._alarm = RouterAlarm(config.model)
+        self._events: EventFile | None = None
         self.notices = [
             *opened.notices,
             *self.keeper.notices,
@@ -138,6 +155,8 @@ class Trainer:
 
     def close(self) -> None:
         """Let others have the run folder."""
+        if self._events is not None:
+            self._events.close()
         self.keeper.close()
         self._lock.release()
 
@@ -162,12 +181,8 @@ class Trainer:
         # What is not finite is found by the step's own sums; NumPy need not warn of it as well.
         with collected_signals(on_signal) as received, np.errstate(all="ignore"):
             while not self.finished:
-                report, matrices = self._train_step()
-                trouble = None
-                try:
-                    self.keeper.log(METRICS, report.as_dict())
-                except OSError as error:
-                    trouble = error
+                report, matrices, routings = self._train_step()
+                trouble = self._log(report, routings)
                 try:
                     if on_step is not None:
                         on_step(report)
@@ -181,28 +196,56 @@ class Trainer:
                     return received[0]
         return None
 
-    def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts]]:
+    def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts], list[LayerRouting]]:
         start = time.perf_counter()
-        training = self.config.training
+        training, model = self.config.training, self.config.model
         windows = self._next_windows()
         settings = self._settings()
-        result = self.learner.step([Batch.of(part) for part in windows], settings)
+        step = self.step + 1
+        looked_at = model.moe_layers and (step == 1 or step % training.router_every == 0)
+        watch = RouterWatch(model, ops=self.ops) if looked_at else None
+        result = self.learner.step([Batch.of(part) for part in windows], settings, watch)
         if not result.is_finite:
             raise self._failure(f"step {self.step + 1}", result, windows)
         losses, statistics, norm, matrices, *_ = result
+        routings = [] if watch is None else watch.layers()
+        moe_layers = filter(model.is_moe_layer, range(model.num_hidden_layers))
+        balances = [LayerBalance.of(*layer) for layer in zip(moe_layers, statistics, strict=True)]
         batch_tokens = training.batch_size * training.sequence_length
+        choices = batch_tokens * model.moe_heads * model.num_experts_per_tok
         report = StepReport(
             step=self.step,
             **losses._asdict(),
             learning_rate=settings.learning_rate,
             gradient_norm=norm,
-            dropped=sum(layer.dropped for layer in statistics),
-            busiest_expert=max((_busiest(layer) for layer in statistics), default=1.0),
+            dropped=sum(layer.dropped for layer in balances),
+            busiest_expert=max((layer.max_over_mean for layer in balances), default=1.0),
             tokens=self.step * batch_tokens,
             tokens_per_s=batch_tokens / (time.perf_counter() - start),
             quantised=QuantisedShares.of(matrices),
+            router=balances,
+            warnings=self._alarm.look(balances, routings, choices),
         )
-        return report, matrices
+        return report, matrices, routings
+
+    def _log(self, report: StepReport, routings: Sequence[LayerRouting]) -> OSError | None:
+        """Write a step down; what the disk said, if it refused. The keeper has the lines then."""
+        trouble = None
+        lines = {METRICS: report.as_dict()}
+        if routings:
+            lines[ROUTER] = {"step": report.step, "layers": [layer.as_dict() for layer in routings]}
+        for name, line in lines.items():
+            try:
+                self.keeper.log(name, line)
+            except OSError as error:
+                trouble = error
+        if self.config.training.tensorboard:
+            try:
+                self._events = self._events or EventFile(self.run, step=report.step - 1)
+                self._events.add(lines[METRICS], routings)
+            except OSError as error:
+                trouble = trouble or error
+        return trouble
 
     def _settings(self) -> AdamWSettings:
         """The optimiser's, for the step about to be made."""
@@ -275,6 +318,11 @@ class Trainer:
         Raises TrainingFailure: the disk is full or refuses, or the weights are good for nothing.
         """
         self._check_state()
+        if self._events is not None:
+            try:
+                self._events.flush()
+            except OSError as error:
+                trouble = trouble or error
         lines = {}
         if matrices:
             values = {name: counts._asdict() for name, counts in matrices.items()}
@@ -288,8 +336,3 @@ def _beginning(config: RunConfig) -> TrainingCheckpoint:
     initialise(parameters, config.training.seed)
     state = TrainerState(step=0, config=config, logs={})
     return TrainingCheckpoint(parameters, Moments.zeros(config.model, np.float32), state)
-
-
-def _busiest(statistics: RouterStatistics) -> float:
-    choice_E = statistics.choice_E
-    return float(choice_E.max() * len(choice_E) / max(1, choice_E.sum()))

@@ -1,0 +1,221 @@
+"""What a run folder says of its run: the logs as columns, and what stands beside them."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhmoe_np.checkpoints.checkpoint import checkpoints_of
+from mhmoe_np.checkpoints.training_state import Change, load_trainer_state
+from mhmoe_np.errors import UserError
+from mhmoe_np.settings.run import RunConfig, parse_run_config
+from mhmoe_np.storage.memory import check_memory
+from mhmoe_np.storage.reading import check_regular, read_json
+from mhmoe_np.training.run_folder import (
+    ENVIRONMENT,
+    EVALUATION,
+    METRICS,
+    ROUTER,
+    RUN_CONFIG,
+    is_run_folder,
+    read_run_tables,
+)
+from mhmoe_np.types import FloatArray, IntArray
+
+VALIDATION_LOG = "validation.jsonl"  # with scores of held-out text while the run goes on
+STEP = "step"
+Columns = Mapping[str, FloatArray]
+"""Name -> one number a step; NaN where a line lacks it."""
+
+
+@dataclass(frozen=True)
+class RouterLog:
+    """One layer's lines of `router.jsonl`."""
+
+    steps: IntArray
+    choices: list[IntArray]  # of each line, by head and expert
+    gate_mass: list[FloatArray]  # the same
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as far as it has come.
+
+    Attributes:
+        config: as it stood at the newest checkpoint.
+        changes: of settings by later sittings.
+        metrics: of every step.
+        balances: MoE layer -> what the steps' lines say of it.
+        routers: MoE layer -> its router, every few steps.
+        validation: domain -> its scores while the run went on.
+        evaluation: domain -> its final scores; empty before the end.
+        notices: what is wrong with the folder's files, a line each.
+    """
+
+    folder: Path
+    config: RunConfig
+    changes: list[Change]
+    environment: Mapping[str, Any]
+    metrics: Columns
+    balances: Mapping[int, Columns]
+    routers: Mapping[int, RouterLog]
+    validation: Mapping[str, Columns]
+    evaluation: Mapping[str, Mapping[str, float | None]]
+    notices: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Steps made."""
+        return int(self.metrics[STEP][-1]) if len(self.metrics[STEP]) else 0
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder, which may belong to a run that is under way.
+
+    A line that is not one is left out, and a notice says how many.
+
+    Raises UserError: it is no run folder, its configuration is damaged, or its logs are too large for
+    the memory that is free.
+    """
+    if not is_run_folder(folder):
+        raise UserError(f"{folder}: not a run folder ({RUN_CONFIG} is missing)")
+    config = parse_run_config(read_run_tables(folder), source=str(folder / RUN_CONFIG))
+    changes, notices = list[Change](), list[str]()
+    if checkpoints := checkpoints_of(folder):
+        try:
+            state = load_trainer_state(checkpoints[-1], config)
+            config, changes = state.config, state.changes
+        except UserError as error:
+            notices.append(str(error))
+    logs = {name: _Log(folder / name) for name in (METRICS, ROUTER, VALIDATION_LOG)}
+    metrics, balances = _Table(), dict[int, _Table]()
+    for line in logs[METRICS]:
+        metrics.add(_numbers(line))
+        for layer in _objects(line.get("router")):
+            balances.setdefault(layer["layer"], _Table()).add({STEP: line[STEP], **layer})
+    routers = _routers(logs[ROUTER], config)
+    validation: dict[str, _Table] = {}
+    for line in logs[VALIDATION_LOG]:
+        domains = line.get("domains")
+        for name, scores in (domains if isinstance(domains, dict) else {}).items():
+            if isinstance(scores, dict):
+                validation.setdefault(name, _Table()).add({STEP: line[STEP], **scores})
+    evaluation = _read_object(folder / EVALUATION).get("domains", {})
+    return RunData(
+        folder,
+        config,
+        changes,
+        _read_object(folder / ENVIRONMENT),
+        metrics.columns(),
+        {layer: table.columns() for layer, table in sorted(balances.items())},
+        routers,
+        {name: table.columns() for name, table in validation.items()},
+        evaluation,
+        notices + [log.notice for log in logs.values() if log.notice is not None],
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged: holds no JSON object; take a copy, or remove it")
+    return value
+
+
+class _Log:
+    """The lines of a log that are objects with a step; those that are not are counted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._bad = path, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        size = check_regular(self._path).st_size
+        # Of each number of some ten characters, eight bytes are kept.
+        check_memory(size, f"{self._path}: its lines need about", remedy="free some")
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # it is just being written
+                try:
+                    value = json.loads(line)
+                    if not isinstance(value, dict) or not isinstance(value[STEP], int):
+                        raise ValueError(value)
+                except (ValueError, KeyError, RecursionError):
+                    self._bad += 1
+                else:
+                    yield value
+
+    @property
+    def notice(self) -> str | None:
+        """What was left out."""
+        return f"{self._path}: {self._bad} damaged lines are left out" if self._bad else None
+
+
+@dataclass
+class _Table:
+    """Columns that grow by a row at a time."""
+
+    rows: int = 0
+    found: dict[str, array[float]] = field(default_factory=dict)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                column = self.found.setdefault(name, array("d"))
+                column.extend([np.nan] * (self.rows - len(column)))
+                column.append(value)
+        self.rows += 1
+
+    def columns(self) -> Columns:
+        columns = {STEP: np.empty(0)}
+        for name, column in self.found.items():
+            column.extend([np.nan] * (self.rows - len(column)))
+            columns[name] = np.array(column)
+        return columns
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's own, and those of the quantised weights."""
+    quantised = line.get("quantised")
+    return {**line, **(quantised if isinstance(quantised, dict) else {})}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """Those that speak of a layer."""
+    values = value if isinstance(value, list) else []
+    return [part for part in values if isinstance(part, dict) and isinstance(part.get("layer"), int)]
+
+
+def _routers(log: _Log, config: RunConfig) -> dict[int, RouterLog]:
+    shape = (config.model.moe_heads, config.model.num_experts)
+    steps: dict[int, list[int]] = {}
+    choices: dict[int, list[IntArray]] = {}
+    masses: dict[int, list[FloatArray]] = {}
+    tables: dict[int, _Table] = {}
+    for line in log:
+        for part in _objects(line.get("layers")):
+            try:
+                chosen = np.array(part["load"], dtype=np.int64)
+                mass = np.array(part["gate_mass"], dtype=np.float64)
+            except (KeyError, ValueError, TypeError):
+                continue
+            if chosen.shape != shape or mass.shape != shape:
+                continue
+            layer = part["layer"]
+            steps.setdefault(layer, []).append(line[STEP])
+            choices.setdefault(layer, []).append(chosen)
+            masses.setdefault(layer, []).append(mass)
+            tables.setdefault(layer, _Table()).add({STEP: line[STEP], **part})
+    return {
+        layer: RouterLog(np.array(steps[layer]), choices[layer], masses[layer], tables[layer].columns())
+        for layer in sorted(steps)
+    }
