@@ -22,6 +22,19 @@ def printable(text: str) -> str:
     )
 
 
+def tell(line: str) -> None:
+    """Say something on standard error.
+
+    Only a reader that went away ends the command; one that writes to a full disk does not.
+    """
+    try:
+        click.echo(line, err=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 def print_json(value: Any) -> None:
     """Print indented JSON; a float that is not finite, which JSON does not know, as null."""
     click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
@@ -35,7 +48,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console(*, least_width: int) -> Console:
+def console(*, least_width: int = 1) -> Console:
     """Standard output as tables see it, at least so many columns wide; see `show`.
 
     The size is given, for the library stumbles over odd values of COLUMNS and LINES.

@@ -48,12 +48,18 @@ def option_tables(
     steps: int | None,
     seed: int | None = None,
     checkpoint_every: int | None = None,
+    eval_every: int | None = None,
 ) -> Tables:
     """What --set says, and over it the settings that have options of their own.
 
     Raises UserError: a --set without '=', or with an unknown or ambiguous key.
     """
-    training = {"steps": steps, "seed": seed, "checkpoint_every": checkpoint_every}
+    training = {
+        "steps": steps,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        "eval_every": eval_every,
+    }
     given: Tables = {"training": {key: value for key, value in training.items() if value is not None}}
     if data:
         given["data"] = {"paths": list(data)}

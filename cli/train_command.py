@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
-from mhmoe_cli.printing import printable
+from mhmoe_cli.eval_progress import EvaluationProgress, ProgressLines
+from mhmoe_cli.printing import printable, tell
 from mhmoe_cli.run_settings import base_layers, option_tables
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
@@ -24,6 +25,7 @@ from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 
 if TYPE_CHECKING:
     from mhmoe_np.training.trainer import StepReport, Trainer
+    from mhmoe_np.training.validation import ValidationReport
 
 
 @click.command()
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of weights, split and batches.")
 @threads_option
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps between checkpoints.")
+@click.option(
+    "--eval-every",
+    type=int,
+    metavar="N",
+    help="Steps between scores of the held-out text (0: at the end).",
+)
 @click.option("--resume", metavar="auto|PATH", help="Continue a run, bit for bit.")
 @click.option(
     "--init",
@@ -53,6 +61,7 @@ def command(
     seed: int | None,
     threads: int | None,
     checkpoint_every: int | None,
+    eval_every: int | None,
     resume: str | None,
     init: Path | None,
     settings: tuple[str, ...],
@@ -70,7 +79,14 @@ def command(
 
     if init is not None and resume not in (None, "auto"):
         raise UserError("--init: starts a new run; give either --init or --resume")
-    over = option_tables(settings, data, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
+    over = option_tables(
+        settings,
+        data,
+        steps=steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+    )
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
     given = base_layers(config, preset) if config or preset else None
@@ -108,25 +124,28 @@ def _train(trainer: Trainer) -> None:
 
     run, steps = trainer.run, trainer.config.training.steps
     for notice in trainer.notices:
-        _tell(f"mhmoe-np: {printable(notice)}")
+        tell(f"mhmoe-np: {printable(notice)}")
     if trainer.finished and is_evaluated(run):
-        _tell(f"{run} is finished: {trainer.step} steps were made")
+        tell(f"{run} is finished: {trainer.step} steps were made")
         return
     size = trainer.learner.parameters.count
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
-    _tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
+    tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:
         with _Progress(trainer) as progress:
-            stopped = trainer.train(progress.show, _acknowledge)
+            stopped = trainer.train(
+                progress.show, _acknowledge, progress.show_validation, progress.show_scoring
+            )
     except TrainingFailure as failure:
         _end_run(str(failure), 1)
     except Interrupted as second:
         _end_run(f"stopped at once: {trainer.keeper.kept()}", 128 + second.signal)
     if stopped is not None:
-        _tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
+        tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
     try:
-        result = score_run(trainer)
+        with EvaluationProgress() as scoring:
+            result = score_run(trainer, scoring)
     except Interrupted as stop:
         _end_run(
             f"stopped: the trained model is saved in {run}, only not scored; go on with: "
@@ -135,7 +154,7 @@ def _train(trainer: Trainer) -> None:
         )
     unwritten = None
     try:
-        write_evaluation(run, result)
+        write_evaluation(trainer, result)
     except OSError as error:
         unwritten = (
             f"{error.filename}: {error.strerror}; the trained model is saved in {run}, only its scores "
@@ -146,19 +165,6 @@ def _train(trainer: Trainer) -> None:
     click.echo(f"\nsample:\n{result.sample}")
     if unwritten is not None:
         _end_run(unwritten, 1)
-
-
-def _tell(line: str) -> None:
-    """Say something on standard error.
-
-    Only a reader that went away ends the run; one that writes to a full disk does not.
-    """
-    try:
-        click.echo(line, err=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
 
 
 def _acknowledge(kind: int) -> None:
@@ -186,6 +192,7 @@ class _Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._training = trainer.config.training
+        self._lines = ProgressLines()
         self._started, self._first = time.perf_counter(), trainer.step
         console = Console(stderr=True)
         self._bar = None
@@ -218,8 +225,25 @@ class _Progress:
             self._bar.update(self._task, completed=report.step, description=text)
         elif made == 1 or report.step % self._training.log_every == 0:
             left = (self._training.steps - report.step) / rate
-            _tell(
+            tell(
                 f"step {report.step}/{self._training.steps}  {text}  "
                 f"lr {report.learning_rate:.2e}  gradient {report.gradient_norm:.2f}  "
                 f"{left:.0f} s left"
             )
+
+    def show_scoring(self, doing: str, done: int, total: int) -> None:
+        """Show how far a validation has come."""
+        if self._bar is None:
+            self._lines(doing, done, total)
+        else:
+            self._bar.update(self._task, description=f"{printable(doing)} {100 * done // total}%")
+
+    def show_validation(self, report: ValidationReport) -> None:
+        """Show what a validation found."""
+        scores = report.scores.items()
+        each = "  ".join(f"{name} {score.as_dict()['bits_per_byte']:.4f}" for name, score in scores)
+        line = f"validation at step {report.step}: mean NLL {report.mean_nll:.4f}; bits/byte: {each}"
+        if self._bar is None:
+            tell(printable(line))
+        else:
+            self._bar.console.print(printable(line), markup=False, highlight=False)

@@ -64,8 +64,13 @@ class DomainScore:
         Those per word and byte are null where tokens of the text were left out.
         """
         values = {**asdict(self), "mean_nll": self.nll / self.tokens}
-        values["token_ppl"] = _exp(self.nll / self.tokens)
-        whole = self.whole_text
+        token_ppl, whole = _exp(self.nll / self.tokens), self.whole_text
+        values["token_ppl"] = token_ppl
+        values["token_ppl_standard_error"] = (
+            None
+            if token_ppl is None or self.standard_error is None
+            else token_ppl * self.standard_error
+        )
         values["word_ppl"] = _exp(self.nll / max(1, self.words)) if whole else None
         values["byte_ppl"] = _exp(self.nll / self.bytes) if whole else None
         values["bits_per_byte"] = self.nll / self.bytes / math.log(2) if whole else None
@@ -167,7 +172,7 @@ def scored_text(
         pieces.append(token_W)
         done += length
         if on_progress is not None:
-            on_progress("tokenising", done, total)
+            on_progress(f"tokenising {name}", done, total)
     text = ScoredText(joined(pieces, tokenizer), [len(piece) for piece in pieces])
     if len(text.token_W) < 2:
         raise UserError(f"domain {name}: one token alone cannot be scored; give more text")
@@ -238,7 +243,7 @@ def evaluate(
         np.add.at(tokens_of_documents, owners, 1)
         reached += window.scored
         if on_progress is not None:
-            on_progress("scoring", reached, expected)
+            on_progress(f"scoring {domain.name}", reached, expected)
     nll = float(nll_of_documents.sum())
     if not math.isfinite(nll):
         raise UserError(

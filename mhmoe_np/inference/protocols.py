@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from mhmoe_np.data.store import tokenise_prompt
-from mhmoe_np.data.tokenizer import end_of_text_id
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import ModelConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ProtocolName: TypeAlias = Literal["disjoint", "stride", "lm-eval-rolling", "llama-cpp"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -163,6 +163,8 @@ def choose_protocol(
     protocol or would leave tokens out, `lm-eval-rolling` without a beginning of text, or a beginning of
     text that the model lacks.
     """
+    from mhmoe_np.data.tokenizer import end_of_text_id  # not for a command's --help
+
     most = config.max_position_embeddings
     window = most if window is None else window
     least = {"stride": 2, "llama-cpp": 3}.get(name, 1)
@@ -201,6 +203,8 @@ def choose_protocol(
 
 def _own_bos(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer puts before every text, if it does."""
+    from mhmoe_np.data.store import tokenise_prompt
+
     text = "a"
     plain = tokenizer.encode(text, add_special_tokens=False).ids
     begun = tokenise_prompt(text, tokenizer).tolist()

@@ -73,6 +73,7 @@ class TrainingConfig(StrictModel):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between progress lines
+    eval_every: Natural = 0  # steps between scores of the held-out text; 0: at the end alone
     matmul: Matmul = "float32"  # how float32 products are computed; other ways by --backend cuda alone
 
     @model_validator(mode="after")
@@ -132,6 +133,7 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",
+    "training.eval_every",
 )
 """What a resumed run may change without another word: it decides no update that was made."""
 
@@ -173,6 +175,7 @@ OPTIONS = {
     "training.steps": "--steps",
     "training.seed": "--seed",
     "training.checkpoint_every": "--checkpoint-every",
+    "training.eval_every": "--eval-every",
     "data.paths": "--data",
 }
 """The keys that have an option of their own beside `--set`."""

@@ -6,7 +6,8 @@
     validation/        each domain's held-out documents, a JSON line each
     metrics.jsonl      one object a step
     quantization.jsonl with BitNet: at every checkpoint, each quantised matrix's scale and shares
-    checkpoints/       step-00000100/ ...
+    validation.jsonl   with eval_every: the held-out text's scores by domain, one object a validation
+    checkpoints/       step-00000100/ ..., and best-00000100, the model that scored best
     evaluation.json    the final scores
 
     failure/           the step that ended the run, for `mhmoe-np replay`
@@ -30,6 +31,7 @@ from mhmoe_np.storage.checksums import sealed_files
 RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
+VALIDATION_LOG = "validation.jsonl"
 STORE, VALIDATION = "data/train", "validation"
 SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 
