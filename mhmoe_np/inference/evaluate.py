@@ -144,7 +144,7 @@ def score_stream(
     found = window_losses(
         model, token_W, windows, bos_token_id=None, batch_tokens=batch_tokens, ops=ops
     )
-    return sum(float(losses.sum(dtype=np.float64)) for _, losses in found)
+    return sum(float(losses.sum(dtype=np.float64)) for _, losses, _ in found)
 
 
 class ScoredText(NamedTuple):
@@ -230,7 +230,7 @@ def evaluate(
     nll_of_documents = np.zeros(len(ends))
     tokens_of_documents = np.zeros(len(ends), np.int64)
     reached, expected = 0, sum(window.scored for window in protocol.windows(text.lengths))
-    for window, losses in window_losses(
+    for window, losses, _ in window_losses(
         model,
         text.token_W,
         protocol.windows(text.lengths),

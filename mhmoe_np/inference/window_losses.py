@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -25,24 +26,28 @@ def window_losses(
     bos_token_id: int | None,
     batch_tokens: int,
     ops: Operations,
-) -> Iterator[tuple[Window, FloatArray]]:
+    likeliest: bool = False,
+) -> Iterator[tuple[Window, FloatArray, bool]]:
     """Each window and the NLL in nats of its scored tokens, on the host, in their order.
+
+    With it comes whether each scored token is the likeliest at its place, if `likeliest` asks for it.
 
     batch_tokens: about how many inputs go through the model at once. A window that is shorter than
     others of its batch is padded behind its end, where no token of it looks.
 
     Raises ValueError: a window is longer than the model's positions, or an id not of its vocabulary.
     """
+    compute = partial(_portion, model, token_W, bos_token_id=bos_token_id, likeliest=likeliest, ops=ops)
     portion: list[list[Window]] = []
     inputs, most = 0, 0 if ops.device() is None else DEVICE_INPUTS
     for batch in _batches(windows, batch_tokens):
         portion.append(batch)
         inputs += sum(window.inputs for window in batch)
         if inputs > most:
-            yield from _portion(model, token_W, portion, bos_token_id, ops=ops)
+            yield from compute(portion)
             portion, inputs = [], 0
     if portion:
-        yield from _portion(model, token_W, portion, bos_token_id, ops=ops)
+        yield from compute(portion)
 
 
 def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -62,10 +67,11 @@ def _portion(
     model: Model,
     token_W: IntArray,
     batches: list[list[Window]],
-    bos_token_id: int | None,
     *,
+    bos_token_id: int | None,
+    likeliest: bool,
     ops: Operations,
-) -> Iterator[tuple[Window, FloatArray]]:
+) -> Iterator[tuple[Window, FloatArray, bool]]:
     """Several batches of windows: one copy to the device, one back."""
     shapes = [(len(batch), max(window.inputs for window in batch)) for batch in batches]
     check_positions(max(length for _, length in shapes), model.config)
@@ -87,12 +93,20 @@ def _portion(
     wanted = ops.to_device(both)
     losses = ops.zeros((sum(sizes),), model.weights.dtype)
     first = 0
+    found_likeliest: list[bool] = []
     for size, shape in zip(sizes, shapes, strict=True):
         inputs, targets = wanted[:, first : first + size]
         with ops.scope():
             x_ND = last_hidden(model, inputs.reshape(shape), ops=ops)
             losses[first : first + size] = ops.token_nll(x_ND, model.weights.output_VD, targets)
+            for _, scored in places[len(found_likeliest) :] if likeliest else []:
+                if scored.start >= first + size:
+                    break
+                rows = x_ND[scored.start - first : scored.stop - first]
+                logits = ops.to_host(ops.linear(rows, model.weights.output_VD, None))
+                agrees = logits.argmax(axis=1) == both[1, scored]
+                found_likeliest.append(bool(agrees.all()))
         first += size
     found = ops.to_host(losses)
-    for window, scored in places:
-        yield window, found[scored]
+    for i, (window, scored) in enumerate(places):
+        yield window, found[scored], likeliest and found_likeliest[i]
