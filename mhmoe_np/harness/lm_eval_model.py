@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from mhmoe_np.checkpoints.checkpoint import (
     find_checkpoint,
@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):
 
     def _generated(self, context: str, arguments: dict[str, Any]) -> str:
         wanted = normalize_gen_kwargs(arguments, GENERATED)
-        stops = [stop for stop in handle_stop_sequences(wanted["until"], eos=None) if stop]
+        stops = [stop for stop in wanted["until"] if stop]
         most = wanted["max_gen_toks"]
         room = self.max_length - most
         if room < 1:
@@ -156,7 +156,9 @@ class HarnessModel(TemplateLM):
         if len(ids) > room:
             context = self.tokenizer.decode(ids[-room:], skip_special_tokens=False)
         sampling = Sampling(
-            temperature=wanted["temperature"], top_k=wanted.get("top_k"), top_p=wanted.get("top_p")
+            temperature=wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0,
+            top_k=wanted.get("top_k"),
+            top_p=wanted.get("top_p"),
         )
         text = ""
         for piece in generate(

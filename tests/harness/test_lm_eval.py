@@ -1,4 +1,4 @@
-"""The model `mhmoe-np` in the real lm-evaluation-harness, on local tasks, beside the harness's own model.
+"""The model `mhmoe-np` in the real lm-evaluation-harness, on local tasks, beside the harness's own.
 
 Not in CI: the harness brings 0.4 GB of packages. To run it:
 
