@@ -45,8 +45,8 @@ def print_scores(scores: Mapping[str, DomainScore]) -> None:
 
 
 def _table(screen: Console, scores: Mapping[str, DomainScore], columns: list[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD if screen.is_terminal else None)
-    table.add_column("domain", max_width=24, overflow="fold")
+    table = Table(box=SIMPLE_HEAD if screen.is_terminal else None, pad_edge=False)
+    table.add_column("domain", max_width=max(12, screen.width // 5), overflow="fold")
     for key in columns:
         table.add_column(COLUMNS[key], justify="right", no_wrap=True)
     for name, score in scores.items():

@@ -219,7 +219,20 @@ def test_what_it_cannot_do_is_refused(places: Path, ours: HarnessModel) -> None:
         ours.loglikelihood(requests("loglikelihood", ("w3", " " + long)))
 
 
-def test_the_harnesss_command_line_knows_the_model() -> None:
-    command = [sys.executable, "-m", "mhmoe_np.harness", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "lm" in said.lower()
+def test_the_harnesss_command_line_knows_the_model(places: Path) -> None:
+    keys = task(places, "local", "texts.jsonl", output_type="loglikelihood_rolling", doc_to_text="")
+    keys |= {"doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]}
+    (places / "tasks").mkdir()
+    (places / "tasks" / "local.yaml").write_text(json.dumps(keys))  # JSON is YAML
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "mhmoe_np.harness", "run", "--model", "mhmoe-np"),
+            *("--model_args", "checkpoint=checkpoint,backend=numpy", "--tasks", "local"),
+            *("--include_path", "tasks", "--output_path", "results", "--batch_size", "4"),
+        ],
+        cwd=places,
+        timeout=300,
+        check=True,
+    )
+    (found,) = (places / "results").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["local"]["bits_per_byte,none"] > 1
