@@ -43,11 +43,14 @@ class HarnessModel(TemplateLM):
         threads: int | None = None,
         max_length: int | None = None,
         batch_size: int | str = 16,
+        device: str | None = None,
     ) -> None:
         """Load it.
 
         max_length: tokens of a window; None: the model's `max_position_embeddings`.
         batch_size: windows that go through the model at once.
+        device: the harness's command line always gives one, as PyTorch calls it; `backend` says where
+        to compute.
         Raises UserError: the checkpoint is damaged, or a number is none that the model can take.
         """
         super().__init__()
