@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.bitnet import mhmoe
 from benchmarks.compare import machine
 from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
-from mhmoe_np.inference.evaluate import scored_tokens
+from mhmoe_np.inference.evaluate import scored_text
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.operations.load import load_operations
@@ -106,7 +106,7 @@ def windows_of(run: Path, model: Model) -> np.ndarray[Any, Any]:
     )
     found = []
     for domain in validation_domains(run):
-        token_W = scored_tokens(
+        token_W, _ = scored_text(
             domain.name, domain.documents, tokenizer, vocab_size=model.config.vocab_size
         )
         starts = range(0, len(token_W) - length, length)

@@ -8,7 +8,9 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
+from mhmoe_np.inference.protocols import PROTOCOLS, ProtocolName, choose_protocol
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import LARGEST_SIZE
 
@@ -16,6 +18,28 @@ from mhmoe_np.settings.model import LARGEST_SIZE
 @click.command()
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
 @click.option("--domain", "domains", multiple=True, required=True, metavar="NAME=PATH")
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default="disjoint",
+    show_default=True,
+    help="Which tokens are scored, given what; see docs/perplexity.md.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1, LARGEST_SIZE),
+    help="Tokens of a window (default: max_position_embeddings).",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1, LARGEST_SIZE),
+    help="With --protocol stride: tokens from window to window (default: half a window).",
+)
+@click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Begin each window with a beginning of text (default: as the protocol's own program).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
     "--batch-tokens",
@@ -29,22 +53,26 @@ from mhmoe_np.settings.model import LARGEST_SIZE
 def command(
     checkpoint: Path,
     domains: tuple[str, ...],
+    protocol: ProtocolName,
+    window: int | None,
+    stride: int | None,
+    bos: bool | None,
     as_json: bool,
     batch_tokens: int,
     threads: int | None,
     backend: BackendName,
 ) -> None:
-    """Score texts with a checkpoint, or with the last checkpoint of a run folder.
+    """Score texts with a checkpoint: the last one of a run folder, or RUN/checkpoints/best.
 
-    A domain's PATH is a .txt or .jsonl file, a folder or a glob. Windows are disjoint and
-    max_position_embeddings long; every token after the first is scored once.
+    A domain's PATH is a .txt or .jsonl file, a folder or a glob. Perplexities compare where protocol,
+    window, stride, beginning of text, tokenizer and corpus are the same: --json has them all.
     """
     import numpy as np
 
     from mhmoe_cli.scores import print_scores
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.data.documents import read_domain
-    from mhmoe_np.inference.evaluate import evaluate
+    from mhmoe_np.inference.evaluate import evaluate, scores_as_dict
 
     named = [_split(domain) for domain in domains]
     names = [name for name, _ in named]
@@ -55,13 +83,22 @@ def command(
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads, keep_buffers=True)
     model = load_model(found, np.float32, ops=ops)
-    scores = {
-        text.name: evaluate(model, text, tokenizer, ops=ops, batch_tokens=batch_tokens)
-        for text in texts
-    }
+    chosen = choose_protocol(protocol, model.config, tokenizer, window=window, stride=stride, bos=bos)
+    with progress("tokens") as show:
+        scores = {
+            text.name: evaluate(
+                model,
+                text,
+                tokenizer,
+                ops=ops,
+                protocol=chosen,
+                batch_tokens=batch_tokens,
+                on_progress=show,
+            )
+            for text in texts
+        }
     if as_json:
-        values = {name: score.as_dict() for name, score in scores.items()}
-        print_json({"domains": values})
+        print_json(scores_as_dict(scores, chosen, tokenizer))
     else:
         print_scores(scores)
 

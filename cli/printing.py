@@ -60,7 +60,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console(*, least_width: int) -> Console:
+def console(*, least_width: int = 1) -> Console:
     """Standard output as tables see it, at least so many columns wide; see `show`.
 
     The size is given, for the library stumbles over odd values of COLUMNS and LINES.

@@ -72,6 +72,7 @@ def option_tables(
     seed: int | None = None,
     checkpoint_every: int | None = None,
     tensorboard: bool = False,
+    eval_every: int | None = None,
 ) -> Tables:
     """What --set says, and over it the settings that have options of their own.
 
@@ -82,6 +83,7 @@ def option_tables(
         "seed": seed,
         "checkpoint_every": checkpoint_every,
         "tensorboard": tensorboard or None,
+        "eval_every": eval_every,
     }
     given: Tables = {"training": {key: value for key, value in training.items() if value is not None}}
     if data:

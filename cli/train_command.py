@@ -15,7 +15,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import duration, printable, visible
-from mhmoe_cli.progress import bar_console, may_show_bar, shown, tell
+from mhmoe_cli.progress import bar_console, may_show_bar, progress, shown, tell
 from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
@@ -24,7 +24,9 @@ from mhmoe_np.settings.presets import DEFAULT_PRESET
 from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 
 if TYPE_CHECKING:
+    from mhmoe_np.progress import OnProgress
     from mhmoe_np.training.trainer import StepReport, Trainer
+    from mhmoe_np.training.validation import ValidationReport
 
 
 @click.command()
@@ -36,6 +38,12 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of weights, split and batches.")
 @threads_option
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps between checkpoints.")
+@click.option(
+    "--eval-every",
+    type=int,
+    metavar="N",
+    help="Steps between scores of the held-out text (0: at the end).",
+)
 @click.option("--resume", metavar="auto|PATH", help="Continue a run, bit for bit.")
 @click.option(
     "--init",
@@ -55,6 +63,7 @@ def command(
     seed: int | None,
     threads: int | None,
     checkpoint_every: int | None,
+    eval_every: int | None,
     resume: str | None,
     init: Path | None,
     tensorboard: bool,
@@ -80,6 +89,7 @@ def command(
         seed=seed,
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
+        eval_every=eval_every,
     )
     name = config.stem if config else preset or DEFAULT_PRESET
     run = None if resume is None else folder_to_resume(resume, out, name)
@@ -127,8 +137,10 @@ def _train(trainer: Trainer) -> None:
     verb = f"continuing at step {trainer.step} in" if trainer.step else "training in"
     tell(f"{verb} {run}: {size:,} parameters, {steps} steps")
     try:
-        with _Progress(trainer) as progress:
-            stopped = trainer.train(progress.show, _acknowledge)
+        with _Progress(trainer) as shown_run:
+            stopped = trainer.train(
+                shown_run.show, _acknowledge, shown_run.show_validation, shown_run.show_scoring
+            )
     except TrainingFailure as failure:
         _end_run(str(failure), 1)
     except Interrupted as second:
@@ -137,7 +149,8 @@ def _train(trainer: Trainer) -> None:
         tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
     try:
-        result = score_run(trainer)
+        with progress("tokens") as show:
+            result = score_run(trainer, show)
     except Interrupted as stop:
         _end_run(
             f"stopped: the trained model is saved in {run}, only not scored; go on with: "
@@ -146,7 +159,7 @@ def _train(trainer: Trainer) -> None:
         )
     unwritten = None
     try:
-        write_evaluation(run, result)
+        write_evaluation(trainer, result)
     except OSError as error:
         unwritten = (
             f"{error.filename}: {error.strerror}; the trained model is saved in {run}, only its scores "
@@ -204,6 +217,8 @@ class _Progress:
         self._training = trainer.config.training
         self._started, self._first = time.perf_counter(), trainer.step
         self._bar, self._shown = None, contextlib.ExitStack()
+        self._scoring = contextlib.ExitStack()
+        self._show_scoring: OnProgress | None = None
         if may_show_bar():
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -220,10 +235,12 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_scoring()
         self._shown.close()
 
     def show(self, report: StepReport) -> None:
         """Show one step."""
+        self._end_scoring()
         made = report.step - self._first
         rate = made / (time.perf_counter() - self._started)
         text = f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s"
@@ -241,6 +258,27 @@ class _Progress:
             )
             if experts:
                 tell(f"  {experts}")
+
+    def show_scoring(self, doing: str, done: int, total: int) -> None:
+        """Show how far a validation has come."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{printable(doing)} {100 * done // total}%")
+            return
+        if self._show_scoring is None:
+            self._show_scoring = self._scoring.enter_context(progress("tokens"))
+        self._show_scoring(doing, done, total)
+
+    def _end_scoring(self) -> None:
+        self._scoring.close()
+        self._show_scoring = None
+
+    def show_validation(self, report: ValidationReport) -> None:
+        """Show what a validation found."""
+        self._end_scoring()
+        scores = report.scores.items()
+        each = "  ".join(f"{name} {score.as_dict()['bits_per_byte']:.4f}" for name, score in scores)
+        line = f"validation at step {report.step}: mean NLL {report.mean_nll:.4f}; bits/byte: {each}"
+        tell(printable(line))
 
 
 def _experts(report: StepReport) -> str:

@@ -34,6 +34,7 @@ GENERATION = "generation_config.json"
 PACKED_WEIGHTS = "packed.safetensors"
 OPTIMIZER = "optimizer.safetensors"  # of a training checkpoint
 CHECKPOINTS = "checkpoints"  # the folder in a run folder that holds them
+BEST = "best"  # what RUN/checkpoints/best stands for: the model of the best validation
 
 
 def save_model(
@@ -111,7 +112,16 @@ def write_tokenizer(
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
+    return _numbered(run, "step")
+
+
+def best_models_of(run: Path) -> list[Path]:
+    """The models of a run folder that were the best of their time by validation, the best one last."""
+    return _numbered(run, BEST)
+
+
+def _numbered(run: Path, kind: str) -> list[Path]:
+    found = [path for path in (run / CHECKPOINTS).glob(f"{kind}-*") if path.name[5:].isdecimal()]
     return sorted(found, key=step_of)
 
 
@@ -123,10 +133,17 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoint(path: Path) -> Path:
     """`path` itself if it is a checkpoint, or the last checkpoint of the run folder it is.
 
+    RUN/checkpoints/best is the model that scored best while RUN was trained with `eval_every`.
+
     Raises UserError: it is neither.
     """
     if (path / MODEL_CONFIG).is_file():
         return path
+    if path.name == BEST and path.parent.name == CHECKPOINTS:
+        best = best_models_of(path.parent.parent)
+        if not best:
+            raise UserError(f"{path}: no such model; it is kept by `train --eval-every N`")
+        return best[-1]
     checkpoints = checkpoints_of(path)
     if checkpoints:
         return checkpoints[-1]

@@ -135,7 +135,8 @@ def make_plan(
         tokens_per_s=training.batch_size * training.sequence_length / seconds,
         step_seconds=seconds,
         training_seconds=training.steps * seconds,
-        disk=(training.keep_checkpoints + 1) * 3 * arrays + int(2 * text_bytes / BYTES_PER_TOKEN),
+        disk=((training.keep_checkpoints + 1) * 3 + (2 if training.eval_every else 0)) * arrays
+        + int(2 * text_bytes / BYTES_PER_TOKEN),
     )
 
 

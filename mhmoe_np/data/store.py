@@ -72,15 +72,33 @@ def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> IntArray:
 
     Raises UserError: the tokenizer has no end of text or cannot encode the text.
     """
+    return joined(list(tokenise_each(documents, tokenizer)), tokenizer)
+
+
+def joined(pieces: Sequence[IntArray], tokenizer: Tokenizer) -> IntArray:
+    """One stream of documents' tokens, with an end of text between neighbours.
+
+    Shapes and types as `tokenise`.
+
+    Raises UserError: the tokenizer has no end of text.
+    """
     dtype = DTYPES[_dtype_name(tokenizer)]
     separator = np.array([end_of_text_id(tokenizer)], dtype=dtype)
-    pieces: list[IntArray] = []
+    parts = [part for piece in pieces for part in (separator, piece)]
+    return np.concatenate([np.empty(0, dtype=dtype), *parts[1:]])
+
+
+def tokenise_each(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[IntArray]:
+    """Encode documents, one after the other; see `tokenise`.
+
+    Yields token_W of each, uint16 where every id fits and else uint32.
+
+    Raises UserError: the tokenizer cannot encode the text.
+    """
+    dtype = DTYPES[_dtype_name(tokenizer)]
     for chunk in _chunks(documents):
         for encoding in _encode(chunk, tokenizer, add_special_tokens=False):
-            if pieces:
-                pieces.append(separator)
-            pieces.append(np.array(encoding, dtype=dtype))
-    return np.concatenate([np.empty(0, dtype=dtype), *pieces])
+            yield np.array(encoding, dtype=dtype)
 
 
 def tokenise_prompt(prompt: str, tokenizer: Tokenizer) -> IntArray:

@@ -1,25 +1,30 @@
 """Perplexity of a text: per token, word and byte, and bits per byte.
 
-Protocol: the documents of a domain are joined by the end-of-text token into one stream, cut into
-disjoint windows; every token after the first of the stream is scored once, given what precedes it in
-its window. Balance and z-loss are never part of it, and capacity never applies [D4], so the result
-does not depend on how many windows go at once.
+Which tokens are scored is the protocol's (see `protocols`). Balance and z-loss are never part of it,
+and capacity never applies [D4], so the result does not depend on how many windows go at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.documents import Domain
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.store import joined, tokenise_each
+from mhmoe_np.data.tokenizer import tokenizer_sha256
 from mhmoe_np.errors import UserError
-from mhmoe_np.model.language_model import Model, check_positions, known_ids, last_hidden
+from mhmoe_np.inference.protocols import Protocol
+from mhmoe_np.inference.window_losses import window_losses
+from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -28,22 +33,54 @@ BATCH_TOKENS = 4096  # that go through the model at once
 
 @dataclass(frozen=True)
 class DomainScore:
-    """Total NLL in nats over the scored tokens; words and bytes of the original text."""
+    """What a text scored.
+
+    Attributes:
+        nll: in nats, the sum over the scored tokens.
+        standard_error: of nll / tokens, over documents (see `standard_error`); None: of one alone.
+        tokens: that were scored.
+        text_tokens: of the whole text, with an end of text between documents.
+        words, bytes: of the whole text; with `lm-eval-rolling` as lm-evaluation-harness counts them.
+        documents: of the text.
+        corpus_sha256: see `corpus_sha256`.
+        whole_text: whether the protocol leaves out no token that has another before it.
+    """
 
     nll: float
+    standard_error: float | None
     tokens: int
+    text_tokens: int
     words: int
     bytes: int
+    documents: int
+    corpus_sha256: str
+    whole_text: bool
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The counts and the four derived figures; null where one exceeds a float."""
-        return {
-            **asdict(self),
-            "token_ppl": _exp(self.nll / self.tokens),
-            "word_ppl": _exp(self.nll / max(1, self.words)),
-            "byte_ppl": _exp(self.nll / self.bytes),
-            "bits_per_byte": self.nll / self.bytes / math.log(2),
-        }
+    def as_dict(self) -> dict[str, Any]:
+        """The counts and the derived figures; null where one exceeds a float.
+
+        Those per word and byte are null where tokens of the text were left out.
+        """
+        values = {**asdict(self), "mean_nll": self.nll / self.tokens}
+        token_ppl, whole = _exp(self.nll / self.tokens), self.whole_text
+        values["token_ppl"] = token_ppl
+        values["token_ppl_standard_error"] = (
+            None
+            if token_ppl is None or self.standard_error is None
+            else token_ppl * self.standard_error
+        )
+        values["word_ppl"] = _exp(self.nll / max(1, self.words)) if whole else None
+        values["byte_ppl"] = _exp(self.nll / self.bytes) if whole else None
+        values["bits_per_byte"] = self.nll / self.bytes / math.log(2) if whole else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The score that `as_dict` made `values` of.
+
+        Raises KeyError: they are not of a score.
+        """
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def _exp(x: float) -> float | None:
@@ -53,53 +90,95 @@ def _exp(x: float) -> float | None:
         return None
 
 
+def scores_as_dict(
+    scores: Mapping[str, DomainScore], protocol: Protocol, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Scores by domain as JSON has them, with all that they must say to be compared."""
+    return {
+        **protocol.as_dict(),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "domains": {name: score.as_dict() for name, score in scores.items()},
+    }
+
+
+def standard_error(nll_of_documents: FloatArray, tokens_of_documents: IntArray) -> float | None:
+    """The standard error of the mean NLL of a token, in nats, with documents as the sample.
+
+    A document's tokens are not independent, documents about are. The mean r = sum(nll) / sum(n) is a
+    ratio of two sums over the D documents of which a token was scored, n[d] tokens with nll[d] nats in
+    all, and to first order its standard error is
+
+        sqrt(D / (D - 1) * sum((nll[d] - r * n[d])**2)) / sum(n)
+
+    That of the perplexity exp(r) is exp(r) times it. None: there are fewer than two documents.
+    """
+    nll, n = nll_of_documents[tokens_of_documents > 0], tokens_of_documents[tokens_of_documents > 0]
+    if len(n) < 2:
+        return None
+    left = nll - nll.sum() / n.sum() * n
+    return math.sqrt(len(n) / (len(n) - 1) * float((left**2).sum())) / int(n.sum())
+
+
+def corpus_sha256(documents: Sequence[str]) -> str:
+    """A hash of a text, whatever files hold it: of each document its length and its UTF-8 bytes.
+
+    The length in bytes is 8 bytes, the lowest first.
+    """
+    found = hashlib.sha256()
+    for document in documents:
+        encoded = document.encode()
+        found.update(len(encoded).to_bytes(8, "little") + encoded)
+    return found.hexdigest()
+
+
 def score_stream(
     model: Model, token_W: IntArray, *, window: int, batch_tokens: int, ops: Operations
 ) -> float:
-    """Total NLL in nats of token_W[1:].
+    """Total NLL in nats of token_W[1:], by the protocol `disjoint`.
 
     window: inputs of one window; batch_tokens: about how many inputs go through the model at once.
     """
-    inputs = len(token_W) - 1
-    whole = inputs // window
-    check_positions(min(window, inputs), model.config)
-    token_W = ops.to_device(known_ids(token_W, model.config))
-    nll_1 = ops.zeros((1,), np.float64)
-    per_batch = max(1, batch_tokens // window)
-    for first in range(0, whole, per_batch):
-        rows = min(per_batch, whole - first)
-        start = first * window
-        _add_nll(model, token_W[start : start + rows * window + 1], rows, nll_1, ops=ops)
-    if inputs % window:
-        _add_nll(model, token_W[whole * window :], 1, nll_1, ops=ops)
-    return float(ops.to_host(nll_1)[0])
+    windows = Protocol("disjoint", window).windows([len(token_W)])
+    found = window_losses(
+        model, token_W, windows, bos_token_id=None, batch_tokens=batch_tokens, ops=ops
+    )
+    return sum(float(losses.sum(dtype=np.float64)) for _, losses, _ in found)
 
 
-def _add_nll(
-    model: Model, token_W: IntArray, windows: int, nll_1: FloatArray, *, ops: Operations
-) -> None:
-    """Add the NLL of equal windows in a row, each sharing its last token with the next."""
-    with ops.scope():
-        x_ND = last_hidden(model, token_W[:-1].reshape(windows, -1), ops=ops)
-        ops.add_sum(ops.token_nll(x_ND, model.weights.output_VD, token_W[1:]), nll_1)
+class ScoredText(NamedTuple):
+    """The stream of a domain's tokens, and how many of them each document has."""
+
+    token_W: IntArray
+    lengths: list[int]
 
 
-def scored_tokens(
-    name: str, documents: Sequence[str], tokenizer: Tokenizer, *, vocab_size: int
-) -> IntArray:
-    """The stream of a domain's tokens, token_W.
+def scored_text(
+    name: str,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    on_progress: OnProgress = unseen,
+) -> ScoredText:
+    """A domain's documents as tokens.
 
-    Raises UserError: there are fewer than two, or one that the model lacks.
+    Raises UserError: there are fewer than two tokens, or one that the model lacks.
     """
-    token_W = tokenise(documents, tokenizer)
-    if len(token_W) < 2:
+    pieces, characters = [], [len(document) for document in documents]
+    done, total = 0, sum(characters)
+    for token_W, length in zip(tokenise_each(documents, tokenizer), characters, strict=True):
+        pieces.append(token_W)
+        done += length
+        on_progress(f"tokenising {name}", done, total)
+    text = ScoredText(joined(pieces, tokenizer), [len(piece) for piece in pieces])
+    if len(text.token_W) < 2:
         raise UserError(f"domain {name}: one token alone cannot be scored; give more text")
-    if int(token_W.max()) >= vocab_size:
+    if int(text.token_W.max()) >= vocab_size:
         raise UserError(
-            f"domain {name}: token id {int(token_W.max())} is beyond the model's vocab_size "
+            f"domain {name}: token id {int(text.token_W.max())} is beyond the model's vocab_size "
             f"{vocab_size}; the tokenizer is not the model's"
         )
-    return token_W
+    return text
 
 
 def evaluate(
@@ -108,27 +187,78 @@ def evaluate(
     tokenizer: Tokenizer,
     *,
     ops: Operations,
+    protocol: Protocol | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    on_progress: OnProgress = unseen,
 ) -> DomainScore:
-    """Score a domain in windows of the model's `max_position_embeddings`.
+    """Score a domain.
 
-    Raises UserError: the text is a single token, its tokenizer knows ids the model lacks, so many
-    tokens at once do not fit into memory, or the NLL is not finite.
+    protocol: None: `disjoint` windows of the model's `max_position_embeddings`.
+    on_progress: called while the text is tokenised, then while it is scored, with tokens of it.
+
+    Raises UserError: the text is too short for the protocol, its tokenizer knows ids the model lacks,
+    so many tokens at once do not fit into memory, or the NLL is not finite.
     """
-    token_W = scored_tokens(
-        domain.name, domain.documents, tokenizer, vocab_size=model.config.vocab_size
+    protocol = protocol or Protocol("disjoint", model.config.max_position_embeddings)
+    text = scored_text(
+        domain.name,
+        domain.documents,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        on_progress=on_progress,
     )
-    window = model.config.max_position_embeddings
-    at_once = min(max(batch_tokens, window), len(token_W))
+    total = len(text.token_W)
+    if (
+        protocol.name == "llama-cpp"
+        and total + (protocol.bos_token_id is not None) < 2 * protocol.window
+    ):
+        raise UserError(
+            f"domain {domain.name}: has {total:,} tokens; llama-cpp needs two windows of "
+            f"{protocol.window:,}: give more text or a smaller --window"
+        )
+    at_once = min(max(batch_tokens, protocol.window), total)
     check_memory(
         2 * 4 * at_once * model.config.hidden_size,  # what enters a layer, and what leaves it
         f"domain {domain.name}: the activations of {at_once:,} tokens at once need more than",
         remedy=f"lower --batch-tokens {batch_tokens}, or the model's max_position_embeddings",
     )
-    nll = score_stream(model, token_W, window=window, batch_tokens=batch_tokens, ops=ops)
+    # A document owns the end of text behind it.
+    ends = np.cumsum([length + 1 for length in text.lengths])
+    nll_of_documents = np.zeros(len(ends))
+    tokens_of_documents = np.zeros(len(ends), np.int64)
+    reached, expected = 0, sum(window.scored for window in protocol.windows(text.lengths))
+    for window, losses, _ in window_losses(
+        model,
+        text.token_W,
+        protocol.windows(text.lengths),
+        bos_token_id=protocol.bos_token_id,
+        batch_tokens=batch_tokens,
+        ops=ops,
+    ):
+        owners = np.searchsorted(ends, np.arange(window.end - window.scored, window.end), side="right")
+        np.add.at(nll_of_documents, owners, losses)
+        np.add.at(tokens_of_documents, owners, 1)
+        reached += window.scored
+        on_progress(f"scoring {domain.name}", reached, expected)
+    nll = float(nll_of_documents.sum())
     if not math.isfinite(nll):
         raise UserError(
             f"domain {domain.name}: its NLL is not finite ({nll}); the weights are damaged or too "
             "large for float32: take another checkpoint"
         )
-    return DomainScore(nll, len(token_W) - 1, domain.word_count, domain.byte_count)
+    words, byte_count = domain.word_count, domain.byte_count
+    if protocol.name == "lm-eval-rolling":
+        # As the harness: an empty word before and after white space at the ends counts.
+        words = sum(len(re.split(r"\s+", document)) for document in domain.documents)
+        byte_count = sum(len(document.encode()) for document in domain.documents)
+    return DomainScore(
+        nll=nll,
+        standard_error=standard_error(nll_of_documents, tokens_of_documents),
+        tokens=int(tokens_of_documents.sum()),
+        text_tokens=total,
+        words=words,
+        bytes=byte_count,
+        documents=len(domain.documents),
+        corpus_sha256=corpus_sha256(domain.documents),
+        whole_text=protocol.scores_the_whole_text,
+    )

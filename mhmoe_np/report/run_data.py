@@ -23,12 +23,12 @@ from mhmoe_np.training.run_folder import (
     METRICS,
     ROUTER,
     RUN_CONFIG,
+    VALIDATION_LOG,
     is_run_folder,
     read_run_tables,
 )
 from mhmoe_np.types import FloatArray, IntArray
 
-VALIDATION_LOG = "validation.jsonl"  # with scores of held-out text while the run goes on
 STEP = "step"
 Columns = Mapping[str, FloatArray]
 """Name -> one number a step; NaN where a line lacks it."""

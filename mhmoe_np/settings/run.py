@@ -75,6 +75,7 @@ class TrainingConfig(StrictModel):
     log_every: Positive = 10  # steps between progress lines
     router_every: Positive = 10  # steps between lines of router.jsonl
     tensorboard: bool = False  # whether TensorBoard's event files are written too
+    eval_every: Natural = 0  # steps between scores of the held-out text; 0: at the end alone
     matmul: Matmul = "float32"  # how float32 products are computed; other ways by --backend cuda alone
 
     @model_validator(mode="after")
@@ -136,6 +137,7 @@ FREE_KEYS = (
     "training.log_every",
     "training.router_every",
     "training.tensorboard",
+    "training.eval_every",
 )
 """What a resumed run may change without another word: it decides no update that was made."""
 
@@ -178,6 +180,7 @@ OPTIONS = {
     "training.seed": "--seed",
     "training.checkpoint_every": "--checkpoint-every",
     "training.tensorboard": "--tensorboard",
+    "training.eval_every": "--eval-every",
     "data.paths": "--data",
 }
 """The keys that have an option of their own beside `--set`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of
+from mhmoe_np.checkpoints.checkpoint import BEST, CHECKPOINTS, checkpoints_of
 from mhmoe_np.checkpoints.training_state import (
     Change,
     TrainingCheckpoint,
@@ -66,6 +66,11 @@ def folder_to_resume(resume: str, out: Path | None, name: str) -> Path | None:
     run = path.parent.parent if path.resolve().parent.name == CHECKPOINTS else path
     if not is_run_folder(run):
         raise UserError(f"--resume {resume}: not a run folder, nor a checkpoint in one")
+    if run != path and path.name.startswith(BEST):
+        raise UserError(
+            f"--resume {resume}: is a model without the optimiser's state; start another run from it "
+            "with --init"
+        )
     if run != path and path.resolve() not in checkpoints_of(run.resolve())[-1:]:
         raise UserError(
             f"--resume {resume}: not the last checkpoint of {run}; remove the later ones to go on "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
-from mhmoe_np.data.tokenizer import load_tokenizer
-from mhmoe_np.inference.evaluate import DomainScore, evaluate
+from mhmoe_np.inference.evaluate import DomainScore, scores_as_dict
 from mhmoe_np.inference.generate import generate
+from mhmoe_np.inference.protocols import Protocol
 from mhmoe_np.inference.sampling import Sampling
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.storage.checksums import reseal, unseal
 from mhmoe_np.storage.files import write_atomically, write_json
-from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
+from mhmoe_np.training.run_folder import EVALUATION
 from mhmoe_np.training.trainer import Trainer
+from mhmoe_np.training.validation import score_domains
 
 SAMPLE_TOKENS = 120
 
@@ -30,21 +31,22 @@ def finish_run(trainer: Trainer) -> RunResult:
     Raises UserError: see `score_run`; OSError: the file cannot be written.
     """
     result = score_run(trainer)
-    write_evaluation(trainer.run, result)
+    write_evaluation(trainer, result)
     return result
 
 
-def score_run(trainer: Trainer) -> RunResult:
-    """The scores of the held-out text, and a sample.
+def score_run(trainer: Trainer, on_progress: OnProgress = unseen) -> RunResult:
+    """The scores of the held-out text, and a sample; the last step's validation is not made again.
 
     Raises UserError: a domain's held-out text is a single token, or the model's numbers overflow.
     """
     model, ops, config = trainer.learner.model, trainer.ops, trainer.config
-    tokenizer = load_tokenizer(trainer.run / TOKENIZER)
-    scores = {
-        domain.name: evaluate(model, domain, tokenizer, ops=ops)
-        for domain in validation_domains(trainer.run)
-    }
+    tokenizer = trainer.tokenizer
+    validated = trainer.validation.of_step(trainer.step)
+    if validated is not None:
+        scores = validated.scores
+    else:
+        scores = score_domains(trainer.run, model, tokenizer, ops=ops, on_progress=on_progress)
     pieces = generate(
         model,
         tokenizer,
@@ -56,12 +58,14 @@ def score_run(trainer: Trainer) -> RunResult:
     return RunResult(scores, "".join(pieces))
 
 
-def write_evaluation(run: Path, result: RunResult) -> None:
+def write_evaluation(trainer: Trainer, result: RunResult) -> None:
     """Write the scores to the run's `evaluation.json`.
 
     Raises OSError: the disk is full or refuses; then the run counts as not evaluated.
     """
-    values = {name: score.as_dict() for name, score in result.scores.items()}
+    run = trainer.run
+    protocol = Protocol("disjoint", trainer.config.model.max_position_embeddings)
+    values = scores_as_dict(result.scores, protocol, trainer.tokenizer)
     unseal(run, EVALUATION)
-    write_atomically(run / EVALUATION, lambda path: write_json(path, {"domains": values}))
+    write_atomically(run / EVALUATION, lambda path: write_json(path, values))
     reseal(run, EVALUATION)

@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 import xxhash
 from tokenizers import Tokenizer
 
-from mhmoe_np.checkpoints.checkpoint import CHECKPOINTS, checkpoints_of, step_of
+from mhmoe_np.checkpoints.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    best_models_of,
+    checkpoints_of,
+    save_model,
+    step_of,
+)
 from mhmoe_np.checkpoints.training_state import (
     Change,
     LogMark,
@@ -21,9 +28,9 @@ from mhmoe_np.checkpoints.training_state import (
 )
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.run import RunConfig
-from mhmoe_np.storage.files import remove_directory
+from mhmoe_np.storage.files import remove_directory, write_directory_atomically
 from mhmoe_np.training.log_file import LogFile, mark_of_older
-from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, ROUTER, SET_ASIDE
+from mhmoe_np.training.run_folder import METRICS, QUANTIZATION, ROUTER, SET_ASIDE, VALIDATION_LOG
 from mhmoe_np.training.step import Learner
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -61,8 +68,16 @@ class Keeper:
         self._changes = [*start.changes, *changes]
         self._learner, self._ops, self.saved_step = learner, ops, start.step
         (run / CHECKPOINTS).mkdir(exist_ok=True)
-        kept = {METRICS: True, ROUTER: config.model.moe_layers, QUANTIZATION: config.model.is_quantised}
+        kept = {
+            METRICS: True,
+            ROUTER: config.model.moe_layers,
+            QUANTIZATION: config.model.is_quantised,
+            VALIDATION_LOG: config.training.eval_every or VALIDATION_LOG in (start.logs or {}),
+        }
         names = [name for name, is_kept in kept.items() if is_kept]
+        for later in best_models_of(run):
+            if step_of(later) > start.step:  # of steps that are made again
+                remove_directory(later)
         self._logs = {name: LogFile(run / name, self._mark(name, start)) for name in names}
         self._pending: list[tuple[str, dict[str, Any]]] = []  # lines that no log has yet
         self.notices = [log.notice for log in self._logs.values() if log.notice is not None]
@@ -112,6 +127,21 @@ class Keeper:
             self._save_on_a_full_disk(trouble)
         for old in checkpoints_of(self._run)[: -self._config.training.keep_checkpoints]:
             remove_directory(old)
+        # Only now: a run that goes on from an older checkpoint finds what was the best then.
+        for old in best_models_of(self._run)[:-1]:
+            remove_directory(old)
+
+    def keep_best(self) -> None:
+        """Keep the model as it stands: none scored better. The one that was the best goes with `save`.
+
+        Raises OSError: the disk is full or refuses; then nothing is left behind.
+        """
+        directory = self._run / CHECKPOINTS / f"{BEST}-{self._learner.updates:08d}"
+        if not directory.exists():  # of a sitting that ended before its score was logged
+            parameters = self._learner.parameters.to_host(self._ops)
+            write_directory_atomically(
+                directory, lambda temporary: save_model(temporary, parameters, self._tokenizer)
+            )
 
     def _write_checkpoint(self) -> None:
         step = self._learner.updates

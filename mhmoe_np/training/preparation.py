@@ -28,7 +28,7 @@ from mhmoe_np.data.tokenizer import (
     train_tokenizer,
 )
 from mhmoe_np.errors import Taken, UserError
-from mhmoe_np.inference.evaluate import scored_tokens
+from mhmoe_np.inference.evaluate import scored_text
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
@@ -110,7 +110,7 @@ def create_run_folder(
         batches_of(store, config)
         for name, (_, held_out) in parts.items():
             documents = [document for document in held_out if document.strip()]
-            scored_tokens(name, documents, tokenizer, vocab_size=vocab_size)
+            scored_text(name, documents, tokenizer, vocab_size=vocab_size)
         for name, (_, held_out) in parts.items():
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out]
             write_text(folder / VALIDATION / f"{name}.jsonl", "".join(lines))

@@ -7,7 +7,8 @@
     metrics.jsonl      one object a step
     router.jsonl       with experts: every `router_every` steps, what each router did, head by head
     quantization.jsonl with BitNet: at every checkpoint, each quantised matrix's scale and shares
-    checkpoints/       step-00000100/ ...
+    validation.jsonl   with eval_every: the held-out text's scores by domain, one object a validation
+    checkpoints/       step-00000100/ ..., and best-00000100, the model that scored best
     evaluation.json    the final scores
     report.html        the run as a page, written at its end and by `mhmoe-np report`
     tensorboard/       event files, where they are asked for
@@ -34,6 +35,7 @@ RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokeniz
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 ROUTER, REPORT = "router.jsonl", "report.html"
 QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
+VALIDATION_LOG = "validation.jsonl"
 STORE, VALIDATION = "data/train", "validation"
 SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 

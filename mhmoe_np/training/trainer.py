@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,7 @@ from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.sums import StepResult
 from mhmoe_np.model.weights import MatrixCounts
 from mhmoe_np.operations.table import AdamWSettings, Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.storage.checksums import unseal
 from mhmoe_np.storage.files import remove_directory
@@ -43,12 +45,14 @@ from mhmoe_np.training.run_folder import (
     QUANTIZATION,
     ROUTER,
     TOKENIZER,
+    VALIDATION_LOG,
     batches_of,
     training_store,
 )
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
 from mhmoe_np.training.stopping import collected_signals
+from mhmoe_np.training.validation import Validation, ValidationReport, score_domains
 from mhmoe_np.types import IntArray
 
 
@@ -111,6 +115,7 @@ class Trainer:
         ops: the backend that it runs on.
         learner: the model as trained so far, and what training it needs.
         keeper: writes the run's logs and checkpoints.
+        validation: the scores of the held-out text so far.
         notices: what the run's owner should know before it goes on, a line each.
     """
 
@@ -130,8 +135,9 @@ class Trainer:
         start = opened.checkpoint or _beginning(config)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
         changed = changes(opened, config, ops.name)
-        tokenizer = load_tokenizer(run / TOKENIZER)
-        self.keeper = Keeper(run, config, start.state, changed, tokenizer, self.learner, ops)
+        self.tokenizer = load_tokenizer(run / TOKENIZER)
+        self.keeper = Keeper(run, config, start.state, changed, self.tokenizer, self.learner, ops)
+        self.validation = Validation(run, every=config.training.eval_every)
         self._alarm = RouterAlarm(config.model)
         self._events: EventFile | None = None
         self.notices = [
@@ -164,6 +170,8 @@ class Trainer:
         self,
         on_step: Callable[[StepReport], None] | None = None,
         on_signal: Callable[[int], None] | None = None,
+        on_validation: Callable[[ValidationReport], None] | None = None,
+        on_progress: OnProgress = unseen,
     ) -> int | None:
         """Go on to the last step; return the signal that ended it early, if one did.
 
@@ -171,6 +179,9 @@ class Trainer:
         on_signal: called at once when SIGINT, SIGTERM or SIGHUP comes, from within the handler.
         Such a signal ends the run after the current step, with a checkpoint; a second one at once. Only
         the main thread can catch them, so call it there.
+        on_validation: called with the held-out text's scores, every `eval_every` steps.
+        on_progress: called while the held-out text is scored, which a signal breaks off: it is scored
+        first of all when the run goes on.
 
         Raises TrainingFailure: a number is not finite, or the disk is full; Interrupted: a second
         signal came, and what was not saved yet is lost.
@@ -180,20 +191,65 @@ class Trainer:
             (self.run / EVALUATION).unlink(missing_ok=True)  # of fewer steps
         # What is not finite is found by the step's own sums; NumPy need not warn of it as well.
         with collected_signals(on_signal) as received, np.errstate(all="ignore"):
+            validate = partial(self._validate, received, on_validation, on_progress)
+            if trouble := validate():
+                self._save({}, trouble)
+            if received:
+                return received[0]
             while not self.finished:
                 report, matrices, routings = self._train_step()
                 trouble = self._log(report, routings)
                 try:
                     if on_step is not None:
                         on_step(report)
+                    if trouble is None:
+                        trouble = validate()
                 except Exception:
                     self._save(matrices, trouble)
                     raise
                 due = self.step % self.config.training.checkpoint_every == 0 or self.finished
-                if due or received or trouble:
+                saved = due or bool(received) or trouble is not None
+                if saved:
                     self._save(matrices, trouble)
-                if received:
+                if saved and received:
                     return received[0]
+        return None
+
+    def _validate(
+        self,
+        received: Sequence[int],
+        on_validation: Callable[[ValidationReport], None] | None,
+        on_progress: OnProgress,
+    ) -> OSError | None:
+        """Score the held-out text if that is due and no signal came; keep the model if it is the best.
+
+        Returns what the disk said, if it is full or refuses.
+        """
+
+        def watch(doing: str, done: int, total: int) -> None:
+            if received:
+                raise _BrokenOff
+            on_progress(doing, done, total)
+
+        if received or not self.validation.is_due(self.step, last=self.finished):
+            return None
+        try:
+            scores = score_domains(
+                self.run, self.learner.model, self.tokenizer, ops=self.ops, on_progress=watch
+            )
+        except _BrokenOff:
+            return None
+        report = ValidationReport(self.step, scores)
+        try:
+            if self.validation.is_best(report):
+                self._check_state()
+                self.keeper.keep_best()
+            self.keeper.log(VALIDATION_LOG, report.as_dict())
+        except OSError as error:
+            return error
+        self.validation.reports.append(report)
+        if on_validation is not None:
+            on_validation(report)
         return None
 
     def _train_step(self) -> tuple[StepReport, dict[str, MatrixCounts], list[LayerRouting]]:
@@ -328,6 +384,10 @@ class Trainer:
             values = {name: counts._asdict() for name, counts in matrices.items()}
             lines[QUANTIZATION] = {"step": self.step, "matrices": values}
         self.keeper.save(lines, trouble=trouble)
+
+
+class _BrokenOff(Exception):
+    """A signal came while the held-out text was scored."""
 
 
 def _beginning(config: RunConfig) -> TrainingCheckpoint:

@@ -1,0 +1,99 @@
+"""The held-out text's scores while a run trains, and which step was the best.
+
+What `validation.jsonl` holds is all there is to know: a run that goes on reads it, and scores no step
+again whose line is there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from tokenizers import Tokenizer
+
+from mhmoe_np.checkpoints.checkpoint import best_models_of, step_of
+from mhmoe_np.inference.evaluate import DomainScore, evaluate
+from mhmoe_np.model.language_model import Model
+from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress
+from mhmoe_np.training.run_folder import VALIDATION_LOG, validation_domains
+
+
+class ValidationReport(NamedTuple):
+    """One scoring of all domains: a line of `validation.jsonl`."""
+
+    step: int  # updates made before it
+    scores: dict[str, DomainScore]
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats a token, over the tokens of all domains: the lowest is the best."""
+        scores = self.scores.values()
+        return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line as JSON has it."""
+        domains = {name: score.as_dict() for name, score in self.scores.items()}
+        return {"step": self.step, "mean_nll": self.mean_nll, "domains": domains}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The report of a line.
+
+        Raises KeyError, TypeError or AttributeError: it is none.
+        """
+        domains = values["domains"].items()
+        return cls(values["step"], {name: DomainScore.from_dict(score) for name, score in domains})
+
+
+class Validation:
+    """A run's validations, made and to be made.
+
+    Attributes:
+        reports: those made, in order; without those whose lines are damaged.
+    """
+
+    def __init__(self, run: Path, *, every: int) -> None:
+        """Take up what the run's log has; every: steps between two, 0: none is made."""
+        self._run, self._every = run, every
+        self.reports = _read(run / VALIDATION_LOG)
+
+    def of_step(self, step: int) -> ValidationReport | None:
+        """The validation of this step, if it was made."""
+        return next((report for report in self.reports if report.step == step), None)
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether the model of this step is to be scored; last: no step comes after it."""
+        due = self._every > 0 and step > 0 and (last or step % self._every == 0)
+        return due and self.of_step(step) is None
+
+    def is_best(self, report: ValidationReport) -> bool:
+        """Whether no model that is still kept scored as well."""
+        kept = {step_of(path) for path in best_models_of(self._run)}
+        others = [other.mean_nll for other in self.reports if other.step in kept]
+        return report.mean_nll < min(others, default=float("inf"))
+
+
+def score_domains(
+    run: Path, model: Model, tokenizer: Tokenizer, *, ops: Operations, on_progress: OnProgress
+) -> dict[str, DomainScore]:
+    """The scores of a run's held-out text, by domain.
+
+    Raises UserError: a domain's held-out text is a single token, or the model's numbers overflow.
+    """
+    return {
+        domain.name: evaluate(model, domain, tokenizer, ops=ops, on_progress=on_progress)
+        for domain in validation_domains(run)
+    }
+
+
+def _read(path: Path) -> list[ValidationReport]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(ValidationReport.from_dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # damaged, of which the log's keeper tells
+    return found
