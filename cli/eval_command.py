@@ -8,7 +8,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json
-from mhmoe_np.errors import UserError
+from mhmoe_cli.text_options import named, text_key_option
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import LARGEST_SIZE
 
@@ -24,6 +24,7 @@ from mhmoe_np.settings.model import LARGEST_SIZE
     show_default=True,
     help="About how many tokens go through the model at once.",
 )
+@text_key_option
 @threads_option
 @backend_option
 def command(
@@ -31,13 +32,14 @@ def command(
     domains: tuple[str, ...],
     as_json: bool,
     batch_tokens: int,
+    text_key: str,
     threads: int | None,
     backend: BackendName,
 ) -> None:
     """Score texts with a checkpoint, or with the last checkpoint of a run folder.
 
-    A domain's PATH is a .txt or .jsonl file, a folder or a glob. Windows are disjoint and
-    max_position_embeddings long; every token after the first is scored once.
+    A domain's PATH is a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder or a glob.
+    Windows are disjoint and max_position_embeddings long; every token after the first is scored once.
     """
     import numpy as np
 
@@ -46,12 +48,9 @@ def command(
     from mhmoe_np.data.documents import read_domain
     from mhmoe_np.inference.evaluate import evaluate
 
-    named = [_split(domain) for domain in domains]
-    names = [name for name, _ in named]
-    if len(set(names)) < len(names):
-        raise UserError(f"--domain: the name {max(names, key=names.count)[:60]!r} is given twice")
+    path_of_domain = named(domains, option="--domain", value="PATH")
     found = find_checkpoint(checkpoint)
-    texts = [read_domain(name, path) for name, path in named]
+    texts = [read_domain(name, path, text_key=text_key) for name, path in path_of_domain.items()]
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads, keep_buffers=True)
     model = load_model(found, np.float32, ops=ops)
@@ -64,10 +63,3 @@ def command(
         print_json({"domains": values})
     else:
         print_scores(scores)
-
-
-def _split(domain: str) -> tuple[str, str]:
-    name, equals, path = domain.partition("=")
-    if not equals or not name or not path:
-        raise UserError(f"--domain {domain[:60]!r}: must be NAME=PATH")
-    return name, path

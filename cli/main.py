@@ -22,6 +22,8 @@ from mhmoe_np.training.stopping import ignore_from_here
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
+    "prepare": "Turn text of any size into a store of tokens, in parallel and resumable.",
+    "tokenizer": "Train a tokenizer on text, or look at one.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
     "generate": "Continue a prompt.",
     "init": "Write a checkpoint with random weights from a config.json.",

@@ -15,7 +15,9 @@ import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import printable
+from mhmoe_cli.progress import ByteProgress
 from mhmoe_cli.run_settings import base_layers, option_tables
+from mhmoe_cli.text_options import lines_in_both_text
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import read_model_config
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--preset", help=f"Named settings (default: {DEFAULT_PRESET}); see the README.")
-@click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
+@click.option(
+    "--data", multiple=True, metavar="PATH", help="Text file, folder, glob or store; repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder (default: runs/NAME).")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--seed", type=int, help="Seed of weights, split and batches.")
@@ -67,6 +71,7 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG
     from mhmoe_np.training.continuation import folder_to_resume
     from mhmoe_np.training.run import init_source, resume_run, start_run
+    from mhmoe_np.training.run_folder import lines_in_both
 
     if init is not None and resume not in (None, "auto"):
         raise UserError("--init: starts a new run; give either --init or --resume")
@@ -80,8 +85,18 @@ def command(
             model = read_model_config(init_source(init) / MODEL_CONFIG).model_dump()
             base = [*base, Layer({"model": model}, f"--init {init}")]
         resolved = resolve([*base, Layer(over, COMMAND_LINE)])
-        start = partial(start_run, config=resolved, init=init, backend=backend, threads=threads)
-        trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
+        with ByteProgress() as progress:
+            start = partial(
+                start_run,
+                config=resolved,
+                init=init,
+                backend=backend,
+                threads=threads,
+                on_progress=progress.show,
+            )
+            trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
+        if (found := lines_in_both(trainer.run)) is not None:
+            _tell(lines_in_both_text(found))
     else:
         trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
     _train(trainer)

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.documents import Domain
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.language_model import Model, check_positions, known_ids, last_hidden
 from mhmoe_np.operations.table import Operations

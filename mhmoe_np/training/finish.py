@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from mhmoe_np.data.store import TOKENIZER
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.inference.evaluate import DomainScore, evaluate
 from mhmoe_np.inference.generate import Sampling, generate
 from mhmoe_np.storage.checksums import reseal, unseal
 from mhmoe_np.storage.files import write_atomically, write_json
-from mhmoe_np.training.run_folder import EVALUATION, TOKENIZER, validation_domains
+from mhmoe_np.training.run_folder import EVALUATION, validation_domains
 from mhmoe_np.training.trainer import Trainer
 
 SAMPLE_TOKENS = 120

@@ -15,6 +15,7 @@ import numpy as np
 
 from mhmoe_np.checkpoints.failure import FailureRecord, save_failure
 from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
+from mhmoe_np.data.store import TOKENIZER
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.layers.balance import RouterStatistics
 from mhmoe_np.model.loss import Batch, loss
@@ -34,9 +35,8 @@ from mhmoe_np.training.run_folder import (
     FAILURE,
     METRICS,
     QUANTIZATION,
-    TOKENIZER,
     batches_of,
-    training_store,
+    training_tokens,
 )
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
@@ -111,7 +111,7 @@ class Trainer:
         opened = opened or open_run(run)
         self.run, self.config, self.ops = run, config, ops
         self._lock = opened.lock
-        self._batches = batches_of(training_store(run), config)
+        self._batches = batches_of(training_tokens(run), config)
         start = opened.checkpoint or _beginning(config)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
         changed = changes(opened, config, ops.name)
