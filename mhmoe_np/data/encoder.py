@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -27,9 +28,10 @@ DTYPES: dict[DtypeName, np.dtype[np.unsignedinteger[Any]]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
 }
-# White space, then a word. Punctuation after Latin letters is a segment of its own: fewer words differ.
+# White space, then what is none. Behind a word of Latin letters punctuation is a segment of its own: so
+# fewer segments differ.
 SEGMENT = re.compile(
-    rf"[{WHITE_SPACE}]*[A-Za-z]+(?=[!-/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
+    rf" [A-Za-z]+(?=[\n -/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
 )
 MOST_SEGMENTS = 200_000  # remembered, some 200 bytes each
 MOST_CHARACTERS = 8_000_000  # in all of them
@@ -61,25 +63,35 @@ class Encoder:
 
         Raises UserError: the tokenizer cannot encode a text.
         """
-        if self._is_cut_at_spaces:
-            return [self._looked_up(text) for text in texts]
-        return self._encoded(texts)
+        return self._looked_up(texts) if self._is_cut_at_spaces else self._encoded(texts)
 
-    def _looked_up(self, text: str) -> bytes:
-        segments = SEGMENT.findall(text)
-        new = list(set(segments).difference(self._ids_of_segment))
-        if new:
-            if len(self._ids_of_segment) > MOST_SEGMENTS or self._characters > MOST_CHARACTERS:
-                self._ids_of_segment.clear()
-                self._characters = 0
-                new = list(set(segments))
-            self._ids_of_segment.update(zip(new, self._encoded(new), strict=True))
-            self._characters += sum(map(len, new))
-        return b"".join(map(self._ids_of_segment.__getitem__, segments))
+    def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
+        cut = [SEGMENT.findall(text) for text in texts]
+        if len(self._ids_of_segment) > MOST_SEGMENTS or self._characters > MOST_CHARACTERS:
+            self._ids_of_segment.clear()
+            self._characters = 0
+        found = [list(map(self._ids_of_segment.get, segments)) for segments in cut]
+        new = list(
+            {
+                segment
+                for segments, ids in zip(cut, found, strict=True)
+                for segment, known in zip(segments, ids, strict=True)
+                if known is None
+            }
+        )
+        self._ids_of_segment.update(zip(new, self._encoded(new), strict=True))
+        self._characters += sum(map(len, new))
+        return [b"".join(map(self._ids_of_segment.__getitem__, segments)) for segments in cut]
 
     def _encoded(self, texts: Sequence[str]) -> list[bytes]:
-        found = encode_batch(self._tokenizer, texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype).tobytes() for encoding in found]
+        # One array of all: thousands of small ones would take longer than the encoding.
+        ids: list[int] = []
+        ends = [0]
+        for encoding in encode_batch(self._tokenizer, texts, add_special_tokens=False):
+            ids += encoding.ids
+            ends.append(len(ids))
+        width, together = self.dtype.itemsize, np.array(ids, dtype=self.dtype).tobytes()
+        return [together[width * first : width * end] for first, end in pairwise(ends)]
 
     def array(self, encoded: bytes) -> IntArray:
         """The ids that `encode` gave as bytes, read-only [W]."""

@@ -29,7 +29,9 @@ class Piece(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of UTF-8, or tokens."""
-        return len(self.content.encode()) if isinstance(self.content, str) else len(self.content)
+        if isinstance(self.content, str) and not self.content.isascii():
+            return len(self.content.encode())
+        return len(self.content)
 
 
 def place_to_cut(text: str) -> int:

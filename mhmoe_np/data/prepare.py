@@ -24,7 +24,7 @@ from mhmoe_np.data.chunks import Chunk, EncodedChunk, in_chunks
 from mhmoe_np.data.encoder import DTYPES, dtype_name
 from mhmoe_np.data.encoding_pool import encode_chunks
 from mhmoe_np.data.pieces import Piece
-from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, TextCounts, read_pieces
+from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, read_pieces
 from mhmoe_np.data.sample import Sample, train_on_sample
 from mhmoe_np.data.shared_lines import SharedLines
 from mhmoe_np.data.sources import Source, is_token_file
@@ -111,9 +111,9 @@ def prepare_text(
 
 class _Measured(NamedTuple):
     source: Source
-    counts: TextCounts
+    size: int  # bytes, or tokens
+    training_size: int
     split: Split
-    training_size: int  # bytes, or tokens
 
 
 class _Preparation:
@@ -192,7 +192,7 @@ class _Preparation:
 
         return on_bytes
 
-    def _pieces(self, source: Source, on_bytes: OnBytes, counts: TextCounts | None) -> Iterator[Piece]:
+    def _pieces(self, source: Source, on_bytes: OnBytes) -> Iterator[Piece]:
         for file in source.files:
             if is_token_file(file):
                 assert self._tokenizer is not None
@@ -203,13 +203,11 @@ class _Preparation:
                 )
                 on_bytes(check_regular(file).st_size)
             else:
-                yield from read_pieces(
-                    file, text_key=self._settings.text_key, counts=counts, on_bytes=on_bytes
-                )
+                yield from read_pieces(file, text_key=self._settings.text_key, on_bytes=on_bytes)
 
     def _measure(self, source: Source, on_bytes: OnBytes) -> _Measured:
-        counts, sizes = TextCounts(), array("q")
-        for piece in self._pieces(source, on_bytes, counts):
+        sizes = array("q")
+        for piece in self._pieces(source, on_bytes):
             if piece.begins:
                 sizes.append(0)
             sizes[-1] += piece.size
@@ -225,16 +223,16 @@ class _Preparation:
             seed=self._settings.seed,
         )
         training = int(size_of_document[~split.held_out].sum()) if split.cut is None else split.cut
-        return _Measured(source, counts, split, training)
+        return _Measured(source, int(size_of_document.sum()), training, split)
 
     def _hold_out(self, measured: Sequence[_Measured]) -> list[str]:
         """Write the held-out documents, and return a sample of the others where one is wanted."""
         report = self._stage("holding out")
         sample = Sample(sum(part.training_size for part in measured))
-        for source, _, split, _ in measured:
+        for source, _, _, split in measured:
             path = self._folder / VALIDATION / f"{source.name}.jsonl"
             with _Lines(path) as lines:
-                for piece, held_out in split_pieces(self._pieces(source, report, None), split):
+                for piece, held_out in split_pieces(self._pieces(source, report), split):
                     text = self._text(piece) if held_out or self._tokenizer is None else ""
                     if held_out:
                         self._held_out_documents[source.name] += piece.begins
@@ -261,7 +259,7 @@ class _Preparation:
     def _encode(
         self, part: _Measured, tokenizer: Tokenizer, shards: _Shards, on_bytes: OnBytes
     ) -> StoredDomain:
-        source, counts, split, _ = part
+        source, size, _, split = part
         done = shards.of(source.name)
         skipped = sum(record.pieces for record in done)
         training = self._training_pieces(source, split, on_bytes)
@@ -285,8 +283,7 @@ class _Preparation:
             name=source.name,
             weight=self._settings.weights.get(source.name),
             sources=[str(file) for file in source.files],
-            bytes=counts.bytes,
-            words=counts.words,
+            size=size,
             documents=sum(shard.documents for shard in written),
             held_out_documents=self._held_out_documents[source.name],
             tokens=sum(shard.tokens for shard in written),
@@ -294,7 +291,7 @@ class _Preparation:
         )
 
     def _training_pieces(self, source: Source, split: Split, on_bytes: OnBytes) -> Iterator[Piece]:
-        for piece, held_out in split_pieces(self._pieces(source, on_bytes, None), split):
+        for piece, held_out in split_pieces(self._pieces(source, on_bytes), split):
             if not held_out:
                 if isinstance(piece.content, str):
                     self._shared.add_training(piece.content)

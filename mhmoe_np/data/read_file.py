@@ -26,7 +26,9 @@ BLOCK = 1 << 20  # bytes read at once
 LONGEST_LINE = 1 << 30  # bytes of a line of JSON
 COMPRESSED_BLOCK = 4096  # bytes: some hundred megabytes can come out of a few kilobytes
 ROWS = 1024  # of a table, read at once
-SEPARATOR = re.compile(r"(?:\r?\n){3,}")
+# Three line ends or more. What the first of them begins with, where that is \r, is cut off
+# afterwards: a pattern that may begin in two ways is searched for some thirty times as slowly.
+SEPARATOR = re.compile(r"\n(?:\r?\n){2,}")
 TEXT_KEY = "text"
 
 OnBytes = Callable[[int], object]
@@ -183,14 +185,14 @@ def _text_pieces(blocks: Iterator[str]) -> Iterator[Piece]:
         # A separator may go on in the next block.
         buffer += block
         held = buffer[len(buffer.rstrip("\r\n")) :] if block else ""
-        if len(held) > 6 and SEPARATOR.fullmatch(held):
+        if len(held) > 7 and SEPARATOR.fullmatch(held.removeprefix("\r")):
             buffer = buffer[: len(buffer) - len(held)]
             buffer, held = buffer + "\n\n\n", "\n\n\n"  # as good as a thousand
         elif len(held) > PIECE:
             held = ""
         *whole, unfinished = SEPARATOR.split(buffer[: len(buffer) - len(held)])
         for document in whole:
-            yield from _cut(document, begins=begins)
+            yield from _cut(document.removesuffix("\r"), begins=begins)
             begins = True
         while len(unfinished) > PIECE:
             place = place_to_cut(unfinished)

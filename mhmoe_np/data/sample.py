@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, TextCounts, read_pieces
+from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, read_pieces
 from mhmoe_np.data.sources import Source, is_token_file
 from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, train_tokenizer
 from mhmoe_np.errors import UserError
@@ -63,7 +63,7 @@ def train_on_sources(
 
     Raises UserError: the text is unfit, or `vocab_size` is too small.
     """
-    total, counts, done = sum(source.size for source in sources), TextCounts(), 0
+    total, size, done = sum(source.size for source in sources), 0, 0
 
     def stage(name: str) -> OnBytes:
         nonlocal done
@@ -81,9 +81,9 @@ def train_on_sources(
     for file in files:
         if is_token_file(file):
             raise UserError(f"{file}: holds tokens; give a file of text")
-        for _ in read_pieces(file, text_key=text_key, counts=counts, on_bytes=report):
-            pass
-    sample, report = Sample(counts.bytes), stage("sampling")
+        pieces = read_pieces(file, text_key=text_key, on_bytes=report)
+        size += sum(piece.size for piece in pieces)
+    sample, report = Sample(size), stage("sampling")
     for file in files:
         for piece in read_pieces(file, text_key=text_key, on_bytes=report):
             assert isinstance(piece.content, str)

@@ -55,8 +55,9 @@ class StoredDomain(StrictModel):
     name: str
     weight: PositiveFactor | None  # its share of a batch, relative to the others'; none: by its size
     sources: list[str]
-    bytes: Count  # of all its text, the held-out part and what separates documents included
-    words: Count
+    size: (
+        Count  # of all its documents, held out or not: bytes of UTF-8, or tokens where it came as such
+    )
     documents: Count  # for training
     held_out_documents: Count
     tokens: Count
@@ -72,7 +73,7 @@ class Shared(StrictModel):
 
 
 class StoreHeader(StrictModel):
-    """What a store says of itself. `bytes` and `words` are 0 where the source held tokens."""
+    """What a store says of itself."""
 
     format: Literal["mhmoe-np token store"] = "mhmoe-np token store"
     version: Literal[3] = VERSION

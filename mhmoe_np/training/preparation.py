@@ -22,7 +22,7 @@ from mhmoe_np.data.prepare import (
     is_unfinished,
     prepare_text,
 )
-from mhmoe_np.data.read_file import TextCounts, read_pieces
+from mhmoe_np.data.read_file import read_pieces
 from mhmoe_np.data.sources import Source, find_sources, is_token_file
 from mhmoe_np.data.store import (
     DATA,
@@ -152,17 +152,15 @@ def text_size(config: RunConfig) -> int:
     """
     store = given_store(config)
     if store is not None:
-        return sum(domain.bytes for domain in read_header(store).domains)
-    counts = TextCounts()
-    plain = 0
+        return sum(domain.size for domain in read_header(store).domains)
+    size = 0
     for source in find_sources(config.data.paths, config.data.domains):
         for file in source.files:
             if is_token_file(file) or file.suffix.lower() == ".txt":
-                plain += check_regular(file).st_size
+                size += check_regular(file).st_size
             else:
-                for _ in read_pieces(file, text_key=config.data.text_key, counts=counts):
-                    pass
-    return plain + counts.bytes
+                size += sum(piece.size for piece in read_pieces(file, text_key=config.data.text_key))
+    return size
 
 
 def _given_tokenizer(config: RunConfig, start: InitialWeights | None) -> Tokenizer | None:
