@@ -11,7 +11,6 @@ from mhmoe_np.data.sources import (
     Source,
     embedded_sources,
     find_files,
-    find_sources,
     is_token_file,
 )
 from mhmoe_np.errors import UserError
@@ -47,14 +46,6 @@ def read_domain(name: str, path: str | Path, *, text_key: str = TEXT_KEY) -> Dom
     line, there is no document, or the text is too large for the memory that is free.
     """
     return _read([(Source(name, tuple(find_files(path))), str(path))], text_key)[0]
-
-
-def read_domains(paths: Sequence[str], *, text_key: str = TEXT_KEY) -> list[Domain]:
-    """Read one domain per path, named by `domain_names`.
-
-    Raises UserError: as `read_domain`.
-    """
-    return _read(list(zip(find_sources(paths), paths, strict=True)), text_key)
 
 
 def embedded_domains() -> list[Domain]:
