@@ -131,6 +131,7 @@ def _print(header: StoreHeader, out: Path) -> None:
             f"{domain.name}: {domain.documents:,} documents, {domain.tokens:,} tokens, "
             f"{domain.held_out_documents:,} documents held out{share}"
         )
-    click.echo(lines_in_both_text(header.lines_in_both))
+    if header.lines_in_both.held_out_lines:
+        click.echo(lines_in_both_text(header.lines_in_both))
     click.echo(f"{out}: {header.tokens:,} tokens, vocabulary {header.vocab_size:,}")
     click.echo(f"next: mhmoe-np train --data {out} --set model.vocab_size={header.vocab_size}")

@@ -95,7 +95,8 @@ def command(
                 on_progress=progress.show,
             )
             trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
-        if (found := lines_in_both(trainer.run)) is not None:
+        found = lines_in_both(trainer.run)
+        if found is not None and found.held_out_lines:
             _tell(lines_in_both_text(found))
     else:
         trainer = resume_run(run, over, base=given, backend=backend, threads=threads)

@@ -24,7 +24,9 @@ from mhmoe_np.storage.reading import check_regular, reason_of
 
 BLOCK = 1 << 20  # bytes read at once
 LONGEST_LINE = 1 << 30  # bytes of a line of JSON
-COMPRESSED_BLOCK = 4096  # bytes: some hundred megabytes can come out of a few kilobytes
+# Bytes of a `.zst` file that are decompressed at once: one can become thirty thousand. So few are taken
+# at first, and no more as long as much comes out.
+FEWEST_COMPRESSED, MOST_COMPRESSED = 32, 4096
 ROWS = 1024  # of a table, read at once
 # Three line ends or more. What the first of them begins with, where that is \r, is cut off
 # afterwards: a pattern that may begin in two ways is searched for some thirty times as slowly.
@@ -123,15 +125,14 @@ class _Zstandard(io.RawIOBase):
         self._context = zstandard.ZstdDecompressor()
         self._frame: Any = None
         self._ready = memoryview(b"")
+        self._at_once = FEWEST_COMPRESSED
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
         while not self._ready:
-            found = (self._frame.unused_data if self._ended() else b"") or self._raw.read(
-                COMPRESSED_BLOCK
-            )
+            found = (self._frame.unused_data if self._ended() else b"") or self._raw.read(self._at_once)
             if not found:
                 if self._frame is not None and not self._frame.eof:
                     raise UserError(f"{self._file}: damaged zst file: it ends early; take another copy")

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import sys
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -121,6 +122,31 @@ def test_a_table_without_its_library_is_refused_with_the_command_that_installs_i
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'mhmoe-np\[parquet\]'"):
         documents_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.txt", "a few words and a line\n"),
+        ("a.txt.gz", "no end of it, and no line "),
+        ("a.txt.zst", "a few words and a line\n"),
+    ],
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, name, line, monkeypatch):
+    """With blocks and pieces a sixteenth as long as usual, so that a small file is large enough."""
+    monkeypatch.setattr(read_file, "BLOCK", 1 << 16)
+    for module in (read_file, pieces):
+        monkeypatch.setattr(module, "PIECE", 1 << 16)
+    monkeypatch.setattr(pieces, "TAIL", 1 << 12)
+    size = 8_000_000
+    path = tmp_path / name
+    path.write_bytes(compressed(name, (line * (size // len(line))).encode()))
+    tracemalloc.start()
+    length = sum(piece.size for piece in read_pieces(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert length == size // len(line) * len(line)
+    assert peak < size / 4
 
 
 SOME = st.lists(st.sampled_from(["a", "é", "語", " ", "\n", "\r\n", "\r", "\n\n\n", "bc"]), max_size=40)
