@@ -9,7 +9,7 @@ import click
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json
 from mhmoe_cli.progress import progress
-from mhmoe_np.errors import UserError
+from mhmoe_cli.text_options import named, text_key_option
 from mhmoe_np.inference.protocols import PROTOCOLS, ProtocolName, choose_protocol
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import LARGEST_SIZE
@@ -48,6 +48,7 @@ from mhmoe_np.settings.model import LARGEST_SIZE
     show_default=True,
     help="About how many tokens go through the model at once.",
 )
+@text_key_option
 @threads_option
 @backend_option
 def command(
@@ -59,13 +60,15 @@ def command(
     bos: bool | None,
     as_json: bool,
     batch_tokens: int,
+    text_key: str,
     threads: int | None,
     backend: BackendName,
 ) -> None:
     """Score texts with a checkpoint: the last one of a run folder, or RUN/checkpoints/best.
 
-    A domain's PATH is a .txt or .jsonl file, a folder or a glob. Perplexities compare where protocol,
-    window, stride, beginning of text, tokenizer and corpus are the same: --json has them all.
+    A domain's PATH is a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder or a glob.
+    Perplexities compare where protocol, window, stride, beginning of text, tokenizer and corpus are
+    the same: --json has them all.
     """
     import numpy as np
 
@@ -74,12 +77,9 @@ def command(
     from mhmoe_np.data.documents import read_domain
     from mhmoe_np.inference.evaluate import evaluate, scores_as_dict
 
-    named = [_split(domain) for domain in domains]
-    names = [name for name, _ in named]
-    if len(set(names)) < len(names):
-        raise UserError(f"--domain: the name {max(names, key=names.count)[:60]!r} is given twice")
+    path_of_domain = named(domains, option="--domain", value="PATH")
     found = find_checkpoint(checkpoint)
-    texts = [read_domain(name, path) for name, path in named]
+    texts = [read_domain(name, path, text_key=text_key) for name, path in path_of_domain.items()]
     tokenizer = load_checkpoint_tokenizer(found)
     ops = load(backend, threads=threads, keep_buffers=True)
     model = load_model(found, np.float32, ops=ops)
@@ -101,10 +101,3 @@ def command(
         print_json(scores_as_dict(scores, chosen, tokenizer))
     else:
         print_scores(scores)
-
-
-def _split(domain: str) -> tuple[str, str]:
-    name, equals, path = domain.partition("=")
-    if not equals or not name or not path:
-        raise UserError(f"--domain {domain[:60]!r}: must be NAME=PATH")
-    return name, path

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
+    "prepare": "Turn text of any size into a store of tokens, in parallel and resumable.",
+    "tokenizer": "Train a tokenizer on text, or look at one.",
     "report": "Write a page on one run or several: curves, experts, tokens, settings.",
     "eval": "Score texts: perplexity per token, word and byte, and bits per byte.",
     "generate": "Continue a prompt.",

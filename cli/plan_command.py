@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @preset_option
-@click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
+@click.option(
+    "--data", multiple=True, metavar="PATH", help="Text file, folder, glob or store; repeatable."
+)
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -47,9 +49,9 @@ def command(
     resolved = resolved_config(config, preset, option_tables(settings, data, steps=steps))
 
     from mhmoe_np.costs.plan import make_plan
-    from mhmoe_np.data.documents import chosen_domains
+    from mhmoe_np.training.preparation import text_size
 
-    text_bytes = sum(domain.byte_count for domain in chosen_domains(resolved.data.paths))
+    text_bytes = text_size(resolved)
     matmul = resolved.training.matmul
     load = partial(load_operations, backend, threads=threads, keep_buffers=True, matmul=matmul)
     with progress() as show_progress:

@@ -17,6 +17,7 @@ from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import duration, printable, visible
 from mhmoe_cli.progress import bar_console, may_show_bar, progress, shown, tell
 from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
+from mhmoe_cli.text_options import lines_in_both_text
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import read_model_config
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @preset_option
-@click.option("--data", multiple=True, metavar="PATH", help="Text file, folder or glob; repeatable.")
+@click.option(
+    "--data", multiple=True, metavar="PATH", help="Text file, folder, glob or store; repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder (default: runs/NAME).")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--seed", type=int, help="Seed of weights, split and batches.")
@@ -79,6 +82,7 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import MODEL_CONFIG
     from mhmoe_np.training.continuation import folder_to_resume
     from mhmoe_np.training.run import init_source, resume_run, start_run
+    from mhmoe_np.training.run_folder import lines_in_both
 
     if init is not None and resume not in (None, "auto"):
         raise UserError("--init: starts a new run; give either --init or --resume")
@@ -100,8 +104,19 @@ def command(
             model = read_model_config(init_source(init) / MODEL_CONFIG).model_dump()
             base = [*base, Layer({"model": model}, f"--init {init}")]
         resolved = resolve([*base, Layer(over, COMMAND_LINE)])
-        start = partial(start_run, config=resolved, init=init, backend=backend, threads=threads)
-        trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
+        with progress("bytes") as show:
+            start = partial(
+                start_run,
+                config=resolved,
+                init=init,
+                backend=backend,
+                threads=threads,
+                on_progress=show,
+            )
+            trainer = start(out) if out else _start_in_a_fresh_folder(start, name)
+        found = lines_in_both(trainer.run)
+        if found is not None and found.held_out_lines:
+            tell(lines_in_both_text(found))
     else:
         trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
     _train(trainer)

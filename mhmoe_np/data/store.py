@@ -1,235 +1,217 @@
-"""The token store: a flat file of token ids, mapped into memory, and a JSON sidecar."""
+"""The token store: shards of ids, what is in them, and the text held out of them.
+
+    tokenizer.json
+    data/store.json          the header below
+    data/NAME-00000.bin      ids of a domain's training documents, little-endian; NAME-00001.bin goes on
+    data/NAME-00000.index    uint64: where in the shard each document begins that begins there
+    validation/NAME.jsonl    its held-out documents, a JSON line each
+    checksums.json           of all of these
+
+An end of text precedes every document but the store's first, so that the shards, one after the other,
+are one stream. A run folder is laid out the same way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ValidationError
-from tokenizers import Encoding, Tokenizer
+from pydantic import Field, ValidationError
 
-from mhmoe_np.data.interruptible import interruptible
-from mhmoe_np.data.tokenizer import end_of_text_id, id_count, tokenizer_sha256
-from mhmoe_np.errors import UserError
-from mhmoe_np.settings.model import (
-    Count,
-    Positive,
-    PositiveCount,
-    StrictModel,
-    first_fault,
-    shown,
-)
-from mhmoe_np.storage import files
-from mhmoe_np.storage.reading import read_json
+from mhmoe_np.data.encoder import DTYPES
+from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.settings.model import Count, Natural, Positive, PositiveFactor, StrictModel, first_fault
+from mhmoe_np.storage.checksums import verify
+from mhmoe_np.storage.reading import check_regular, read_json
 from mhmoe_np.types import IntArray
 
-VERSION: Literal[2] = 2
-# The byte order is part of the format.
-DTYPES: dict[str, np.dtype[np.unsignedinteger[Any]]] = {
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-}
-# The library's encodings take some hundred bytes per token; this bounds those alive at a time (a
-# longer document is a chunk of its own).
-CHARACTERS_PER_CHUNK = 4_000_000
+TOKENIZER, DATA, VALIDATION = "tokenizer.json", "data", "validation"
+HEADER = "store.json"
+VERSION: Literal[3] = 3
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Shard(StrictModel):
+    """A file of ids and its index."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\x00]+\.bin$")]
+    sha256: Digest
+    tokens: Natural
+    documents: Natural  # that begin here
+    index_sha256: Digest
+
+    @property
+    def index(self) -> str:
+        """The name of the index's file."""
+        return index_of(self.file)
+
+
+class StoredDomain(StrictModel):
+    """A domain: its training tokens, and what its text was."""
+
+    name: str
+    weight: PositiveFactor | None  # its share of a batch, relative to the others'; none: by its size
+    sources: list[str]
+    size: (
+        Count  # of all its documents, held out or not: bytes of UTF-8, or tokens where it came as such
+    )
+    documents: Count  # for training
+    held_out_documents: Count
+    tokens: Count
+    shards: list[Shard]
+
+
+class Shared(StrictModel):
+    """Lines of the held-out text that stand in the training text as well; blank ones do not count."""
+
+    held_out_lines: Count
+    shared: Count
+    is_estimate: bool
 
 
 class StoreHeader(StrictModel):
-    """The keys of the sidecar. `bytes` and `words` are of the documents, without what separates.
+    """What a store says of itself."""
 
-    A sidecar of version 1 has `document_offsets` as well; it is read without them.
-    """
-
-    version: Literal[2] = VERSION
-    name: str
+    format: Literal["mhmoe-np token store"] = "mhmoe-np token store"
+    version: Literal[3] = VERSION
     dtype: Literal["uint16", "uint32"]
-    tokenizer_sha256: str
+    byte_order: Literal["little"] = "little"
+    tokenizer_sha256: Digest
     vocab_size: Positive
-    documents: PositiveCount
-    tokens: PositiveCount
-    bytes: Count
-    words: Count
+    end_of_text: Natural
+    lines_in_both: Shared
+    domains: Annotated[list[StoredDomain], Field(min_length=1)]
+
+    @property
+    def tokens(self) -> int:
+        """Of all domains."""
+        return sum(domain.tokens for domain in self.domains)
 
 
-@dataclass(frozen=True)
-class TokenStore:
-    """An open store: the sidecar, and the read-only stream of token ids."""
+class TokenStream:
+    """The ids of shards, one after the other, mapped into memory: token_W."""
 
-    header: StoreHeader
-    token_W: IntArray
+    def __init__(self, shards: Sequence[IntArray]) -> None:
+        """Join arrays of ids, [W] each and none empty."""
+        self._shards = [np.asarray(shard) for shard in shards]  # a memmap costs a Python call more
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+
+    @classmethod
+    def joined(cls, streams: Sequence[TokenStream]) -> TokenStream:
+        """Several streams as one."""
+        return cls([shard for stream in streams for shard in stream._shards])
+
+    def __len__(self) -> int:
+        """Count the ids."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, indices: IntArray) -> IntArray:
+        """The ids at these places, int64, in the shape of `indices`."""
+        shard_of_index = np.searchsorted(self._ends, indices, side="right")
+        found = np.empty(indices.shape, dtype=np.int64)
+        for number in np.unique(shard_of_index).tolist():
+            here = shard_of_index == number
+            first = int(self._ends[number - 1]) if number else 0
+            found[here] = self._shards[number][indices[here] - first]
+        return found
 
 
-def tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> IntArray:
-    """Encode documents into one stream with an end of text between neighbours.
+def index_of(shard_file: str) -> str:
+    """The name of the index beside a shard."""
+    return f"{shard_file.removesuffix('.bin')}.index"
 
-    `tokenizer` comes from `train_tokenizer` or `load_tokenizer`. What a signal's handler raises ends
-    it, as in `interruptible`.
 
-    Returns token_W, uint16 where every id fits and else uint32.
+def shard_name(domain: str, number: int) -> str:
+    """The name of a domain's shard, counted from 0."""
+    return f"{domain}-{number:05}.bin"
 
-    Raises UserError: the tokenizer has no end of text or cannot encode the text.
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds a store, or a run with its own."""
+    return (folder / DATA / HEADER).is_file()
+
+
+def read_header(folder: Path) -> StoreHeader:
+    """What the store in `folder` says of itself.
+
+    Raises UserError: there is none, or it is of another version or edited.
     """
-    return joined(list(tokenise_each(documents, tokenizer)), tokenizer)
+    path = folder / DATA / HEADER
+    try:
+        return StoreHeader.model_validate(read_json(path))
+    except ValidationError as error:
+        known = [*StoreHeader.model_fields, *StoredDomain.model_fields, *Shard.model_fields]
+        raise UserError(
+            f"{path}: {first_fault(error, known)}; this release reads version {VERSION}: "
+            "prepare the text again"
+        ) from None
 
 
-def joined(pieces: Sequence[IntArray], tokenizer: Tokenizer) -> IntArray:
-    """One stream of documents' tokens, with an end of text between neighbours.
+def check_store(folder: Path) -> StoreHeader:
+    """Look at every byte of a store: its files' checksums, and the sha256 of each shard.
 
-    Shapes and types as `tokenise`.
-
-    Raises UserError: the tokenizer has no end of text.
+    Raises UserError: a file is missing, or not as it was written; the line names it.
     """
-    dtype = DTYPES[_dtype_name(tokenizer)]
-    separator = np.array([end_of_text_id(tokenizer)], dtype=dtype)
-    parts = [part for piece in pieces for part in (separator, piece)]
-    return np.concatenate([np.empty(0, dtype=dtype), *parts[1:]])
+    if not verify(folder):
+        raise UserError(f"{folder}: has no checksums.json; prepare the text again")
+    header = read_header(folder)
+    for domain in header.domains:
+        for shard in domain.shards:
+            for name, wanted in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
+                path = folder / DATA / name
+                if sha256_of(path) != wanted:
+                    raise Damaged(
+                        f"{path}: damaged: its sha256 is not that of {HEADER}; take another copy"
+                    )
+    return header
 
 
-def tokenise_each(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[IntArray]:
-    """Encode documents, one after the other; see `tokenise`.
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal.
 
-    Yields token_W of each, uint16 where every id fits and else uint32.
-
-    Raises UserError: the tokenizer cannot encode the text.
+    Raises UserError: there is no such file.
     """
-    dtype = DTYPES[_dtype_name(tokenizer)]
-    for chunk in _chunks(documents):
-        for encoding in _encode(chunk, tokenizer, add_special_tokens=False):
-            yield np.array(encoding, dtype=dtype)
+    check_regular(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenise_prompt(prompt: str, tokenizer: Tokenizer) -> IntArray:
-    """Encode the beginning of a text, with the special tokens that the tokenizer's file puts there.
+def open_streams(folder: Path, *, tokenizer_sha256: str) -> list[TokenStream]:
+    """The training tokens of each domain of a store, read-only.
 
-    Many a tokenizer begins a text with a token of its own, as transformers does with the same
-    `tokenizer.json`; those trained here add none. What a signal's handler raises ends it.
-
-    Returns token_T, int64.
-
-    Raises UserError: the tokenizer cannot encode the text.
+    Raises UserError: a shard is missing or of the wrong size, or the store was made with another
+    tokenizer than that of hash `tokenizer_sha256`.
     """
-    (ids,) = _encode([prompt], tokenizer, add_special_tokens=True)
-    return np.array(ids, dtype=np.int64)
-
-
-def write_store(path: Path, documents: Sequence[str], tokenizer: Tokenizer, *, name: str) -> TokenStore:
-    """Tokenise `documents` into `<path>.bin` and `<path>.json`, and open them.
-
-    The folder must exist; an older store at `path` is replaced. The sidecar goes first and comes
-    last: an interruption leaves no sidecar rather than one beside another's tokens.
-
-    Raises UserError: there is nothing to store, or as `tokenise`.
-    """
-    token_W = tokenise(documents, tokenizer)
-    if not len(token_W):
-        raise UserError(f"{name}: has no token to store; add some text")
-    header = StoreHeader(
-        name=name,
-        dtype=_dtype_name(tokenizer),
-        tokenizer_sha256=tokenizer_sha256(tokenizer),
-        vocab_size=id_count(tokenizer),
-        documents=len(documents),
-        tokens=len(token_W),
-        bytes=sum(len(document.encode()) for document in documents),
-        words=sum(len(document.split()) for document in documents),
-    )
-    sidecar_path = _sidecar_path(path)
-    sidecar_path.unlink(missing_ok=True)
-    files.write_atomically(_token_path(path), lambda temporary: temporary.write_bytes(token_W.data))
-    files.write_atomically(
-        sidecar_path, lambda temporary: files.write_json(temporary, header.model_dump())
-    )
-    return open_store(path, tokenizer_sha256=header.tokenizer_sha256)
-
-
-def open_store(path: Path, *, tokenizer_sha256: str) -> TokenStore:
-    """Map the store at `path` into memory, read-only.
-
-    Raises UserError: a file is missing, unreadable or of the wrong size, or the store is of another
-    version or was made with another tokenizer than that of hash `tokenizer_sha256`.
-    """
-    header = _read_header(_sidecar_path(path))
+    header = read_header(folder)
     if header.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
-            f"{_sidecar_path(path)}: was made with another tokenizer; tokenise the text again"
+            f"{folder / DATA / HEADER}: was made with another tokenizer; prepare the text again"
         )
-    token_path = _token_path(path)
-    dtype = DTYPES[header.dtype]
-    try:
-        size = token_path.stat().st_size
-        if size != header.tokens * dtype.itemsize:
-            raise UserError(
-                f"{token_path}: has {size} bytes, not {header.tokens * dtype.itemsize}; "
-                "tokenise the text again"
-            )
-        return TokenStore(header, np.memmap(token_path, dtype=dtype, mode="r"))
-    except OSError as error:
-        raise _unreadable(token_path, error) from None
+    return [
+        TokenStream([_map(folder / DATA, shard, header) for shard in domain.shards])
+        for domain in header.domains
+    ]
 
 
-def _dtype_name(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
-    return "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
-
-
-def _chunks(documents: Sequence[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    length = 0
-    for document in documents:
-        if chunk and length + len(document) > CHARACTERS_PER_CHUNK:
-            yield chunk
-            chunk, length = [], 0
-        chunk.append(document)
-        length += len(document)
-    yield chunk
-
-
-def _encode(
-    documents: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool
-) -> Iterator[list[int]]:
-    def encode() -> list[Encoding]:
-        # The refusal is made here, not around the wait: what a handler raises is no fault of the text.
-        try:
-            return tokenizer.encode_batch_fast(documents, add_special_tokens=add_special_tokens)
-        except Exception as error:  # The library raises nothing narrower.
-            raise UserError(
-                f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"
-            ) from None
-
-    for encoding in interruptible(encode):
-        yield encoding.ids
-
-
-def _token_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.bin")
-
-
-def _sidecar_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _read_header(path: Path) -> StoreHeader:
-    try:
-        values = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; tokenise the text again") from None
-    version = values.get("version") if isinstance(values, dict) else None
-    if version not in (1, VERSION):
+def _map(folder: Path, shard: Shard, header: StoreHeader) -> IntArray:
+    path, dtype = folder / shard.file, DTYPES[header.dtype]
+    size = check_regular(path).st_size
+    if size != shard.tokens * dtype.itemsize:
         raise UserError(
-            f"{path}: is not a token store of version 1 or {VERSION} (got {shown(version)}); "
-            "tokenise the text again"
+            f"{path}: has {size} bytes, not {shard.tokens * dtype.itemsize}; prepare the text again"
         )
-    if version == 1:
-        values = {key: value for key, value in values.items() if key != "document_offsets"}
-        values["version"] = VERSION
-    try:
-        return StoreHeader.model_validate(values)
-    except ValidationError as error:
-        reason = first_fault(error, StoreHeader.model_fields)
-        raise UserError(f"{path}: {reason}; tokenise the text again") from None
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror}; tokenise the text again")
+def document_starts(folder: Path, shard: Shard) -> IntArray:
+    """Where in a shard each document begins that begins there: uint64.
+
+    Raises UserError: the index is missing or of the wrong size.
+    """
+    path = folder / DATA / shard.index
+    if check_regular(path).st_size != 8 * shard.documents:
+        raise UserError(f"{path}: has not {shard.documents} entries; prepare the text again")
+    return np.fromfile(path, dtype="<u8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,19 +28,29 @@ END_OF_TEXT_NAMES = (
     "<｜end▁of▁sentence｜>",
     "[EOS]",
 )
+DEFAULT_VOCAB_SIZE = 32768
 MINIMUM_VOCAB_SIZE = 257  # the 256 bytes and the end of text
 # Characters of one kind - letters, digits, white space, others - that may join into one token. Training
 # takes time with the square of a run's length. Above every run of the embedded corpus (73) and every
 # line that programs are written in.
 LONGEST_RUN = 128
+# GPT-2's, with a bound where it has `+`. A space before a word is not counted.
+_RUN = f"{{1,{LONGEST_RUN}}}"
+TRAINED_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)"
+    rf"| ?\p{{L}}{_RUN}| ?\p{{N}}{_RUN}| ?[^\s\p{{L}}\p{{N}}]{_RUN}|\s{_RUN}(?!\S)|\s{_RUN}"
+)
+"""How the tokenizers trained here cut a text before its pairs are merged."""
 
 # The library's threads do not survive a fork: the child warns, or hangs with the value "true". One
 # thread tokenises about a megabyte a second. The user's own setting stands.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train a lossless byte-level BPE; the end of text has id 0.
+def train_tokenizer(
+    documents: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """Train a lossless byte-level BPE; the end of text has id 0, further special tokens 1 and so on.
 
     The same documents in the same order give the same tokenizer: GPT-2's, where no run of letters,
     digits, white space or other characters is longer than 128; a longer one is cut. Its vocabulary
@@ -49,24 +59,31 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     `documents` are read in another thread. A signal's handler runs meanwhile, and what it raises
     ends the training, as in `interruptible`.
 
-    Raises UserError: `vocab_size` is below 257.
+    Raises UserError: `vocab_size` is below 257 and the further special tokens, or one of these is
+    empty or twice there.
     """
-    if vocab_size < MINIMUM_VOCAB_SIZE:
+    names = [END_OF_TEXT, *special_tokens]
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise UserError(f"special token {name!r}: must have a name of its own; choose another")
+    least = MINIMUM_VOCAB_SIZE + len(special_tokens)
+    if vocab_size < least:
+        more = "" if not special_tokens else f", as do {len(special_tokens)} more special tokens"
         raise UserError(
-            f"vocab_size: {vocab_size} is below {MINIMUM_VOCAB_SIZE}, "
-            "which the bytes and the end of text need; raise it"
+            f"vocab_size: {vocab_size} is below {least}, "
+            f"which the bytes and the end of text need{more}; raise it"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_pattern(LONGEST_RUN)), behavior="isolated"),
+            pre_tokenizers.Split(Regex(TRAINED_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=names,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -144,18 +161,15 @@ def id_count(tokenizer: Tokenizer) -> int:
     return 1 + max(ids)
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Name -> id of the special tokens, in the order of their ids."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: number for number, token in sorted(added.items()) if token.special}
+
+
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Hash everything that the tokenizer does, as 64 hexadecimal digits."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-
-def _pattern(longest: int) -> str:
-    # GPT-2's, with a bound where it has `+`. A space before a word is not counted.
-    run = f"{{1,{longest}}}"
-    return (
-        r"'(?:[sdmt]|ll|ve|re)"
-        rf"| ?\p{{L}}{run}| ?\p{{N}}{run}| ?[^\s\p{{L}}\p{{N}}]{run}|\s{run}(?!\S)|\s{run}"
-    )
 
 
 def _prepared(tokenizer: Tokenizer) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.documents import Domain
-from mhmoe_np.data.store import joined, tokenise_each
+from mhmoe_np.data.tokenise import joined, tokenise_each
 from mhmoe_np.data.tokenizer import tokenizer_sha256
 from mhmoe_np.errors import UserError
 from mhmoe_np.inference.protocols import Protocol

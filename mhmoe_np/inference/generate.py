@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from mhmoe_np.data.store import tokenise_prompt
+from mhmoe_np.data.tokenise import tokenise_prompt
 from mhmoe_np.data.tokenizer import end_of_text_id, id_count
 from mhmoe_np.errors import UserError
 from mhmoe_np.inference.sampling import Sampling, next_token

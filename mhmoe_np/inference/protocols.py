@@ -203,7 +203,7 @@ def choose_protocol(
 
 def _own_bos(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer puts before every text, if it does."""
-    from mhmoe_np.data.store import tokenise_prompt
+    from mhmoe_np.data.tokenise import tokenise_prompt
 
     text = "a"
     plain = tokenizer.encode(text, add_special_tokens=False).ids

@@ -15,7 +15,7 @@ from mhmoe_np.checkpoints.checkpoint import (
     load_checkpoint_tokenizer,
     load_model,
 )
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import Model, checked_ids, forward
 from mhmoe_np.operations.table import Operations

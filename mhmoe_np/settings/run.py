@@ -60,6 +60,10 @@ class DataConfig(StrictModel):
     paths: list[PathText] = Field(default_factory=list)  # none: the embedded corpus
     tokenizer: PathText | None = None  # a tokenizer.json; none: byte-level BPE trained on the text
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of each domain's bytes
+    text_key: Annotated[str, Field(min_length=1)] = "text"  # of a line of JSON; the column of a table
+    domains: dict[str, PathText] = Field(default_factory=dict)  # name -> path, beside the unnamed ones
+    # Name of a domain -> its share of each batch, relative to the others'; none: by its size.
+    weights: dict[str, PositiveFactor] = Field(default_factory=dict)
 
 
 class TrainingConfig(StrictModel):
@@ -124,7 +128,7 @@ class RunConfig(StrictModel):
     def identity(self) -> str:
         """The sha256 of all but `FREE_KEYS`: by it checkpoints of older releases name their run."""
         tables = self.model_dump()
-        for key in (*FREE_KEYS, "training.matmul"):  # the last is younger than those releases
+        for key in (*FREE_KEYS, *YOUNGER_KEYS):
             table, _, name = key.partition(".")
             del tables[table][name]
         return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
@@ -140,6 +144,10 @@ FREE_KEYS = (
     "training.eval_every",
 )
 """What a resumed run may change without another word: it decides no update that was made."""
+
+
+YOUNGER_KEYS = ("training.matmul", "data.text_key", "data.domains", "data.weights")
+"""What the releases whose checkpoints name their run by `identity` did not know."""
 
 
 def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:

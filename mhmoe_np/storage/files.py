@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mhmoe_np.errors import Taken
+from mhmoe_np.errors import Taken, UserError
 from mhmoe_np.storage.lock import Lock, lock_folder
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -78,10 +78,18 @@ def write_directory_atomically(path: Path, fill: Callable[[Path], None]) -> None
     new_locked_directory(path, fill).release()
 
 
-def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
+def new_locked_directory(
+    path: Path,
+    fill: Callable[[Path], None],
+    *,
+    is_unfinished: Callable[[Path], bool] = lambda _: False,
+) -> Lock:
     """`write_directory_atomically`, whose directory is locked from its first moment on.
 
     So nobody else fills the same one meanwhile, and what a crash left behind is known by being free.
+
+    is_unfinished: whether a temporary directory holds work that `fill` can go on with. Such a one stays
+    when anything but bad input ends `fill`, and the next call gives it to `fill` as it is.
 
     Raises Taken: `path` exists, or another process is making it.
     """
@@ -89,7 +97,7 @@ def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
     temporary = temporary_of(path)
     try:
         try:
-            lock = _empty_locked_directory(temporary)
+            lock = _locked_directory(temporary, is_unfinished)
         except Taken:
             raise Taken(f"{path}: another process is making it; choose another name") from None
         except BaseException:  # interrupted between making and locking it
@@ -104,8 +112,9 @@ def new_locked_directory(path: Path, fill: Callable[[Path], None]) -> Lock:
             if path.exists():
                 raise Taken(f"{path}: exists already; choose another name")
             temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, UserError) or not is_unfinished(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
             lock.release()
             raise
     except BaseException:
@@ -124,11 +133,12 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _empty_locked_directory(path: Path) -> Lock:
+def _locked_directory(path: Path, is_unfinished: Callable[[Path], bool]) -> Lock:
     path.mkdir(exist_ok=True)
     lock = lock_folder(path)
-    for entry in path.iterdir():  # of a writer that was killed
-        _remove(entry)
+    if not is_unfinished(path):
+        for entry in path.iterdir():  # of a writer that was killed
+            _remove(entry)
     return lock
 
 

@@ -18,6 +18,7 @@ from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import check_training_room, open_run, resumed_config
@@ -33,12 +34,14 @@ def start_run(
     init: Path | None = None,
     backend: BackendName = "numba",
     threads: int | None = None,
+    on_progress: OnProgress = unseen,
 ) -> Trainer:
     """Make the run folder `run`, with its text prepared, and a trainer that has made no step yet.
 
     init: a checkpoint, or a run folder whose last one is taken, to start from in the place of random
     weights; its tokenizer is taken too unless the configuration names one.
     threads: None takes all cores.
+    on_progress: is told how far the text is prepared.
     Raises UserError: `run` exists, or the text, the tokenizer, the checkpoint or the number of threads
     is unfit; then nothing was written.
     """
@@ -51,6 +54,7 @@ def start_run(
         None if init is None else _initial_weights(init_source(init), config),
         threads=threads or cores(),
         ops=ops,
+        on_progress=on_progress,
     )
     return Trainer(run, config, ops, opened=open_run(run, lock=lock))
 

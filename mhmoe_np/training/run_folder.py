@@ -2,8 +2,8 @@
 
     config.toml        the resolved configuration, every default spelled out
     environment.json   versions, processor, threads
-    tokenizer.json     data/train.bin, data/train.json (the token store)
-    validation/        each domain's held-out documents, a JSON line each
+    tokenizer.json     data/, validation/: a token store (see `mhmoe_np.data.store`); where the run was
+                       given one, data/elsewhere.json says which. Older runs: data/train.bin, .json
     metrics.jsonl      one object a step
     router.jsonl       with experts: every `router_every` steps, what each router did, head by head
     quantization.jsonl with BitNet: at every checkpoint, each quantised matrix's scale and shares
@@ -23,20 +23,40 @@ folder is whole or absent. Its writer holds a lock on it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from mhmoe_np.data.batches import Batches
+from pydantic import ValidationError
+
+from mhmoe_np.data.batches import Batches, Tokens
 from mhmoe_np.data.documents import Domain, read_domain
-from mhmoe_np.data.store import TokenStore, open_store
+from mhmoe_np.data.mixture import MixedBatches
+from mhmoe_np.data.old_store import open_old_store
+from mhmoe_np.data.prepare import check_weights, store_files
+from mhmoe_np.data.store import (
+    DATA,
+    HEADER,
+    TOKENIZER,
+    VALIDATION,
+    Shared,
+    TokenStream,
+    is_store,
+    open_streams,
+    read_header,
+    sha256_of,
+)
 from mhmoe_np.data.tokenizer import load_tokenizer, tokenizer_sha256
+from mhmoe_np.errors import UserError
+from mhmoe_np.settings.model import StrictModel
 from mhmoe_np.settings.run import RunConfig, Tables, read_toml
-from mhmoe_np.storage.checksums import sealed_files
+from mhmoe_np.storage.checksums import sealed_files, verify
+from mhmoe_np.storage.reading import read_json
 
-RUN_CONFIG, ENVIRONMENT, TOKENIZER = "config.toml", "environment.json", "tokenizer.json"
+RUN_CONFIG, ENVIRONMENT = "config.toml", "environment.json"
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 ROUTER, REPORT = "router.jsonl", "report.html"
 QUANTIZATION, FAILURE = "quantization.jsonl", "failure"
 VALIDATION_LOG = "validation.jsonl"
-STORE, VALIDATION = "data/train", "validation"
+ELSEWHERE, OLD_STORE = "data/elsewhere.json", "data/train"
 SET_ASIDE = "damaged-"  # before the name of a checkpoint that is no longer one
 
 
@@ -61,23 +81,95 @@ def read_run_tables(run: Path) -> Tables:
     return read_toml(run / RUN_CONFIG)
 
 
-def training_store(run: Path) -> TokenStore:
+class Elsewhere(StrictModel):
+    """The store that a run was given."""
+
+    store: str  # an absolute path
+    sha256: str  # of its header, which has the sha256 of each shard
+
+
+class TrainingTokens(NamedTuple):
+    """A run's training tokens.
+
+    Attributes:
+        stream: of all domains, one behind the other.
+        domains: name -> a domain's own stream, and its weight where the store has one.
+    """
+
+    stream: Tokens
+    domains: dict[str, tuple[Tokens, float | None]]
+
+
+def training_tokens(run: Path) -> TrainingTokens:
     """The run's training tokens.
 
     Raises UserError: missing, damaged, or made with another tokenizer.
     """
     sha256 = tokenizer_sha256(load_tokenizer(run / TOKENIZER))
-    return open_store(run / STORE, tokenizer_sha256=sha256)
+    if (run / ELSEWHERE).exists():
+        return stored_tokens(_store_elsewhere(run), tokenizer_sha256=sha256)
+    if is_store(run):
+        return stored_tokens(run, tokenizer_sha256=sha256)
+    return TrainingTokens(open_old_store(run / OLD_STORE, tokenizer_sha256=sha256), {})
 
 
-def batches_of(store: TokenStore, config: RunConfig) -> Batches:
-    """The run's batches of its training tokens.
+def stored_tokens(folder: Path, *, tokenizer_sha256: str) -> TrainingTokens:
+    """The training tokens of a store.
 
-    Raises UserError: the text is too short for one sequence.
+    Raises UserError: see `open_streams`.
     """
-    training = config.training
-    return Batches(
-        store.token_W,
+    header, streams = read_header(folder), open_streams(folder, tokenizer_sha256=tokenizer_sha256)
+    domains: dict[str, tuple[Tokens, float | None]] = {
+        domain.name: (stream, domain.weight)
+        for domain, stream in zip(header.domains, streams, strict=True)
+    }
+    return TrainingTokens(TokenStream.joined(streams), domains)
+
+
+def lines_in_both(run: Path) -> Shared | None:
+    """The run's held-out lines that its training text has too; None: an older run, which never counted.
+
+    Raises UserError: as `training_tokens`.
+    """
+    if (run / ELSEWHERE).exists():
+        return read_header(_store_elsewhere(run)).lines_in_both
+    return read_header(run).lines_in_both if is_store(run) else None
+
+
+def _store_elsewhere(run: Path) -> Path:
+    try:
+        found = Elsewhere.model_validate(read_json(run / ELSEWHERE))
+    except ValidationError:
+        raise UserError(f"{run / ELSEWHERE}: does not say where the run's store is") from None
+    store = Path(found.store)
+    if not is_store(store):
+        raise UserError(f"{store}: the store of {run} is not there; put it back to go on")
+    verify(store)
+    if sha256_of(store / DATA / HEADER) != found.sha256:
+        raise UserError(f"{store}: is another store than {run} was started with; put that one back")
+    return store
+
+
+def batches_of(tokens: TrainingTokens, config: RunConfig) -> Batches | MixedBatches:
+    """The run's batches of its training tokens: mixed by weight where the domains have weights.
+
+    The configuration's weights count before the store's.
+
+    Raises UserError: a text is too short for one sequence, or a weight is of no domain.
+    """
+    training, weights = config.training, dict(config.data.weights)
+    if not weights:
+        weights = {name: weight for name, (_, weight) in tokens.domains.items() if weight is not None}
+    check_weights(weights, list(tokens.domains))
+    if not weights:
+        return Batches(
+            tokens.stream,
+            sequence_length=training.sequence_length,
+            batch_size=training.batch_size,
+            seed=training.seed,
+        )
+    return MixedBatches(
+        {name: (stream, weights[name]) for name, (stream, _) in tokens.domains.items()},
         sequence_length=training.sequence_length,
         batch_size=training.batch_size,
         seed=training.seed,
@@ -86,9 +178,7 @@ def batches_of(store: TokenStore, config: RunConfig) -> Batches:
 
 def prepared_files(run: Path) -> list[str]:
     """The names of the files that a run is made with."""
-    inside = [*(run / STORE).parent.iterdir(), *(run / VALIDATION).iterdir()]
-    names = [path.relative_to(run).as_posix() for path in inside]
-    return sorted([RUN_CONFIG, ENVIRONMENT, TOKENIZER, *names])
+    return sorted([RUN_CONFIG, ENVIRONMENT, *store_files(run)])
 
 
 def validation_domains(run: Path) -> list[Domain]:

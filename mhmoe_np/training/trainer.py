@@ -16,6 +16,7 @@ import numpy as np
 
 from mhmoe_np.checkpoints.failure import FailureRecord, save_failure
 from mhmoe_np.checkpoints.training_state import TrainerState, TrainingCheckpoint
+from mhmoe_np.data.store import TOKENIZER
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
@@ -44,10 +45,9 @@ from mhmoe_np.training.run_folder import (
     METRICS,
     QUANTIZATION,
     ROUTER,
-    TOKENIZER,
     VALIDATION_LOG,
     batches_of,
-    training_store,
+    training_tokens,
 )
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
@@ -131,7 +131,7 @@ class Trainer:
         opened = opened or open_run(run)
         self.run, self.config, self.ops = run, config, ops
         self._lock = opened.lock
-        self._batches = batches_of(training_store(run), config)
+        self._batches = batches_of(training_tokens(run), config)
         start = opened.checkpoint or _beginning(config)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
         changed = changes(opened, config, ops.name)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.data.batches import Batches
-from mhmoe_np.data.store import write_store
+from mhmoe_np.data.store import TokenStream
 from mhmoe_np.errors import UserError
 
 
@@ -105,12 +105,18 @@ def test_a_batch_may_hold_several_epochs():
         assert abs(int(starts[2 * epoch]) - int(starts[2 * epoch + 1])) == 10
 
 
-def test_batches_read_from_a_mapped_store(documents, tokenizer, tmp_path):
-    opened = write_store(tmp_path / "train", documents, tokenizer, name="a")
-    from_file = Batches(opened.token_W, sequence_length=16, batch_size=2, seed=0)
-    in_memory = Batches(np.array(opened.token_W), sequence_length=16, batch_size=2, seed=0)
-    assert type(from_file.batch(5)) is np.ndarray
-    np.testing.assert_array_equal(from_file.batch(5), in_memory.batch(5))
+@given(
+    ends=st.sets(st.integers(1, 99), max_size=5),
+    seed=st.integers(0, 9),
+    step=st.integers(0, 20),
+)
+def test_shards_leave_no_mark_on_the_batches(ends, seed, step):
+    token_W = np.arange(100, dtype=np.uint16)
+    shards = TokenStream(np.split(token_W, sorted(ends)))
+    options = {"sequence_length": 10, "batch_size": 4, "seed": seed}
+    found = Batches(shards, **options).batch(step)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, Batches(token_W, **options).batch(step))
 
 
 def test_the_shortest_text_that_fits_is_one_window():

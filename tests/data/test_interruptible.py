@@ -38,7 +38,7 @@ CALLS = {
         "def call(): train_tokenizer(texts, vocab_size=4096)\n"
     ),
     "encoding": (
-        "from mhmoe_np.data.store import tokenise\n"
+        "from mhmoe_np.data.tokenise import tokenise\n"
         "from mhmoe_np.data.tokenizer import train_tokenizer\n"
         "tokenizer = train_tokenizer([dna(10_000)], vocab_size=400)\n"
         "texts = [dna(4_000_000)] * 40\n"
@@ -89,7 +89,7 @@ def test_what_a_handler_raises_leaves_a_call_that_goes_on_and_the_process_ends_w
 def test_what_a_handler_raises_is_not_put_down_to_the_text():
     code = (
         "import os, signal, threading, time\n"
-        "from mhmoe_np.data.store import tokenise\n"
+        "from mhmoe_np.data.tokenise import tokenise\n"
         "class Slow:\n"
         "    def get_vocab(self): return {'</s>': 0}\n"
         "    def token_to_id(self, name): return 0\n"

@@ -1,14 +1,28 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.data.documents import embedded_domains
-from mhmoe_np.data.split import split_documents
+from mhmoe_np.data.pieces import Piece
+from mhmoe_np.data.split import split_by_size, split_pieces
 from mhmoe_np.errors import UserError
 
 fractions = st.floats(0, 1, exclude_max=True)
 seeds = st.integers(0, 2**64)
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+def split_documents(documents, *, fraction, seed):
+    """The documents for training, and those held out."""
+    sizes = np.array([len(document.encode()) for document in documents])
+    split = split_by_size(sizes, fraction=fraction, seed=seed)
+    found = list(split_pieces((Piece(document, True) for document in documents), split))
+    assert all(piece.begins for piece, _ in found)
+    return tuple(
+        tuple(piece.content for piece, is_held_out in found if is_held_out is wanted)
+        for wanted in (False, True)
+    )
 
 
 def byte_count(documents):
@@ -95,3 +109,24 @@ def test_fraction_zero_validates_on_nothing():
 def test_a_share_that_leaves_no_training_text_is_refused(fraction):
     with pytest.raises(UserError, match=r"validation fraction: .* is not in \[0, 1\)"):
         split_documents(["a", "b"], fraction=fraction, seed=0)
+
+
+@given(
+    pieces=st.lists(st.text("aé \n", min_size=2, max_size=12), min_size=2, max_size=8),
+    fraction=st.floats(0.01, 0.99),
+)
+def test_a_lone_document_in_pieces_is_cut_about_where_the_whole_would_be(pieces, fraction):
+    whole = "".join(pieces)
+    size = len(whole.encode())
+    split = split_by_size(np.array([size]), fraction=fraction, seed=0)
+    parts = [Piece(text, number == 0) for number, text in enumerate(pieces)]
+    found = list(split_pieces(iter(parts), split))
+    assert "".join(piece.content for piece, _ in found) == whole
+    flags = [is_held_out for _, is_held_out in found]
+    assert flags == sorted(flags)
+    assert [piece.begins for piece, _ in found].count(True) == 2
+    assert found[0][0].begins
+    assert found[flags.index(True)][0].begins
+    held_out = sum(len(piece.content.encode()) for piece, held_out in found if held_out)
+    # A piece of at most 12 characters, 24 bytes, holds the place.
+    assert abs(held_out - fraction * size) <= 24

@@ -1,183 +1,241 @@
+"""A store: what it holds, what it says of itself, and that damage to it is found."""
+
+import hashlib
 import json
-import re
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 
-from mhmoe_np.data import store
-from mhmoe_np.data.documents import embedded_domains
-from mhmoe_np.data.store import open_store, tokenise, write_store
-from mhmoe_np.data.tokenizer import tokenizer_sha256, train_tokenizer
+from mhmoe_np.data import prepare
+from mhmoe_np.data.prepare import PreparationSettings, prepare_store, prepare_text
+from mhmoe_np.data.sources import find_sources
+from mhmoe_np.data.store import (
+    StoreHeader,
+    check_store,
+    document_starts,
+    open_streams,
+    read_header,
+)
+from mhmoe_np.data.tokenise import tokenise
+from mhmoe_np.data.tokenizer import tokenizer_sha256
 from mhmoe_np.errors import UserError
-from mhmoe_np.storage import files
+
+SETTINGS = PreparationSettings(vocab_size=400, validation_fraction=0.2)
 
 
-@pytest.fixture
-def path(documents, tokenizer, tmp_path):
-    """A store with a name that has a dot in it."""
-    path = tmp_path / "train.v1"
-    write_store(path, documents, tokenizer, name="lexicon")
-    return path
+def write_texts(folder: Path, documents) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.txt").write_text("\n\n\n".join(documents[:25]))
+    lines = [json.dumps({"text": text}) + "\n" for text in documents[25:]]
+    (folder / "b.jsonl").write_text("".join(lines))
+    return [str(folder / "a.txt"), str(folder / "b.jsonl")]
 
 
-def word_level(size: int) -> Tokenizer:
-    return Tokenizer(models.WordLevel({"</s>": 0, "last": size - 1}))
+def made(out: Path, paths, *, tokenizer=None, workers=1, settings=SETTINGS, on_progress=None) -> Path:
+    prepare_store(
+        out,
+        find_sources(paths),
+        settings,
+        tokenizer=tokenizer,
+        workers=workers,
+        on_progress=on_progress,
+    )
+    return out
 
 
-@settings(deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=6))
-def test_documents_are_separated_by_one_end_of_text(tokenizer, texts):
-    token_W = tokenise(texts, tokenizer)
-    separators = np.flatnonzero(token_W == 0)
-    assert len(separators) == max(0, len(texts) - 1)
-    pieces = np.split(token_W, separators)
-    joined = [pieces[0].tolist(), *(piece[1:].tolist() for piece in pieces[1:])]
-    assert [tokenizer.decode(piece) for piece in joined] == (texts or [""])
-
-
-def test_the_chunks_leave_no_mark_on_the_tokens(documents, tokenizer, monkeypatch):
-    token_W = tokenise(documents, tokenizer)
-    monkeypatch.setattr(store, "CHARACTERS_PER_CHUNK", 1000)
-    np.testing.assert_array_equal(tokenise(documents, tokenizer), token_W)
-
-
-@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_the_dtype_is_the_narrowest_that_holds_every_id(tmp_path, size, dtype):
-    tokenizer = word_level(size)
-    opened = write_store(tmp_path / "a", ["last", "last"], tokenizer, name="a")
-    assert opened.token_W.dtype == dtype
-    assert opened.header.dtype == np.dtype(dtype).name
-    assert opened.header.vocab_size == size
-    assert opened.token_W.tolist() == [size - 1, 0, size - 1]
-
-
-def test_a_megabyte_in_one_document_takes_seconds(documents):
-    text = "\n".join(text for domain in embedded_domains() for text in domain.documents)[:1_000_000]
-    tokenizer = train_tokenizer(documents, vocab_size=2000)
-    started = time.perf_counter()
-    for document in (text, "a" * 1_000_000):
-        tokenise([document], tokenizer)
-    assert time.perf_counter() - started < 10
-
-
-def test_a_text_the_tokenizer_cannot_encode_is_refused():
-    with pytest.raises(UserError, match=r"tokenizer: cannot encode the text: .*; use a byte-level"):
-        tokenise(["unknown"], word_level(10))
-
-
-def test_a_store_reads_back_as_written(path, documents, tokenizer):
-    opened = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-    np.testing.assert_array_equal(opened.token_W, tokenise(documents, tokenizer))
-    assert isinstance(opened.token_W, np.memmap)
-    assert not opened.token_W.flags.writeable
-
-
-def test_the_sidecar_states_the_counts_of_the_documents(path, documents, tokenizer):
-    assert json.loads(path.with_name("train.v1.json").read_text()) == {
-        "version": 2,
-        "name": "lexicon",
-        "dtype": "uint16",
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "vocab_size": 500,
-        "documents": 40,
-        "tokens": path.with_name("train.v1.bin").stat().st_size // 2,
-        "bytes": sum(len(document.encode()) for document in documents),
-        "words": sum(len(document.split()) for document in documents),
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> sha256, of everything."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
     }
 
 
-def test_a_store_of_version_1_is_read(path, tokenizer):
-    expected = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-    sidecar = path.with_name("train.v1.json")
-    old = {"version": 1, "document_offsets": list(range(40))}
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | old))
-    opened = open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-    assert opened.header == expected.header
-    np.testing.assert_array_equal(opened.token_W, expected.token_W)
+def held_out(store: Path, name: str) -> list[str]:
+    lines = (store / "validation" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
 
 
-def test_a_store_is_two_files_and_is_replaced_by_a_second_write(path, tokenizer):
-    opened = write_store(path, ["other text"], tokenizer, name="other")
-    assert (opened.header.name, opened.header.documents) == ("other", 1)
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [
-        "train.v1.bin",
-        "train.v1.json",
+@pytest.fixture
+def store(documents, tokenizer, tmp_path, monkeypatch):
+    """Shards of few tokens, each of a chunk or more."""
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 300)
+    monkeypatch.setattr("mhmoe_np.data.chunks.PIECE", 800)
+    return made(tmp_path / "store", write_texts(tmp_path / "texts", documents), tokenizer=tokenizer)
+
+
+def test_every_document_is_a_training_document_or_held_out(store, documents, tokenizer):
+    streams = open_streams(store, tokenizer_sha256=tokenizer_sha256(tokenizer))
+    header = read_header(store)
+    assert [domain.name for domain in header.domains] == ["a", "b"]
+    training = {}
+    for domain, texts in (("a", documents[:25]), ("b", documents[25:])):
+        out = held_out(store, domain)
+        assert out
+        training[domain] = [text for text in texts if text not in out]
+        assert len(out) + len(training[domain]) == len(texts)
+    everything = tokenise(training["a"] + training["b"], tokenizer)
+    found = np.concatenate([stream.take(np.arange(len(stream))) for stream in streams])
+    np.testing.assert_array_equal(found, everything)
+    assert header.tokens == len(everything)
+    assert [domain.documents for domain in header.domains] == [len(training[name]) for name in "ab"]
+    assert all(len(domain.shards) > 1 for domain in header.domains)
+
+
+def test_the_index_says_where_each_document_begins(store, tokenizer):
+    domain = read_header(store).domains[1]
+    texts = []
+    for shard in domain.shards:
+        token_W = np.fromfile(store / "data" / shard.file, "<u2")
+        starts = document_starts(store, shard).tolist()
+        # Before each stands the end of the one before, at which this piece of text is cut.
+        ends = [start - 1 for start in starts[1:]] + [len(token_W)]
+        texts += [tokenizer.decode(token_W[a:b]) for a, b in zip(starts, ends, strict=True)]
+    lines = (store.parent / "texts" / "b.jsonl").read_text().splitlines()
+    out = held_out(store, "b")
+    assert texts == [text for line in lines if (text := json.loads(line)["text"]) not in out]
+
+
+def test_the_header_has_the_sha256_of_each_file_of_tokens(store):
+    for domain in read_header(store).domains:
+        for shard in domain.shards:
+            for name, sha256 in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
+                content = (store / "data" / name).read_bytes()
+                assert hashlib.sha256(content).hexdigest() == sha256
+
+
+def test_several_processes_leave_no_mark_on_the_store(store, tmp_path):
+    paths = [str(tmp_path / "texts" / name) for name in ("a.txt", "b.jsonl")]
+    tokenizer = prepare.load_tokenizer(store / "tokenizer.json")
+    other = made(tmp_path / "other", paths, tokenizer=tokenizer, workers=2)
+    assert digests(other) == digests(store)
+
+
+class Stop(BaseException):
+    """As a signal's handler raises it."""
+
+
+def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(
+    store, documents, tokenizer, tmp_path, monkeypatch
+):
+    paths = [str(tmp_path / "texts" / name) for name in ("a.txt", "b.jsonl")]
+    expected = digests(store)
+    encoded = []
+    original = prepare._OpenShard.add
+    stop_at = 0
+
+    def add(self, chunk, *arguments, **named):
+        encoded.append(chunk)
+        if len(encoded) == stop_at:
+            raise Stop
+        original(self, chunk, *arguments, **named)
+
+    monkeypatch.setattr(prepare._OpenShard, "add", add)
+    made(tmp_path / "all", paths, tokenizer=tokenizer)
+    everything = len(encoded)
+    for stop_at in (2, everything // 2, everything):
+        encoded.clear()
+        out = tmp_path / f"out-{stop_at}"
+        with pytest.raises(Stop):
+            made(out, paths, tokenizer=tokenizer)
+        assert not out.exists()
+        before, stopped_at = len(encoded), stop_at
+        stop_at = -1
+        encoded.clear()
+        made(out, paths, tokenizer=tokenizer)
+        assert digests(out) == expected
+        if stopped_at > everything / 2:
+            assert len(encoded) < everything - before / 3
+
+
+def test_other_text_or_settings_begin_again(store, documents, tokenizer, tmp_path, monkeypatch):
+    paths = [str(tmp_path / "texts" / name) for name in ("a.txt", "b.jsonl")]
+    (tmp_path / "half").mkdir()
+
+    def stop(**_: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(prepare, "StoreHeader", stop)
+    with pytest.raises(Stop):
+        prepare_text(tmp_path / "half", find_sources(paths), SETTINGS, tokenizer=tokenizer, workers=1)
+    monkeypatch.setattr(prepare, "StoreHeader", StoreHeader)
+    assert prepare.is_unfinished(tmp_path / "half")
+    other = PreparationSettings(vocab_size=400, validation_fraction=0.2, seed=1)
+    prepare_text(tmp_path / "half", find_sources(paths), other, tokenizer=tokenizer, workers=1)
+    assert not prepare.is_unfinished(tmp_path / "half")
+    expected = made(tmp_path / "expected", paths, tokenizer=tokenizer, settings=other)
+    wanted = {k: v for k, v in digests(expected).items() if k != "checksums.json"}
+    assert digests(tmp_path / "half") == wanted
+
+
+def test_a_bad_line_late_in_the_text_leaves_nothing(documents, tokenizer, tmp_path):
+    paths = write_texts(tmp_path / "texts", documents)
+    with open(paths[1], "a") as file:
+        file.write("{")
+    with pytest.raises(UserError, match=r"b\.jsonl:16: is not JSON"):
+        made(tmp_path / "store", paths, tokenizer=tokenizer)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["texts"]
+
+
+def test_a_flipped_bit_in_any_file_is_found(store):
+    files = [path for path in store.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    check_store(store)
+    for path in files:
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[len(damaged) // 2] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=path.name):
+            check_store(store)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 4}, "version: "),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"domains": []}, "domains: "),
+    ],
+)
+def test_an_edited_header_is_refused_by_its_key(store, change, message):
+    path = store / "data" / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"store\.json: {message}.*prepare the text again"):
+        read_header(store)
+
+
+def test_lines_in_both_parts_are_counted(tokenizer, tmp_path):
+    common = [f"common line {n}" for n in range(3)]
+    documents = [
+        "\n".join([f"own line {number} of text", *common[: number % 4], ""]) for number in range(40)
+    ]
+    (tmp_path / "a.txt").write_text("\n\n\n".join(documents))
+    store = made(tmp_path / "store", [str(tmp_path / "a.txt")], tokenizer=tokenizer)
+    out = [line for text in held_out(store, "a") for line in text.split("\n") if line.strip()]
+    found = read_header(store).lines_in_both
+    assert found.held_out_lines == len(out)
+    assert found.shared == sum(line in common for line in out) > 0
+    assert not found.is_estimate
+
+
+def test_progress_reaches_the_whole_of_each_stage(documents, tokenizer, tmp_path):
+    told = []
+    paths = write_texts(tmp_path / "texts", documents)
+    made(tmp_path / "store", paths, tokenizer=tokenizer, on_progress=lambda *what: told.append(what))
+    size = sum(Path(path).stat().st_size for path in paths)
+    assert [name for name, done, total in told if done == size == total] == [
+        "reading",
+        "holding out",
+        "tokenising",
     ]
 
 
-@pytest.mark.parametrize("failing", ["write_atomically", "write_json"])
-def test_an_interrupted_rewrite_leaves_nothing_that_opens(path, tokenizer, monkeypatch, failing):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files, failing, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_store(path, ["other text"], tokenizer, name="other")
-    with pytest.raises(UserError, match=r"train\.v1\.json: no such file; tokenise the text"):
-        open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-
-
-@pytest.mark.parametrize("texts", [[], [""]])
-def test_a_store_of_nothing_is_refused(tmp_path, tokenizer, texts):
-    with pytest.raises(UserError, match="empty: has no token to store"):
-        write_store(tmp_path / "a", texts, tokenizer, name="empty")
-    assert not list(tmp_path.iterdir())
-
-
-def refusal(path, tokenizer) -> str:
-    with pytest.raises(UserError) as caught:
-        open_store(path, tokenizer_sha256=tokenizer_sha256(tokenizer))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith("; tokenise the text again")
-    return message
-
-
-@pytest.mark.parametrize("suffix", ["bin", "json"])
-def test_a_store_with_a_file_missing_is_refused(path, tokenizer, suffix):
-    path.with_name(f"train.v1.{suffix}").unlink()
-    assert re.search(rf"train\.v1\.{suffix}: .*no such file", refusal(path, tokenizer), re.IGNORECASE)
-
-
-@pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0", lambda _: b""])
-def test_a_store_of_the_wrong_size_is_refused(path, tokenizer, change):
-    token_path = path.with_name("train.v1.bin")
-    size = token_path.stat().st_size
-    token_path.write_bytes(change(token_path.read_bytes()))
-    expected = f"train.v1.bin: has {token_path.stat().st_size} bytes, not {size}"
-    assert expected in refusal(path, tokenizer)
-
-
-def test_a_store_of_another_tokenizer_is_refused(path, documents):
-    other = train_tokenizer(documents, vocab_size=400)
-    assert "train.v1.json: was made with another tokenizer" in refusal(path, other)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("version", 3, "is not a token store of version 1 or 2 (got 3)"),
-        ("version", None, "is not a token store of version 1 or 2 (got None)"),
-        ("dtype", "int64", "dtype: "),
-        ("tokens", "7", "tokens: "),
-        ("documents", 0, "documents: "),
-        ("document_offsets", [0], "unknown key 'document_offsets'"),
-        ("colour", "red", "unknown key 'colour'"),
-    ],
-)
-def test_an_edited_sidecar_is_refused_by_its_key(path, tokenizer, key, value, message):
-    sidecar = path.with_name("train.v1.json")
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {key: value}))
-    assert f"train.v1.json: {message}" in refusal(path, tokenizer)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"\xff", b'{"version": 1}', b'{"version": 2}', b"[" * 100_000]
-)
-def test_a_foreign_sidecar_is_refused(path, tokenizer, content):
-    path.with_name("train.v1.json").write_bytes(content)
-    assert re.search(r"train\.v1\.json: ", refusal(path, tokenizer))
+def test_a_killed_process_that_encodes_ends_in_one_line(documents, tokenizer, tmp_path, monkeypatch):
+    paths = write_texts(tmp_path / "texts", documents)
+    monkeypatch.setattr("mhmoe_np.data.encoding_pool.sys.executable", "/bin/true")
+    with pytest.raises(UserError, match=r"a process that encodes text ended .* --workers"):
+        made(tmp_path / "store", paths, tokenizer=tokenizer, workers=2)

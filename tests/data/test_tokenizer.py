@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from mhmoe_np.data.documents import embedded_domains
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import (
     END_OF_TEXT,
     LONGEST_RUN,
@@ -73,7 +73,7 @@ def test_training_is_the_same_in_every_process():
 def test_no_thread_is_left_and_a_fork_after_encoding_neither_warns_nor_hangs():
     code = (
         "import os, psutil, time\n"
-        "from mhmoe_np.data.store import tokenise\n"
+        "from mhmoe_np.data.tokenise import tokenise\n"
         "from mhmoe_np.data.tokenizer import train_tokenizer\n"
         "documents = ['some text'] * 100\n"
         "threads = psutil.Process().num_threads()\n"

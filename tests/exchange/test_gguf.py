@@ -22,7 +22,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from mhmoe_np.audit.trace import trace
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.exchange import gguf_file

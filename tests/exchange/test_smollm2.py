@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.data.documents import Domain, embedded_domains
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.exchange.foreign import Foreign
 from mhmoe_np.exchange.gguf_export import export_gguf
 from mhmoe_np.exchange.gguf_import import import_gguf

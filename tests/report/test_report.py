@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
-from mhmoe_np.data.store import tokenise
+from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import forward
 from mhmoe_np.operations.load import load_operations

@@ -120,7 +120,8 @@ def test_a_name_that_is_just_being_made_is_not_free(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.toml", "environment.json", "tokenizer.json", "data/train.bin", "data/train.json"]
+    "name",
+    ["config.toml", "environment.json", "tokenizer.json", "data/text-00000.bin", "data/store.json"],
 )
 def test_damage_to_what_a_run_was_made_with_is_found_at_the_start(folder: Path, name: str) -> None:
     run, _ = started(folder)

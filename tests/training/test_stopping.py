@@ -325,8 +325,8 @@ def test_evaluation_is_made_again_where_it_is_not_whole(mhmoe_here: Run, tmp_pat
     assert "checksums.json: made anew, of the files as they are: there was none" in again.stderr
     assert "bits/byte" in again.stdout
     assert "is finished" in mhmoe_here("train", "--resume", "run").stderr
-    flip(tmp_path / "run" / "data" / "train.bin")
-    assert "train.bin: damaged" in mhmoe_here("train", "--resume", "run", code=2).stderr
+    flip(tmp_path / "run" / "data" / "text-00000.bin")
+    assert "text-00000.bin: damaged" in mhmoe_here("train", "--resume", "run", code=2).stderr
 
 
 def test_only_the_text_that_was_held_out_is_scored(mhmoe_here: Run, tmp_path: Path) -> None:

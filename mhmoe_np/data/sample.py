@@ -1,0 +1,95 @@
+"""A tokenizer from a sample of a text of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, read_pieces
+from mhmoe_np.data.sources import Source, is_token_file
+from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, train_tokenizer
+from mhmoe_np.errors import UserError
+from mhmoe_np.progress import OnProgress, unseen
+
+SAMPLE_BYTES = 1 << 24  # of text, that a tokenizer is trained on
+LEAST_SLICE = 1 << 12  # characters that are sampled in one place
+
+
+class Sample:
+    """Texts from all over a text, of `SAMPLE_BYTES` together, or all of it."""
+
+    def __init__(self, size: int) -> None:
+        """Sample a text of `size` bytes."""
+        self._rate = SAMPLE_BYTES / max(size, SAMPLE_BYTES)
+        self._owed = 0.0
+        self.texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Take some of the next part of the text, or nothing."""
+        if self._rate == 1:
+            self.texts.append(text)
+            return
+        self._owed += self._rate * len(text)
+        if self._owed >= min(len(text), LEAST_SLICE):
+            taken = text[: int(self._owed)]
+            self.texts.append(taken)
+            self._owed -= len(taken)
+
+
+def train_on_sample(
+    texts: Sequence[str], *, vocab_size: int, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """`train_tokenizer`, whose vocabulary is no larger than the text allows.
+
+    Raises UserError: as `train_tokenizer`.
+    """
+    # No text has more pairs to merge than bytes, and the library makes room for what it is told.
+    most = MINIMUM_VOCAB_SIZE + len(special_tokens) + sum(len(text.encode()) for text in texts)
+    return train_tokenizer(texts, vocab_size=min(vocab_size, most), special_tokens=special_tokens)
+
+
+def train_on_sources(
+    sources: Sequence[Source],
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    text_key: str = TEXT_KEY,
+    on_progress: OnProgress = unseen,
+) -> Tokenizer:
+    """Train a tokenizer on files of text, or on a sample of `SAMPLE_BYTES` where they have more.
+
+    special_tokens: names beside the end of text's; ids 1, 2 and so on.
+    on_progress: is told what is being done, and how many bytes of how many.
+
+    Raises UserError: the text is unfit, or `vocab_size` is too small.
+    """
+    total, size, done = sum(source.size for source in sources), 0, 0
+
+    def stage(name: str) -> OnBytes:
+        nonlocal done
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            on_progress(name, done, total)
+
+        return on_bytes
+
+    files = [file for source in sources for file in source.files]
+    report = stage("reading")
+    for file in files:
+        if is_token_file(file):
+            raise UserError(f"{file}: holds tokens; give a file of text")
+        pieces = read_pieces(file, text_key=text_key, on_bytes=report)
+        size += sum(piece.size for piece in pieces)
+    sample, report = Sample(size), stage("sampling")
+    for file in files:
+        for piece in read_pieces(file, text_key=text_key, on_bytes=report):
+            assert isinstance(piece.content, str)
+            sample.add(piece.content)
+    if not sample.texts:
+        raise UserError(f"{files[0]}: has no document with text in it; add some text")
+    on_progress("training the tokenizer", 0, 0)
+    return train_on_sample(sample.texts, vocab_size=vocab_size, special_tokens=special_tokens)
