@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.new_file import check_new_file
-from mhmoe_cli.printing import console, print_json, printable
+from mhmoe_cli.printing import console, print_json, printable, show
 from mhmoe_cli.progress import progress
 from mhmoe_cli.text_options import named, text_key_option
 
@@ -51,13 +51,13 @@ def train(
     from mhmoe_np.storage.files import write_atomically
 
     sources = find_sources(paths)
-    with progress("bytes") as show:
+    with progress("bytes") as tell_progress:
         tokenizer = train_on_sources(
             sources,
             vocab_size=vocab_size,
             special_tokens=special_tokens,
             text_key=text_key,
-            on_progress=show,
+            on_progress=tell_progress,
         )
     write_atomically(out, lambda path: save_tokenizer(tokenizer, path))
     click.echo(f"{out}: {id_count(tokenizer):,} tokens")
@@ -83,14 +83,14 @@ def inspect(tokenizer: Path, domains: tuple[str, ...], as_json: bool, text_key: 
     loaded = load_tokenizer(tokenizer)
     sources = find_sources([], named(domains, option="--domain", value="PATH"))
     found = {}
-    with progress("bytes") as show:
+    with progress("bytes") as tell_progress:
         for source in sources:
             done, stage = 0, f"encoding {source.name}"
 
             def on_bytes(count: int, stage: str = stage, size: int = source.size) -> None:
                 nonlocal done
                 done += count
-                show(stage, done, size)
+                tell_progress(stage, done, size)
 
             found[source.name] = fertility(loaded, source, text_key=text_key, on_bytes=on_bytes)
     if as_json:

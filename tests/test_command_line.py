@@ -79,7 +79,7 @@ def asked(shell: str, *words: str) -> list[str]:
 
 
 def test_commands_are_completed() -> None:
-    assert asked("bash", "pr") == ["plain,presets"]
+    assert asked("bash", "pres") == ["plain,presets"]
     assert asked("bash", "tra") == ["plain,train", "plain,trace"]
     assert asked("zsh", "unp") == ["plain", "unpack", COMMANDS["unpack"]]
 

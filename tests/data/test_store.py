@@ -20,6 +20,7 @@ from mhmoe_np.data.store import (
 from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import tokenizer_sha256
 from mhmoe_np.errors import UserError
+from mhmoe_np.progress import unseen
 
 SETTINGS = PreparationSettings(vocab_size=400, validation_fraction=0.2)
 
@@ -32,7 +33,7 @@ def write_texts(folder: Path, documents) -> list[str]:
     return [str(folder / "a.txt"), str(folder / "b.jsonl")]
 
 
-def made(out: Path, paths, *, tokenizer=None, workers=1, settings=SETTINGS, on_progress=None) -> Path:
+def made(out: Path, paths, *, tokenizer=None, workers=1, settings=SETTINGS, on_progress=unseen) -> Path:
     prepare_store(
         out,
         find_sources(paths),
