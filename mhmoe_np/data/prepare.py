@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,7 @@ class _Preparation:
             (self._folder / name).mkdir(exist_ok=True)
             remove_leftovers(self._folder / name)
         shards = _Shards(self._folder / DATA, self._identity())
+        self._check_disk()
         report = self._stage("reading")
         measured = [self._measure(source, report) for source in self._sources]
         sample = self._hold_out(measured)
@@ -164,6 +166,22 @@ class _Preparation:
         write_json(self._folder / DATA / HEADER, header.model_dump())
         shards.end()
         return header
+
+    def _check_disk(self) -> None:
+        """Refuse what the disk cannot hold, before hours are spent on it.
+
+        A token is two bytes at least, and stands for eight bytes of text at most as a rule.
+        """
+        made = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+        needed = int(self._size * (self._settings.validation_fraction + 2 / 8)) - made
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            names = ", ".join(source.name for source in self._sources[:5])
+            raise UserError(
+                f"{names}: {self._size / 1e9:,.1f} GB of text need {needed / 1e9:,.1f} GB of disk or "
+                f"more, and {free / 1e9:,.1f} GB are free in {self._folder.parent}; free some, or take "
+                "less text"
+            )
 
     def _identity(self) -> str:
         """A digest of all that decides the result."""

@@ -95,10 +95,11 @@ def _portion(
     first = 0
     found_likeliest: list[bool] = []
     for size, shape in zip(sizes, shapes, strict=True):
-        inputs, targets = wanted[:, first : first + size]
+        part = slice(first, first + size)
+        inputs, targets = wanted[0, part], wanted[1, part]
         with ops.scope():
             x_ND = last_hidden(model, inputs.reshape(shape), ops=ops)
-            losses[first : first + size] = ops.token_nll(x_ND, model.weights.output_VD, targets)
+            losses[part] = ops.token_nll(x_ND, model.weights.output_VD, targets)
             for _, scored in places[len(found_likeliest) :] if likeliest else []:
                 if scored.start >= first + size:
                     break
