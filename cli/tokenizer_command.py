@@ -79,19 +79,14 @@ def inspect(tokenizer: Path, domains: tuple[str, ...], as_json: bool, text_key: 
     from mhmoe_np.data.fertility import fertility
     from mhmoe_np.data.sources import find_sources
     from mhmoe_np.data.tokenizer import id_count, load_tokenizer, special_tokens, tokenizer_sha256
+    from mhmoe_np.progress import counting
 
     loaded = load_tokenizer(tokenizer)
     sources = find_sources([], named(domains, option="--domain", value="PATH"))
     found = {}
     with progress("bytes") as tell_progress:
         for source in sources:
-            done, stage = 0, f"encoding {source.name}"
-
-            def on_bytes(count: int, stage: str = stage, size: int = source.size) -> None:
-                nonlocal done
-                done += count
-                tell_progress(stage, done, size)
-
+            on_bytes = counting(tell_progress, f"encoding {source.name}", source.size)
             found[source.name] = fertility(loaded, source, text_key=text_key, on_bytes=on_bytes)
     if as_json:
         print_json(

@@ -24,7 +24,7 @@ from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import AdamWSettings, BitWeight, Device, Operations
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.training.step import Learner
 
@@ -100,7 +100,9 @@ def make_plan(
         tokens=larger * training.sequence_length,
         source=f"training.sequence_length: {training.sequence_length}",
     )
-    counted = _Counted(on_progress, (1 + REPEATS) * (larger + (smaller if smaller < larger else 0)))
+    total = (1 + REPEATS) * (larger + (smaller if smaller < larger else 0))
+    counted = counting(on_progress, "probing this machine", total)
+    counted(0)
     parameters = Parameters(config.model, np.float32)
     initialise(parameters, training.seed)
     moments = Moments.zeros(config.model, np.float32)
@@ -146,20 +148,12 @@ def _tokens(config: RunConfig, sequences: int) -> np.ndarray:
     return rng.integers(0, config.model.vocab_size, shape)
 
 
-class _Counted:
-    """Adds up what is done, for `on_progress`."""
-
-    def __init__(self, on_progress: OnProgress, total: int) -> None:
-        self._on_progress, self._total, self._done = on_progress, total, 0
-        self.add(0)
-
-    def add(self, sequences: int) -> None:
-        self._done += sequences
-        self._on_progress("probing this machine", self._done, self._total)
-
-
 def _probe(
-    learner: Learner, sequences: int, config: RunConfig, ops: Operations, counted: _Counted
+    learner: Learner,
+    sequences: int,
+    config: RunConfig,
+    ops: Operations,
+    counted: Callable[[int], None],
 ) -> _Probe:
     """Steps that change nothing: with learning rate and decay 0."""
     batch = Batch.of(_tokens(config, sequences))
@@ -178,7 +172,7 @@ def _probe(
         steps.append(stepped - start)
         updates.append(updated - stepped)
         routings.append(time.perf_counter() - updated)
-        counted.add(sequences)
+        counted(sequences)
     update = min(updates)
     return _Probe(max(0.0, min(steps) - update), min(routings), update, ops.buffer_bytes())
 
@@ -189,7 +183,7 @@ def _probe_alone(
     moments: Moments,
     config: RunConfig,
     load: Callable[[], Operations],
-    counted: _Counted,
+    counted: Callable[[int], None],
 ) -> _Probe:
     """A probe whose memory is given back."""
     ops = load()

@@ -52,7 +52,7 @@ from mhmoe_np.data.tokenizer import (
     tokenizer_sha256,
 )
 from mhmoe_np.errors import UserError
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.checksums import seal
 from mhmoe_np.storage.files import (
     new_locked_directory,
@@ -198,14 +198,8 @@ class _Preparation:
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def _stage(self, name: str) -> OnBytes:
-        done = 0
-        self._on_progress(name, 0, self._size)
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            self._on_progress(name, done, self._size)
-
+        on_bytes = counting(self._on_progress, name, self._size)
+        on_bytes(0)
         return on_bytes
 
     def _pieces(self, source: Source, on_bytes: OnBytes) -> Iterator[Piece]:

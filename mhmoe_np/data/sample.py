@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, read_pieces
+from mhmoe_np.data.read_file import TEXT_KEY, read_pieces
 from mhmoe_np.data.sources import Source, is_token_file
 from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, train_tokenizer
 from mhmoe_np.errors import UserError
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 
 SAMPLE_BYTES = 1 << 24  # of text, that a tokenizer is trained on
 LEAST_SLICE = 1 << 12  # characters that are sampled in one place
@@ -64,27 +64,15 @@ def train_on_sources(
 
     Raises UserError: the text is unfit, or `vocab_size` is too small.
     """
-    total, size, done = sum(source.size for source in sources), 0, 0
-
-    def stage(name: str) -> OnBytes:
-        nonlocal done
-        done = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            on_progress(name, done, total)
-
-        return on_bytes
-
+    total, size = sum(source.size for source in sources), 0
     files = [file for source in sources for file in source.files]
-    report = stage("reading")
+    report = counting(on_progress, "reading", total)
     for file in files:
         if is_token_file(file):
             raise UserError(f"{file}: holds tokens; give a file of text")
         pieces = read_pieces(file, text_key=text_key, on_bytes=report)
         size += sum(piece.size for piece in pieces)
-    sample, report = Sample(size), stage("sampling")
+    sample, report = Sample(size), counting(on_progress, "sampling", total)
     for file in files:
         for piece in read_pieces(file, text_key=text_key, on_bytes=report):
             assert isinstance(piece.content, str)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Parameters
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.tensors import check_finite
 
 
@@ -58,9 +58,8 @@ def fill(
                 f"{source}: tensor {found[name].name!r} has shape {list(found[name].shape)}, "
                 f"its configuration says {list(target.shape)}"
             )
-    done = 0
+    filled = counting(on_progress, "importing", parameters.count)
     for name, target in targets.items():
         target[...] = found[name].read()
         check_finite(source, {found[name].name: target})
-        done += target.size
-        on_progress("importing", done, parameters.count)
+        filled(target.size)

@@ -25,7 +25,7 @@ from mhmoe_np.model.parameters import LAYERS, Parameters
 from mhmoe_np.model.weights import quantised_anew
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BitWeight
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.files import write_atomically
 from mhmoe_np.types import FloatArray
@@ -93,11 +93,10 @@ def export_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            done = 0
+            written = counting(on_progress, "exporting", parameters.count)
             for shape, made in tensors.values():  # one at a time in memory
                 writer.write_tensor_data(np.ascontiguousarray(made(), np.float32))
-                done += int(np.prod(shape))
-                on_progress("exporting", done, parameters.count)
+                written(int(np.prod(shape)))
 
     write_atomically(path, write)
 

@@ -24,7 +24,7 @@ from mhmoe_np.inference.protocols import Protocol
 from mhmoe_np.inference.window_losses import window_losses
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -164,12 +164,11 @@ def scored_text(
 
     Raises UserError: there are fewer than two tokens, or one that the model lacks.
     """
-    pieces, characters = [], [len(document) for document in documents]
-    done, total = 0, sum(characters)
-    for token_W, length in zip(tokenise_each(documents, tokenizer), characters, strict=True):
+    pieces = []
+    tokenised = counting(on_progress, f"tokenising {name}", sum(map(len, documents)))
+    for token_W, document in zip(tokenise_each(documents, tokenizer), documents, strict=True):
         pieces.append(token_W)
-        done += length
-        on_progress(f"tokenising {name}", done, total)
+        tokenised(len(document))
     text = ScoredText(joined(pieces, tokenizer), [len(piece) for piece in pieces])
     if len(text.token_W) < 2:
         raise UserError(f"domain {name}: one token alone cannot be scored; give more text")
@@ -226,7 +225,8 @@ def evaluate(
     ends = np.cumsum([length + 1 for length in text.lengths])
     nll_of_documents = np.zeros(len(ends))
     tokens_of_documents = np.zeros(len(ends), np.int64)
-    reached, expected = 0, sum(window.scored for window in protocol.windows(text.lengths))
+    expected = sum(window.scored for window in protocol.windows(text.lengths))
+    scored = counting(on_progress, f"scoring {domain.name}", expected)
     for window, losses, _ in window_losses(
         model,
         text.token_W,
@@ -238,8 +238,7 @@ def evaluate(
         owners = np.searchsorted(ends, np.arange(window.end - window.scored, window.end), side="right")
         np.add.at(nll_of_documents, owners, losses)
         np.add.at(tokens_of_documents, owners, 1)
-        reached += window.scored
-        on_progress(f"scoring {domain.name}", reached, expected)
+        scored(window.scored)
     nll = float(nll_of_documents.sum())
     if not math.isfinite(nll):
         raise UserError(

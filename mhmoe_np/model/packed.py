@@ -11,7 +11,7 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.weights import Weights, floats, matrix_starts, quantised_anew
 from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -32,7 +32,7 @@ def pack_weights(
     on_progress("quantising", 0, 0)
     weights = quantised_anew(parameters, packed=False, ops=ops)
     arrays: dict[str, Weight] = {}
-    done = 0
+    packed_so_far = counting(on_progress, "packing", parameters.count)
     for name, weight in weights.arrays.items():
         if isinstance(weight, BitWeight):
             q_EOI = weight.w.reshape(-1, *weight.w.shape[-2:])
@@ -42,8 +42,7 @@ def pack_weights(
             arrays[name] = PackedWeight(packed, weight.beta.reshape(q_EOI.shape[:2]))
         else:
             arrays[name] = weight
-        done += parameters.arrays[name].size
-        on_progress("packing", done, parameters.count)
+        packed_so_far(parameters.arrays[name].size)
     return Weights(parameters.config, arrays)
 
 
@@ -70,19 +69,18 @@ def unpack_weights(
     """
     weights = weights.to_host(ops)
     parameters = Parameters(config, np.float32)
-    done = 0
+    unpacked = counting(on_progress, "unpacking", parameters.count)
     for entry in parameters.table:
-        on_progress("unpacking", done, parameters.count)
-        done += parameters.arrays[entry.name].size
         weight, target = weights.arrays[entry.name], parameters.arrays[entry.name]
-        if not isinstance(weight, PackedWeight):
+        if isinstance(weight, PackedWeight):
+            q_OI = unpack(weight.w).reshape(-1, entry.shape[-1]).astype(np.float32)
+            beta_O = weight.beta.ravel()
+            target_OI = target.reshape(q_OI.shape)
+            for first, last in pairwise(matrix_starts(entry)):
+                target_OI[first:last] = floats_of(q_OI[first:last], beta_O[first])
+        else:
             target[...] = floats(weight)
-            continue
-        q_OI = unpack(weight.w).reshape(-1, entry.shape[-1]).astype(np.float32)
-        beta_O = weight.beta.ravel()
-        target_OI = target.reshape(q_OI.shape)
-        for first, last in pairwise(matrix_starts(entry)):
-            target_OI[first:last] = floats_of(q_OI[first:last], beta_O[first])
+        unpacked(target.size)
     on_progress("checking", 0, 0)
     again = quantised_anew(parameters.to_device(ops), packed=False, ops=ops).to_host(ops)
     for entry in parameters.table:
