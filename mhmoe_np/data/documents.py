@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhmoe_np.data.read_file import TEXT_KEY, TextCounts, read_pieces
-from mhmoe_np.data.sources import (
-    Source,
-    embedded_sources,
-    find_files,
-    is_token_file,
-)
+from mhmoe_np.data.sources import Source, embedded_sources, find_files
 from mhmoe_np.errors import UserError
 from mhmoe_np.storage.memory import check_memory
 
@@ -72,8 +67,6 @@ def _read_source(source: Source, place: str, text_key: str) -> Domain:
     parts: list[list[str]] = []
     counts, checked = TextCounts(), BYTES_BETWEEN_CHECKS
     for file in source.files:
-        if is_token_file(file):
-            raise UserError(f"{file}: holds tokens; give a file of text")
         for piece in read_pieces(file, text_key=text_key, counts=counts):
             assert isinstance(piece.content, str)
             if piece.begins:

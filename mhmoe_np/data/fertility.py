@@ -8,8 +8,7 @@ from tokenizers import Tokenizer
 
 from mhmoe_np.data.encoder import Encoder
 from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, TextCounts, read_pieces
-from mhmoe_np.data.sources import Source, is_token_file
-from mhmoe_np.errors import UserError
+from mhmoe_np.data.sources import Source
 
 
 class Fertility(NamedTuple):
@@ -45,8 +44,6 @@ def fertility(
     """
     encoder, counts, size = Encoder(tokenizer), TextCounts(), 0
     for file in source.files:
-        if is_token_file(file):
-            raise UserError(f"{file}: holds tokens; give a file of text")
         for piece in read_pieces(file, text_key=text_key, counts=counts, on_bytes=on_bytes):
             assert isinstance(piece.content, str)
             size += len(encoder.encode([piece.content])[0])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from mhmoe_np.data.pieces import PIECE, Piece, place_to_cut
-from mhmoe_np.data.sources import PARQUET, text_suffix
+from mhmoe_np.data.sources import PARQUET, is_token_file, text_suffix
 from mhmoe_np.errors import UserError
 from mhmoe_np.storage.reading import check_regular, reason_of
 
@@ -69,8 +69,11 @@ def read_pieces(
     of the others the texts alone.
     on_bytes: is told how many more bytes of the file were read.
 
-    Raises UserError: the file cannot be read or is damaged, is not UTF-8, or has a bad line.
+    Raises UserError: the file cannot be read or is damaged, is not UTF-8, has a bad line, or holds
+    tokens.
     """
+    if is_token_file(file):
+        raise UserError(f"{file}: holds tokens; give a file of text")
     if text_suffix(file) == PARQUET:
         texts = _table_texts(file, text_key, on_bytes)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.read_file import TEXT_KEY, read_pieces
-from mhmoe_np.data.sources import Source, is_token_file
+from mhmoe_np.data.sources import Source
 from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, train_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.progress import OnProgress, counting, unseen
@@ -68,8 +68,6 @@ def train_on_sources(
     files = [file for source in sources for file in source.files]
     report = counting(on_progress, "reading", total)
     for file in files:
-        if is_token_file(file):
-            raise UserError(f"{file}: holds tokens; give a file of text")
         pieces = read_pieces(file, text_key=text_key, on_bytes=report)
         size += sum(piece.size for piece in pieces)
     sample, report = Sample(size), counting(on_progress, "sampling", total)

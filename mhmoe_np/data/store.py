@@ -204,14 +204,3 @@ def _map(folder: Path, shard: Shard, header: StoreHeader) -> IntArray:
             f"{path}: has {size} bytes, not {shard.tokens * dtype.itemsize}; prepare the text again"
         )
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-def document_starts(folder: Path, shard: Shard) -> IntArray:
-    """Where in a shard each document begins that begins there: uint64.
-
-    Raises UserError: the index is missing or of the wrong size.
-    """
-    path = folder / DATA / shard.index
-    if check_regular(path).st_size != 8 * shard.documents:
-        raise UserError(f"{path}: has not {shard.documents} entries; prepare the text again")
-    return np.fromfile(path, dtype="<u8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +28,11 @@ MEGATRON_HEAD = struct.Struct("<QBQQ")  # version, type, sequences, documents an
 MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
-class _TokenFile:
-    """An open file: token_W, and where its documents end; None: an end of text says it."""
+class _TokenFile(NamedTuple):
+    """An open file."""
 
-    def __init__(self, token_W: IntArray, ends: IntArray | None = None) -> None:
-        self.token_W, self.ends = token_W, ends
+    token_W: IntArray
+    ends: IntArray | None = None  # of its documents; None: an end of text says it
 
 
 def read_token_pieces(file: Path, *, end_of_text: int, id_count: int) -> Iterator[Piece]:
@@ -43,8 +43,7 @@ def read_token_pieces(file: Path, *, end_of_text: int, id_count: int) -> Iterato
     Raises UserError: the file cannot be read, is damaged, or holds an id that the tokenizer lacks.
     """
     opened = _open(file)
-    size, begins = len(opened.token_W), True
-    ends = opened.ends if opened.ends is not None else np.array([size])
+    ends = opened.ends if opened.ends is not None else np.array([len(opened.token_W)])
     first = 0
     for end in ends.tolist():
         begins = True
