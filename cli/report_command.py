@@ -11,6 +11,7 @@ import click
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_file import check_new_file
 from mhmoe_np.errors import UserError
+from mhmoe_np.extras import check_installed
 from mhmoe_np.operations.table import BackendName
 
 if TYPE_CHECKING:
@@ -68,9 +69,7 @@ def command(
     elif len(runs) > 1:
         check_new_file(OF_SEVERAL, option="--out")
     if plots is not None:
-        from mhmoe_np.report.plots import check_installed
-
-        check_installed()
+        check_installed("matplotlib", extra="plots", needed_by="--plots")
         if os.path.lexists(plots):
             raise UserError(f"{plots}: exists already; choose another --plots")
     found = read_runs(runs)

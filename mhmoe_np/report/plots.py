@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhmoe_np.errors import UserError
 from mhmoe_np.report.figures import LEVEL_NAMES, Figure, HeatMap, LineChart, level_of
 from mhmoe_np.report.run_page import Figures
 from mhmoe_np.storage.files import write_directory_atomically
@@ -17,18 +15,6 @@ if TYPE_CHECKING:
 SIZE = 5.0, 3.2  # inches
 DOTS_PER_INCH = 150
 LEVEL_COLORS = ["#1c1e21", "#2c5aa0", "#7ba3d4", "#c9daee", "#eef0f2", "#f7d6a8", "#ee9b4a", "#c04e00"]
-
-
-def check_installed() -> None:
-    """Make sure that plots can be drawn.
-
-    Raises UserError: matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "--plots: needs matplotlib, which is not installed; install it with: "
-            "pip install 'mhmoe-np[plots]'"
-        )
 
 
 def write_plots(directory: Path, figures: Figures) -> list[str]:

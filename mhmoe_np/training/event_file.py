@@ -6,7 +6,6 @@ not in a thread that nobody asks.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 import weakref
@@ -17,23 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mhmoe_np.errors import UserError
 from mhmoe_np.training.router_statistics import LayerRouting
 from mhmoe_np.types import FloatArray, IntArray
 
 FOLDER = "tensorboard"
-
-
-def check_installed() -> None:
-    """Make sure that event files can be written.
-
-    Raises UserError: tensorboardX is missing.
-    """
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise UserError(
-            "training.tensorboard: needs tensorboardX, which is not installed; install it with: "
-            "pip install 'mhmoe-np[tensorboard]', or leave the setting out"
-        )
 
 
 class EventFile:

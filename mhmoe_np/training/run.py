@@ -16,13 +16,13 @@ from mhmoe_np.checkpoints.checkpoint import (
 )
 from mhmoe_np.data.tokenizer import load_tokenizer
 from mhmoe_np.errors import UserError
+from mhmoe_np.extras import check_installed
 from mhmoe_np.operations.load import cores, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
 from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import Layer, RunConfig, Tables
 from mhmoe_np.storage.checksums import verify
 from mhmoe_np.training.continuation import check_training_room, open_run, resumed_config
-from mhmoe_np.training.event_file import check_installed
 from mhmoe_np.training.preparation import InitialWeights, create_run_folder
 from mhmoe_np.training.trainer import Trainer
 
@@ -111,7 +111,12 @@ def resume_run(
 
 def _check_event_files(config: RunConfig) -> None:
     if config.training.tensorboard:
-        check_installed()
+        check_installed(
+            "tensorboardX",
+            extra="tensorboard",
+            needed_by="training.tensorboard",
+            otherwise=", or leave the setting out",
+        )
 
 
 def _operations(backend: BackendName, threads: int | None, config: RunConfig) -> Operations:

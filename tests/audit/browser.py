@@ -68,6 +68,16 @@ class Opened:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
+    def views(self) -> Iterator[None]:
+        """On a phone and on a desk, light and dark: in each nothing stands out of the window."""
+        for width in (390, 1280):
+            for dark in (False, True):
+                self.at_width(width, dark=dark)
+                assert self.evaluate("innerWidth") == width
+                shown = self.evaluate("document.documentElement.clientWidth")
+                assert self.evaluate("document.documentElement.scrollWidth") == shown
+                yield
+
     def screenshot(self, file: Path, *, top: int = 0, height: int = 2400) -> None:
         """A picture of a part of the page."""
         width = self.evaluate("document.documentElement.clientWidth")

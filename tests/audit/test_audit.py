@@ -292,12 +292,8 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(
 ) -> None:
     file = made["folder"] / f"{name}.html"
     with opened(file, tmp_path) as page:
-        for width in (390, 1280):
-            for dark in (False, True):
-                page.at_width(width, dark=dark)
-                assert page.evaluate("innerWidth") == width
-                shown = page.evaluate("document.documentElement.clientWidth")
-                assert page.evaluate("document.documentElement.scrollWidth") == shown
+        for _ in page.views():
+            pass
         assert page.evaluate("document.querySelectorAll('math').length") > 60
         assert page.requests == [file.as_uri()]
         assert page.messages == []

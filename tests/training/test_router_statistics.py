@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhmoe_np import extras
 from mhmoe_np.layers.balance import RouterStatistics
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import ForwardCache
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import Routing
-from mhmoe_np.training import event_file
 from mhmoe_np.training import trainer as trainer_module
 from mhmoe_np.training.router_statistics import (
     LayerBalance,
@@ -335,7 +335,7 @@ def test_without_tensorboardx_nothing_is_started(
     mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(tmp_path, steps=2)
-    monkeypatch.setattr(event_file.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda _name: None)
     options = ("--data", "text.txt", "--out", "run", "--backend", "numpy", "--tensorboard")
     said = mhmoe_here("train", "config.toml", *options, code=2).stderr
     assert said == (
