@@ -15,7 +15,7 @@ from mhmoe_cli.progress import progress, tell
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import LARGEST_COUNT, LARGEST_SIZE
-from mhmoe_np.storage.reading import LARGEST
+from mhmoe_np.storage.reading import LARGEST, decoded
 
 if TYPE_CHECKING:
     from mhmoe_np.inference.generate import Generation, Texts
@@ -161,13 +161,7 @@ def _standard_input() -> str:
     content = sys.stdin.buffer.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise UserError(f"--prompt -: standard input has more than {LARGEST:,} bytes; shorten it")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt -: standard input is not UTF-8 at byte offset {error.start}; convert it"
-        ) from None
-    return text.removesuffix("\n").removesuffix("\r")
+    return decoded(content, source="--prompt -: standard input").removesuffix("\n").removesuffix("\r")
 
 
 def _stream(prompt: str, generation: Generation) -> None:

@@ -115,7 +115,10 @@ class _Text:
         self.made = Continuation(prompt.text, prompt.sampling.seed)
         self.prompt_length = len(prompt.id_T)
         self.most_positions = min(positions, self.prompt_length + limits.max_new_tokens)
-        self._ids: list[int] = prompt.id_T.tolist()
+        # At least one is drawn.
+        self._id_T = np.empty(max(self.most_positions, self.prompt_length + 1), np.int64)
+        self._id_T[: self.prompt_length] = prompt.id_T
+        self._length = self.prompt_length
         self._sampling, self._limits, self._tokenizer = prompt.sampling, limits, tokenizer
         self._rng = np.random.default_rng(prompt.sampling.seed)
         self._stream = DecodeStream(skip_special_tokens=False)
@@ -127,19 +130,20 @@ class _Text:
 
     def id_at(self, position: int) -> int:
         """The token that stands there; behind the end of the text the last one again, for nobody."""
-        return self._ids[min(position, len(self._ids) - 1)]
+        return int(self._id_T[min(position, self._length - 1)])
 
     def extend(self, logits_V: FloatArray) -> str:
         """Draw a token; the text that can be shown now."""
-        token = next_token(logits_V, self._sampling, np.array(self._ids), self._rng)
+        token = next_token(logits_V, self._sampling, self._id_T[: self._length], self._rng)
         if token in self._limits.end_of_text:
             return self._show(self._stop.rest(), "end_of_text")
-        self._ids.append(token)
+        self._id_T[self._length] = token
+        self._length += 1
         self.made.token_ids.append(token)
         piece = self._stop.through(_decoded(self._stream, self._tokenizer, token) or "")
         if self._stop.found:
             return self._show(piece, "stop")
-        if len(self._ids) < self.most_positions:
+        if self._length < self.most_positions:
             return self._show(piece, None)
         at_limit = len(self.made.token_ids) == self._limits.max_new_tokens
         return self._show(piece + self._stop.rest(), "length" if at_limit else "positions")

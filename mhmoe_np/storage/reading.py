@@ -62,11 +62,19 @@ def read_text(path: Path) -> str:
 
     Raises UserError: as `read_bytes`, or it is not UTF-8.
     """
+    return decoded(read_bytes(path), source=str(path))
+
+
+def decoded(content: bytes, *, source: str) -> str:
+    """UTF-8 as text; `source` names where it came from.
+
+    Raises UserError: it is not UTF-8.
+    """
     try:
-        return read_bytes(path).decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is not UTF-8 at byte offset {error.start}; convert it to UTF-8"
+            f"{source}: is not UTF-8 at byte offset {error.start}; convert it to UTF-8"
         ) from None
 
 

@@ -107,7 +107,9 @@ def training_tokens(run: Path) -> TrainingTokens:
     """
     sha256 = tokenizer_sha256(load_tokenizer(run / TOKENIZER))
     if (run / ELSEWHERE).exists():
-        return stored_tokens(_store_elsewhere(run), tokenizer_sha256=sha256)
+        store = _store_elsewhere(run)
+        verify(store)  # every byte
+        return stored_tokens(store, tokenizer_sha256=sha256)
     if is_store(run):
         return stored_tokens(run, tokenizer_sha256=sha256)
     return TrainingTokens(open_old_store(run / OLD_STORE, tokenizer_sha256=sha256), {})
@@ -144,8 +146,8 @@ def _store_elsewhere(run: Path) -> Path:
     store = Path(found.store)
     if not is_store(store):
         raise UserError(f"{store}: the store of {run} is not there; put it back to go on")
-    verify(store)
     if sha256_of(store / DATA / HEADER) != found.sha256:
+        verify(store)  # it may be damaged
         raise UserError(f"{store}: is another store than {run} was started with; put that one back")
     return store
 
