@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from mhmoe_np.checkpoints.checkpoint import checkpoints_of
 from mhmoe_np.checkpoints.training_state import Change, load_trainer_state
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.run import RunConfig, parse_run_config
-from mhmoe_np.storage.memory import check_memory
-from mhmoe_np.storage.reading import check_regular, read_json
+from mhmoe_np.storage.reading import read_json
+from mhmoe_np.training.log_file import LogLines
 from mhmoe_np.training.run_folder import (
     ENVIRONMENT,
     EVALUATION,
@@ -94,7 +93,7 @@ def read_run(folder: Path) -> RunData:
             config, changes = state.config, state.changes
         except UserError as error:
             notices.append(str(error))
-    logs = {name: _Log(folder / name) for name in (METRICS, ROUTER, VALIDATION_LOG)}
+    logs = {name: LogLines(folder / name) for name in (METRICS, ROUTER, VALIDATION_LOG)}
     metrics, balances = _Table(), dict[int, _Table]()
     for line in logs[METRICS]:
         metrics.add(_numbers(line))
@@ -127,37 +126,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged: holds no JSON object; take a copy, or remove it")
     return value
-
-
-class _Log:
-    """The lines of a log that are objects with a step; those that are not are counted."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._bad = path, 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        size = check_regular(self._path).st_size
-        # Of each number of some ten characters, eight bytes are kept.
-        check_memory(size, f"{self._path}: its lines need about", remedy="free some")
-        with self._path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # it is just being written
-                try:
-                    value = json.loads(line)
-                    if not isinstance(value, dict) or not isinstance(value[STEP], int):
-                        raise ValueError(value)
-                except (ValueError, KeyError, RecursionError):
-                    self._bad += 1
-                else:
-                    yield value
-
-    @property
-    def notice(self) -> str | None:
-        """What was left out."""
-        return f"{self._path}: {self._bad} damaged lines are left out" if self._bad else None
 
 
 @dataclass
@@ -195,7 +163,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return [part for part in values if isinstance(part, dict) and isinstance(part.get("layer"), int)]
 
 
-def _routers(log: _Log, config: RunConfig) -> dict[int, RouterLog]:
+def _routers(log: LogLines, config: RunConfig) -> dict[int, RouterLog]:
     shape = (config.model.moe_heads, config.model.num_experts)
     steps: dict[int, list[int]] = {}
     choices: dict[int, list[IntArray]] = {}

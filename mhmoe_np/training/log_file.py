@@ -1,16 +1,18 @@
-"""A log of JSON lines: appended to, and cut back to what a checkpoint knew of it."""
+"""A log of JSON lines: appended to, cut back to what a checkpoint knew of it, and read again."""
 
 from __future__ import annotations
 
 import json
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from mhmoe_np.checkpoints.training_state import LogMark
+from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.storage.reading import check_regular
 
 
@@ -71,6 +73,40 @@ class LogFile:
     def close(self) -> None:
         """Nothing more comes."""
         self._end()
+
+
+class LogLines:
+    """The lines of a log, which may be growing, that are objects with a step; others are counted."""
+
+    def __init__(self, path: Path) -> None:
+        """Of a log that need not be there."""
+        self._path, self._bad = path, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The lines in order.
+
+        Raises UserError: it is no regular file, or its lines are too much for the memory that is free.
+        """
+        if not self._path.exists():
+            return
+        size = check_regular(self._path).st_size
+        # Of each number of some ten characters, eight bytes are kept.
+        check_memory(size, f"{self._path}: its lines need about", remedy="free some")
+        with self._path.open("rb") as file:
+            for line in file:
+                try:
+                    value = json.loads(line)
+                    if not isinstance(value, dict) or not isinstance(value["step"], int):
+                        raise ValueError(value)
+                except (ValueError, KeyError, RecursionError):
+                    self._bad += line.endswith(b"\n")  # else it is just being written
+                else:
+                    yield value
+
+    @property
+    def notice(self) -> str | None:
+        """What was left out, if anything was."""
+        return f"{self._path}: {self._bad} damaged lines are left out" if self._bad else None
 
 
 def mark_of_older(path: Path, step: int) -> LogMark:

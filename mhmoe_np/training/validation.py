@@ -6,7 +6,7 @@ again whose line is there.
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +17,7 @@ from mhmoe_np.inference.evaluate import DomainScore, evaluate
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.progress import OnProgress
+from mhmoe_np.training.log_file import LogLines
 from mhmoe_np.training.run_folder import VALIDATION_LOG, validation_domains
 
 
@@ -89,11 +90,8 @@ def score_domains(
 
 
 def _read(path: Path) -> list[ValidationReport]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     found = []
-    for line in lines:
-        try:
-            found.append(ValidationReport.from_dict(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # damaged, of which the log's keeper tells
+    for line in LogLines(path):
+        with suppress(KeyError, TypeError, AttributeError):  # damaged, of which the log's keeper tells
+            found.append(ValidationReport.from_dict(line))
     return found
