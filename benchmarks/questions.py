@@ -25,14 +25,14 @@ import numpy as np
 from benchmarks.bitnet import mhmoe
 from benchmarks.compare import machine
 from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
-from mhmoe_np.inference.evaluate import scored_text
+from mhmoe_np.inference.evaluate import check_scores
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.presets import RUN_PRESETS
 from mhmoe_np.storage.files import write_atomically, write_json
-from mhmoe_np.training.run_folder import validation_domains
+from mhmoe_np.training.validation import HeldOutText
 
 MULTI_HEAD = ("small-mh-moe-2", "small-mh-moe-3")
 AT_ONCE = (1, 4, 16)  # windows that share an expert's capacity
@@ -105,10 +105,9 @@ def windows_of(run: Path, model: Model) -> np.ndarray[Any, Any]:
         model.config.max_position_embeddings,
     )
     found = []
-    for domain in validation_domains(run):
-        token_W, _ = scored_text(
-            domain.name, domain.documents, tokenizer, vocab_size=model.config.vocab_size
-        )
+    for text in HeldOutText(run, tokenizer).texts():
+        check_scores(text, vocab_size=model.config.vocab_size)
+        token_W = text.token_W
         starts = range(0, len(token_W) - length, length)
         found += [token_W[start : start + length + 1] for start in starts]
     return np.stack(found)

@@ -74,26 +74,24 @@ def command(
 
     from mhmoe_cli.scores import print_scores
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
-    from mhmoe_np.data.documents import read_domain
+    from mhmoe_np.data.tokenised_text import tokenise_text
     from mhmoe_np.inference.evaluate import evaluate, scores_as_dict
 
     path_of_domain = named(domains, option="--domain", value="PATH")
     found = find_checkpoint(checkpoint)
-    texts = [read_domain(name, path, text_key=text_key) for name, path in path_of_domain.items()]
     tokenizer = load_checkpoint_tokenizer(found)
+    with progress("bytes") as show:
+        texts = [
+            tokenise_text(name, path, tokenizer, text_key=text_key, on_progress=show)
+            for name, path in path_of_domain.items()
+        ]
     ops = load(backend, threads=threads, keep_buffers=True)
     model = load_model(found, np.float32, ops=ops)
     chosen = choose_protocol(protocol, model.config, tokenizer, window=window, stride=stride, bos=bos)
     with progress("tokens") as show:
         scores = {
             text.name: evaluate(
-                model,
-                text,
-                tokenizer,
-                ops=ops,
-                protocol=chosen,
-                batch_tokens=batch_tokens,
-                on_progress=show,
+                model, text, ops=ops, protocol=chosen, batch_tokens=batch_tokens, on_progress=show
             )
             for text in texts
         }

@@ -164,7 +164,7 @@ def _train(trainer: Trainer) -> None:
         tell(f"stopped at step {trainer.step}, saved; go on with: mhmoe-np train --resume {run}")
         raise click.exceptions.Exit(128 + stopped)
     try:
-        with progress("tokens") as show:
+        with progress() as show:
             result = score_run(trainer, show)
     except Interrupted as stop:
         _end_run(
@@ -280,7 +280,7 @@ class _Progress:
             self._bar.update(self._task, description=f"{printable(doing)} {100 * done // total}%")
             return
         if self._show_scoring is None:
-            self._show_scoring = self._scoring.enter_context(progress("tokens"))
+            self._show_scoring = self._scoring.enter_context(progress())
         self._show_scoring(doing, done, total)
 
     def _end_scoring(self) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import tomli_w
 
-from mhmoe_np.data.documents import read_domain
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import parameter_table
 from mhmoe_np.model.room import check_batch_room, check_room
@@ -28,6 +27,7 @@ from mhmoe_np.settings.run import COMMAND_LINE, Layer, resolve
 from tests.bad_cases import LONG_NUMBER, MODEL, NUMPY, RUN, TEXT
 from tests.bad_inputs import described, prepare, run_case, snapshot
 from tests.conftest import Run
+from tests.documents import read_documents
 
 CASES, CHUNK = 40, 20
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
@@ -250,14 +250,12 @@ def test_what_is_no_file_is_refused(refused: Refused, material: Path, kind: str)
         refused("eval", "checkpoint", "--domain", "a=text.txt", *NUMPY)
 
 
-def test_a_text_beyond_memory_is_not_read(refused: Refused, material: Path) -> None:
+def test_a_text_whose_tokens_no_disk_holds_is_not_read(refused: Refused, material: Path) -> None:
     with Path("large.txt").open("wb") as file:
         file.truncate(1 << 42)
     line = refused("eval", material / "checkpoint", "--domain", "a=large.txt", *NUMPY)
-    assert "large.txt: 4,398.0 GB of text, read at once, need about 17,592.2 GB" in line
-    assert "give less text" in line
-    with pytest.raises(UserError, match=r"large\.txt: .* give less text"):
-        read_domain("a", "large.txt")
+    assert "large.txt: the tokens of 4,398.0 GB of text need 1,099.5 GB of disk or more, and " in line
+    assert "name a folder with room in TMPDIR, or give less text" in line
 
 
 @pytest.mark.parametrize("line", [f'{{"n": {LONG_NUMBER}}}', "[" * 100_000])
@@ -269,7 +267,7 @@ def test_a_line_of_json_is_refused(refused: Refused, line: str) -> None:
 def test_names_that_are_not_utf8(refused: Refused, folder: Path) -> None:
     name = os.fsdecode(b"a\xff.txt")
     Path(name).write_text(TEXT)
-    assert read_domain("a", name).documents
+    assert read_documents(name).documents
     assert "a path must be UTF-8 to be kept" in refused("plan", "config.toml", "--data", name)
     assert r"b\udcff.toml: no such file" in refused("plan", os.fsdecode(b"b\xff.toml"))
 

@@ -28,6 +28,7 @@ DTYPES: dict[DtypeName, np.dtype[np.unsignedinteger[Any]]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
 }
+LEAST_ID_BYTES = 2 / 8  # of a byte of text: a token has two, and stands for eight at most as a rule
 # White space, then what is none. Behind a word of Latin letters punctuation is a segment of its own: so
 # fewer segments differ.
 SEGMENT = re.compile(

@@ -10,23 +10,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mhmoe_np.data.chunks import Chunk, EncodedChunk, in_chunks
-from mhmoe_np.data.encoder import DTYPES, dtype_name
+from mhmoe_np.data.chunks import Chunk, in_chunks
+from mhmoe_np.data.encoder import DTYPES, LEAST_ID_BYTES, dtype_name
 from mhmoe_np.data.encoding_pool import encode_chunks
+from mhmoe_np.data.json_lines import JsonLines
 from mhmoe_np.data.pieces import Piece
 from mhmoe_np.data.read_file import TEXT_KEY, OnBytes, read_pieces
 from mhmoe_np.data.sample import Sample, train_on_sample
+from mhmoe_np.data.shards import PROGRESS, Shards
 from mhmoe_np.data.shared_lines import SharedLines
 from mhmoe_np.data.sources import Source, is_token_file
 from mhmoe_np.data.split import Split, split_by_size, split_pieces
@@ -35,13 +36,9 @@ from mhmoe_np.data.store import (
     HEADER,
     TOKENIZER,
     VALIDATION,
-    Shard,
     Shared,
     StoredDomain,
     StoreHeader,
-    index_of,
-    sha256_of,
-    shard_name,
 )
 from mhmoe_np.data.token_files import read_token_pieces
 from mhmoe_np.data.tokenizer import (
@@ -54,17 +51,13 @@ from mhmoe_np.data.tokenizer import (
 from mhmoe_np.errors import UserError
 from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.checksums import seal
+from mhmoe_np.storage.disk import check_disk
 from mhmoe_np.storage.files import (
     new_locked_directory,
     remove_leftovers,
-    temporary_of,
-    write_atomically,
     write_json,
 )
-from mhmoe_np.storage.reading import check_regular, read_json
-
-SHARD_TOKENS = 1 << 24  # a shard is full when it has so many, or more: see `_Shards`
-PROGRESS = "progress.json"  # of a preparation that is not done
+from mhmoe_np.storage.reading import check_regular
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ class _Preparation:
         for name in (DATA, VALIDATION):
             (self._folder / name).mkdir(exist_ok=True)
             remove_leftovers(self._folder / name)
-        shards = _Shards(self._folder / DATA, self._identity())
+        shards = Shards(self._folder / DATA, self._identity())
         self._check_disk()
         report = self._stage("reading")
         measured = [self._measure(source, report) for source in self._sources]
@@ -168,20 +161,15 @@ class _Preparation:
         return header
 
     def _check_disk(self) -> None:
-        """Refuse what the disk cannot hold, before hours are spent on it.
-
-        A token is two bytes at least, and stands for eight bytes of text at most as a rule.
-        """
+        """Refuse what the disk cannot hold, before hours are spent on it."""
         made = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
-        needed = int(self._size * (self._settings.validation_fraction + 2 / 8)) - made
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            names = ", ".join(source.name for source in self._sources[:5])
-            raise UserError(
-                f"{names}: {self._size / 1e9:,.1f} GB of text need {needed / 1e9:,.1f} GB of disk or "
-                f"more, and {free / 1e9:,.1f} GB are free in {self._folder.parent}; free some, or take "
-                "less text"
-            )
+        names = ", ".join(source.name for source in self._sources[:5])
+        check_disk(
+            self._folder.parent,
+            int(self._size * (self._settings.validation_fraction + LEAST_ID_BYTES)) - made,
+            f"{names}: {self._size / 1e9:,.1f} GB of text need",
+            remedy="free some, or take less text",
+        )
 
     def _identity(self) -> str:
         """A digest of all that decides the result."""
@@ -241,7 +229,7 @@ class _Preparation:
         sample = Sample(sum(part.training_size for part in measured))
         for source, _, _, split in measured:
             path = self._folder / VALIDATION / f"{source.name}.jsonl"
-            with _Lines(path) as lines:
+            with JsonLines(path) as lines:
                 for piece, held_out in split_pieces(self._pieces(source, report), split):
                     text = self._text(piece) if held_out or self._tokenizer is None else ""
                     if held_out:
@@ -267,7 +255,7 @@ class _Preparation:
         return train_on_sample(sample, vocab_size=self._settings.vocab_size)
 
     def _encode(
-        self, part: _Measured, tokenizer: Tokenizer, shards: _Shards, on_bytes: OnBytes
+        self, part: _Measured, tokenizer: Tokenizer, shards: Shards, on_bytes: OnBytes
     ) -> StoredDomain:
         source, size, _, split = part
         done = shards.of(source.name)
@@ -362,178 +350,3 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> None:
     for name in names:
         if name not in weights:
             raise UserError(f"domain {name!r}: has no weight, and others have; give every domain one")
-
-
-class _Lines:
-    """A file of documents in the making, a JSON line each, written piece by piece."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, temporary_of(path)
-
-    def __enter__(self) -> _Lines:
-        self._file: IO[str] = self._temporary.open("w", encoding="utf-8", newline="\n")
-        self._open = False
-        return self
-
-    def write(self, text: str, *, begins: bool) -> None:
-        """Write a document, or more of the last one."""
-        if begins:
-            self._end_line()
-            self._file.write('{"text": "')
-            self._open = True
-        self._file.write(json.dumps(text, ensure_ascii=False)[1:-1])
-
-    def _end_line(self) -> None:
-        if self._open:
-            self._file.write('"}\n')
-        self._open = False
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._end_line()
-            self._file.close()
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        if kind is None:
-            self._temporary.replace(self._path)
-
-
-class _Record(NamedTuple):
-    """A whole shard, and how many pieces of training text are in it."""
-
-    domain: str
-    pieces: int
-    shard: Shard
-
-
-class _Shards:
-    """The shards of a preparation, and the file that says which are whole."""
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        """Take over what an interrupted preparation of the same identity has done."""
-        self._folder, self._path = folder, folder / PROGRESS
-        self._identity = identity
-        self._records = self._taken_over()
-        kept = {PROGRESS} | {
-            name for record in self._records for name in (record.shard.file, record.shard.index)
-        }
-        for entry in folder.iterdir():
-            if entry.name not in kept:
-                entry.unlink()
-        if not self._records:
-            (folder.parent / TOKENIZER).unlink(missing_ok=True)
-
-    def _taken_over(self) -> list[_Record]:
-        try:
-            found = read_json(self._path)
-            if found["identity"] != self._identity:
-                return []
-            records = [
-                _Record(domain, pieces, Shard.model_validate(shard))
-                for domain, pieces, shard in found["shards"]
-            ]
-            for record in records:
-                shard = record.shard
-                for name, wanted in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
-                    if sha256_of(self._folder / name) != wanted:
-                        return []
-        except (UserError, KeyError, TypeError, ValueError):
-            return []
-        return records
-
-    def of(self, domain: str) -> list[_Record]:
-        """The whole shards of a domain."""
-        return [record for record in self._records if record.domain == domain]
-
-    def end(self) -> None:
-        """The preparation is done."""
-        self._path.unlink(missing_ok=True)
-
-    def write(
-        self,
-        domain: str,
-        chunks: Iterator[EncodedChunk],
-        lengths: deque[int],
-        *,
-        width: int,
-        is_first: bool,
-    ) -> None:
-        """Write a domain's chunks, behind the shards that it has. A shard holds whole chunks.
-
-        lengths: the pieces of each chunk, known when it comes.
-        is_first: whether this is the store's first domain, before which nothing ends.
-        """
-        number = len(self.of(domain))
-        drop = is_first and number == 0
-        shard: _OpenShard | None = None
-        try:
-            for chunk in chunks:
-                if shard is None:
-                    shard = _OpenShard(self._folder / shard_name(domain, number), width)
-                shard.add(chunk, lengths.popleft(), drop=drop)
-                drop = False
-                if shard.tokens >= SHARD_TOKENS:
-                    self._keep(domain, shard)
-                    shard, number = None, number + 1
-            if shard is not None:
-                self._keep(domain, shard)
-        finally:
-            if shard is not None:
-                shard.discard()
-
-    def _keep(self, domain: str, shard: _OpenShard) -> None:
-        self._records.append(_Record(domain, shard.pieces, shard.close()))
-        value = {
-            "identity": self._identity,
-            "shards": [
-                [record.domain, record.pieces, record.shard.model_dump()] for record in self._records
-            ],
-        }
-        write_atomically(self._path, lambda path: write_json(path, value))
-
-
-class _OpenShard:
-    """A shard in the making."""
-
-    def __init__(self, path: Path, width: int) -> None:
-        self._path, self._temporary, self._width = path, temporary_of(path), width
-        self._file = self._temporary.open("wb")
-        self._sum = hashlib.sha256()
-        self._starts = array("Q")
-        self.tokens = self.pieces = 0
-
-    def add(self, chunk: EncodedChunk, pieces: int, *, drop: bool) -> None:
-        """Append a chunk; drop: without the end of text that it begins with."""
-        ids = memoryview(chunk.ids)[self._width if drop else 0 :]
-        try:
-            self._file.write(ids)
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        self._sum.update(ids)
-        self._starts.extend(start + self.tokens - drop for start in chunk.starts)
-        self.tokens += len(ids) // self._width
-        self.pieces += pieces
-
-    def close(self) -> Shard:
-        """Give the files their names, and say what is in them."""
-        self._file.close()
-        index = np.array(self._starts, dtype="<u8").tobytes()
-        index_path = self._path.with_name(index_of(self._path.name))
-        write_atomically(index_path, lambda path: path.write_bytes(index))
-        write_atomically(self._path, lambda _: None)
-        return Shard(
-            file=self._path.name,
-            sha256=self._sum.hexdigest(),
-            tokens=self.tokens,
-            documents=len(self._starts),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-
-    def discard(self) -> None:
-        """Remove what is not whole."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -85,13 +85,13 @@ def read_pieces(
                 if text_suffix(file) == ".txt":
                     yield from _text_pieces(_text_blocks(file, stream, report, counts))
                     return
-                yield from _pieces_of_texts(_json_texts(file, stream, text_key, report), counts)
+                yield from pieces_of_texts(_json_texts(file, stream, text_key, report), counts)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise UserError(f"{file}: damaged gzip file: {error}; take another copy") from None
             except OSError as error:
                 raise UserError(f"{file}: cannot be read: {reason_of(error)}; check the file") from None
         return
-    yield from _pieces_of_texts(texts, counts)
+    yield from pieces_of_texts(texts, counts)
 
 
 class _Report:
@@ -294,7 +294,8 @@ def _table_texts(file: Path, text_key: str, on_bytes: OnBytes | None) -> Iterato
         raise UserError(f"{file}: not a readable .parquet file: {reason}; take another copy") from None
 
 
-def _pieces_of_texts(texts: Iterator[str], counts: TextCounts | None) -> Iterator[Piece]:
+def pieces_of_texts(texts: Iterable[str], counts: TextCounts | None) -> Iterator[Piece]:
+    """Documents, without blank ones; a long one comes in pieces. `counts` as of `read_pieces`."""
     for text in texts:
         if counts is not None:
             counts.add(text, new=True)

@@ -94,9 +94,9 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each text (an instance's only argument), by the protocol `lm-eval-rolling`, in nats."""
         texts = [self.tok_encode(text) for (text,) in (request.args for request in requests)]
-        lengths = [len(ids) for ids in texts]
+        lengths = np.array([len(ids) for ids in texts])
         separated = [token for ids in texts for token in (self.eot_token_id, *ids)][1:]
-        ends = np.cumsum([length + 1 for length in lengths])
+        ends = np.cumsum(lengths + 1)
         nll = np.zeros(len(texts))
         for window, losses, _ in self._scored(separated, self._protocol.windows(lengths)):
             nll[np.searchsorted(ends, window.end - 1, side="right")] += losses.sum(dtype=np.float64)

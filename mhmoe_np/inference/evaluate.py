@@ -6,18 +6,15 @@ and capacity never applies [D4], so the result does not depend on how many windo
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mhmoe_np.data.documents import Domain
-from mhmoe_np.data.tokenise import joined, tokenise_each
+from mhmoe_np.data.tokenised_text import TokenisedText
 from mhmoe_np.data.tokenizer import tokenizer_sha256
 from mhmoe_np.errors import UserError
 from mhmoe_np.inference.protocols import Protocol
@@ -42,7 +39,7 @@ class DomainScore:
         text_tokens: of the whole text, with an end of text between documents.
         words, bytes: of the whole text; with `lm-eval-rolling` as lm-evaluation-harness counts them.
         documents: of the text.
-        corpus_sha256: see `corpus_sha256`.
+        corpus_sha256: see `TokenisedText`.
         whole_text: whether the protocol leaves out no token that has another before it.
     """
 
@@ -119,18 +116,6 @@ def standard_error(nll_of_documents: FloatArray, tokens_of_documents: IntArray) 
     return math.sqrt(len(n) / (len(n) - 1) * float((left**2).sum())) / int(n.sum())
 
 
-def corpus_sha256(documents: Sequence[str]) -> str:
-    """A hash of a text, whatever files hold it: of each document its length and its UTF-8 bytes.
-
-    The length in bytes is 8 bytes, the lowest first.
-    """
-    found = hashlib.sha256()
-    for document in documents:
-        encoded = document.encode()
-        found.update(len(encoded).to_bytes(8, "little") + encoded)
-    return found.hexdigest()
-
-
 def score_stream(
     model: Model, token_W: IntArray, *, window: int, batch_tokens: int, ops: Operations
 ) -> float:
@@ -138,99 +123,71 @@ def score_stream(
 
     window: inputs of one window; batch_tokens: about how many inputs go through the model at once.
     """
-    windows = Protocol("disjoint", window).windows([len(token_W)])
+    windows = Protocol("disjoint", window).windows(np.array([len(token_W)]))
     found = window_losses(
         model, token_W, windows, bos_token_id=None, batch_tokens=batch_tokens, ops=ops
     )
     return sum(float(losses.sum(dtype=np.float64)) for _, losses, _ in found)
 
 
-class ScoredText(NamedTuple):
-    """The stream of a domain's tokens, and how many of them each document has."""
-
-    token_W: IntArray
-    lengths: list[int]
-
-
-def scored_text(
-    name: str,
-    documents: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    vocab_size: int,
-    on_progress: OnProgress = unseen,
-) -> ScoredText:
-    """A domain's documents as tokens.
+def check_scores(text: TokenisedText, *, vocab_size: int) -> None:
+    """Make sure that a text can be scored.
 
     Raises UserError: there are fewer than two tokens, or one that the model lacks.
     """
-    pieces = []
-    tokenised = counting(on_progress, f"tokenising {name}", sum(map(len, documents)))
-    for token_W, document in zip(tokenise_each(documents, tokenizer), documents, strict=True):
-        pieces.append(token_W)
-        tokenised(len(document))
-    text = ScoredText(joined(pieces, tokenizer), [len(piece) for piece in pieces])
     if len(text.token_W) < 2:
-        raise UserError(f"domain {name}: one token alone cannot be scored; give more text")
-    if int(text.token_W.max()) >= vocab_size:
+        raise UserError(f"domain {text.name}: one token alone cannot be scored; give more text")
+    if text.largest_id >= vocab_size:
         raise UserError(
-            f"domain {name}: token id {int(text.token_W.max())} is beyond the model's vocab_size "
+            f"domain {text.name}: token id {text.largest_id} is beyond the model's vocab_size "
             f"{vocab_size}; the tokenizer is not the model's"
         )
-    return text
 
 
 def evaluate(
     model: Model,
-    domain: Domain,
-    tokenizer: Tokenizer,
+    text: TokenisedText,
     *,
     ops: Operations,
     protocol: Protocol | None = None,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = unseen,
 ) -> DomainScore:
-    """Score a domain.
+    """Score a text.
 
     protocol: None: `disjoint` windows of the model's `max_position_embeddings`.
-    on_progress: called while the text is tokenised, then while it is scored, with tokens of it.
+    on_progress: is told how many tokens are scored.
 
-    Raises UserError: the text is too short for the protocol, its tokenizer knows ids the model lacks,
-    so many tokens at once do not fit into memory, or the NLL is not finite.
+    Raises UserError: the text is too short for the protocol, has ids that the model lacks, so many
+    tokens at once do not fit into memory, or the NLL is not finite.
     """
     protocol = protocol or Protocol("disjoint", model.config.max_position_embeddings)
-    text = scored_text(
-        domain.name,
-        domain.documents,
-        tokenizer,
-        vocab_size=model.config.vocab_size,
-        on_progress=on_progress,
-    )
+    check_scores(text, vocab_size=model.config.vocab_size)
     total = len(text.token_W)
     if (
         protocol.name == "llama-cpp"
         and total + (protocol.bos_token_id is not None) < 2 * protocol.window
     ):
         raise UserError(
-            f"domain {domain.name}: has {total:,} tokens; llama-cpp needs two windows of "
+            f"domain {text.name}: has {total:,} tokens; llama-cpp needs two windows of "
             f"{protocol.window:,}: give more text or a smaller --window"
         )
     at_once = min(max(batch_tokens, protocol.window), total)
     check_memory(
         2 * 4 * at_once * model.config.hidden_size,  # what enters a layer, and what leaves it
-        f"domain {domain.name}: the activations of {at_once:,} tokens at once need more than",
+        f"domain {text.name}: the activations of {at_once:,} tokens at once need more than",
         remedy=f"lower --batch-tokens {batch_tokens}, or the model's max_position_embeddings",
     )
     # A document owns the end of text behind it.
-    ends = np.cumsum([length + 1 for length in text.lengths])
+    ends = np.cumsum(text.tokens_of_documents + 1)
     nll_of_documents = np.zeros(len(ends))
     tokens_of_documents = np.zeros(len(ends), np.int64)
-    expected = sum(window.scored for window in protocol.windows(text.lengths))
-    scored = counting(on_progress, f"scoring {domain.name}", expected)
+    expected = sum(window.scored for window in protocol.windows(text.tokens_of_documents))
+    scored = counting(on_progress, f"scoring {text.name}", expected)
     for window, losses, _ in window_losses(
         model,
         text.token_W,
-        protocol.windows(text.lengths),
+        protocol.windows(text.tokens_of_documents),
         bos_token_id=protocol.bos_token_id,
         batch_tokens=batch_tokens,
         ops=ops,
@@ -242,22 +199,18 @@ def evaluate(
     nll = float(nll_of_documents.sum())
     if not math.isfinite(nll):
         raise UserError(
-            f"domain {domain.name}: its NLL is not finite ({nll}); the weights are damaged or too "
+            f"domain {text.name}: its NLL is not finite ({nll}); the weights are damaged or too "
             "large for float32: take another checkpoint"
         )
-    words, byte_count = domain.word_count, domain.byte_count
-    if protocol.name == "lm-eval-rolling":
-        # As the harness: an empty word before and after white space at the ends counts.
-        words = sum(len(re.split(r"\s+", document)) for document in domain.documents)
-        byte_count = sum(len(document.encode()) for document in domain.documents)
+    as_the_harness = protocol.name == "lm-eval-rolling"
     return DomainScore(
         nll=nll,
         standard_error=standard_error(nll_of_documents, tokens_of_documents),
         tokens=int(tokens_of_documents.sum()),
         text_tokens=total,
-        words=words,
-        bytes=byte_count,
-        documents=len(domain.documents),
-        corpus_sha256=corpus_sha256(domain.documents),
+        words=text.split_words if as_the_harness else text.word_count,
+        bytes=text.document_bytes if as_the_harness else text.byte_count,
+        documents=len(ends),
+        corpus_sha256=text.corpus_sha256,
         whole_text=protocol.scores_the_whole_text,
     )

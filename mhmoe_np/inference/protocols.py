@@ -21,6 +21,7 @@ import numpy as np
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.types import IntArray
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,12 +80,12 @@ class Protocol:
             return self.stride != self.window
         return self.name != "llama-cpp"
 
-    def windows(self, lengths: list[int]) -> Iterator[Window]:
+    def windows(self, lengths: IntArray) -> Iterator[Window]:
         """The windows of a text, in the order in which they are best scored.
 
-        lengths: the tokens of each document; between two stands one token more in the stream.
+        lengths: int64 [documents], the tokens of each; between two stands one more in the stream.
         """
-        total = sum(lengths) + len(lengths) - 1
+        total = int(lengths.sum()) + len(lengths) - 1
         bos = self.bos_token_id is not None
         match self.name:
             case "disjoint":
@@ -119,14 +120,14 @@ def _strided(total: int, window: int, stride: int, bos: bool) -> Iterator[Window
             break
 
 
-def _rolling(lengths: list[int], window: int) -> Iterator[Window]:
+def _rolling(lengths: IntArray, window: int) -> Iterator[Window]:
     """A document's last window is filled up with what precedes its targets.
 
     Documents of about one length follow each other: those of one batch are padded to the longest.
     """
-    starts = np.cumsum([0, *(length + 1 for length in lengths)])
-    for i in np.argsort(lengths, kind="stable").tolist():
-        start, length = int(starts[i]), lengths[i]
+    starts = np.cumsum(lengths + 1) - (lengths + 1)
+    for i in np.argsort(lengths, kind="stable"):
+        start, length = int(starts[i]), int(lengths[i])
         first = min(window, length)
         if first:
             yield Window(start, start + first, first, bos=True)

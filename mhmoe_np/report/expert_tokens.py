@@ -15,13 +15,14 @@ from mhmoe_np.checkpoints.checkpoint import (
     load_checkpoint_tokenizer,
     load_model,
 )
+from mhmoe_np.data.read_file import read_pieces
 from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import Model, checked_ids, forward
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.memory import check_memory
-from mhmoe_np.training.run_folder import validation_domains
+from mhmoe_np.training.run_folder import held_out_files
 from mhmoe_np.types import FloatArray, IntArray
 
 TOKENS = 8192  # of held-out text that are looked at, unless told otherwise
@@ -111,19 +112,27 @@ def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> Expert
 
 def _windows(run: Path, tokenizer: Tokenizer, tokens: int, window: int) -> list[IntArray]:
     """Held-out token ids, cut into windows; every domain gives as many tokens."""
-    domains = validation_domains(run)
-    each = max(1, tokens // max(1, len(domains)))
+    files = held_out_files(run)
+    each = max(1, tokens // max(1, len(files)))
     rows = []
-    for domain in domains:
-        documents, left = [], BYTES_PER_TOKEN * each
-        for document in domain.documents:
-            if left <= 0:
-                break
-            documents.append(document[:left])
-            left -= len(documents[-1])
-        token_W = tokenise(documents, tokenizer)[:each]
+    for file in files:
+        token_W = tokenise(_beginning(file, BYTES_PER_TOKEN * each), tokenizer)[:each]
         rows += [token_W[first : first + window] for first in range(0, len(token_W), window)]
     return rows
+
+
+def _beginning(file: Path, characters: int) -> list[str]:
+    """So much of the documents of a file of text, the last one cut off."""
+    documents: list[str] = []
+    for piece in read_pieces(file):
+        assert isinstance(piece.content, str)
+        if piece.begins:
+            documents.append("")
+        documents[-1] += piece.content[:characters]
+        characters -= len(piece.content)
+        if characters <= 0:
+            break
+    return documents
 
 
 def _routed(model: Model, rows: Sequence[IntArray], *, ops: Operations) -> dict[int, list[_Window]]:

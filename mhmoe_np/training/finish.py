@@ -13,7 +13,6 @@ from mhmoe_np.storage.checksums import reseal, unseal
 from mhmoe_np.storage.files import write_atomically, write_json
 from mhmoe_np.training.run_folder import EVALUATION
 from mhmoe_np.training.trainer import Trainer
-from mhmoe_np.training.validation import score_domains
 
 SAMPLE_TOKENS = 120
 
@@ -46,7 +45,7 @@ def score_run(trainer: Trainer, on_progress: OnProgress = unseen) -> RunResult:
     if validated is not None:
         scores = validated.scores
     else:
-        scores = score_domains(trainer.run, model, tokenizer, ops=ops, on_progress=on_progress)
+        scores = trainer.held_out.scores(model, ops=ops, on_progress=on_progress)
     pieces = generate(
         model,
         tokenizer,

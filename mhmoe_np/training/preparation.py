@@ -34,6 +34,7 @@ from mhmoe_np.data.store import (
     read_header,
     sha256_of,
 )
+from mhmoe_np.data.tokenised_text import tokenise_documents
 from mhmoe_np.data.tokenizer import (
     check_saves,
     id_count,
@@ -41,7 +42,7 @@ from mhmoe_np.data.tokenizer import (
     tokenizer_sha256,
 )
 from mhmoe_np.errors import Taken, UserError
-from mhmoe_np.inference.evaluate import scored_text
+from mhmoe_np.inference.evaluate import check_scores
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
@@ -236,13 +237,14 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig, source: str) -> N
 
 def _check_scores(path: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
     """Make sure that a domain's held-out text can be scored, by its beginning."""
-    documents: list[str] = []
+    beginning: list[str] = []
     for piece in read_pieces(path):
         assert isinstance(piece.content, str)
-        documents.append(piece.content)
-        if sum(map(len, documents)) >= ENOUGH_TO_SCORE:
+        beginning.append(piece.content)
+        if sum(map(len, beginning)) >= ENOUGH_TO_SCORE:
             break
-    scored_text(path.stem, documents, tokenizer, vocab_size=config.model.vocab_size)
+    text = tokenise_documents(path.stem, beginning, tokenizer)
+    check_scores(text, vocab_size=config.model.vocab_size)
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from mhmoe_np.data.batches import Batches, Tokens
-from mhmoe_np.data.documents import Domain, read_domain
 from mhmoe_np.data.mixture import MixedBatches
 from mhmoe_np.data.old_store import open_old_store
 from mhmoe_np.data.prepare import check_weights, store_files
@@ -183,7 +182,9 @@ def prepared_files(run: Path) -> list[str]:
     return sorted([RUN_CONFIG, ENVIRONMENT, *store_files(run)])
 
 
-def validation_domains(run: Path) -> list[Domain]:
-    """The run's held-out text, by domain: what it was made with, and nothing that came there since."""
-    sealed = [run / name for name in sealed_files(run) if name.startswith(f"{VALIDATION}/")]
-    return [read_domain(path.stem, path) for path in sorted(sealed)]
+def held_out_files(run: Path) -> list[Path]:
+    """The files of the run's held-out text: what it was made with, and nothing that came there since.
+
+    Raises UserError: the run's checksums are damaged.
+    """
+    return sorted(run / name for name in sealed_files(run) if name.startswith(f"{VALIDATION}/"))

@@ -52,7 +52,7 @@ from mhmoe_np.training.run_folder import (
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
 from mhmoe_np.training.stopping import collected_signals
-from mhmoe_np.training.validation import Validation, ValidationReport, score_domains
+from mhmoe_np.training.validation import HeldOutText, Validation, ValidationReport
 from mhmoe_np.types import IntArray
 
 
@@ -115,7 +115,8 @@ class Trainer:
         ops: the backend that it runs on.
         learner: the model as trained so far, and what training it needs.
         keeper: writes the run's logs and checkpoints.
-        validation: the scores of the held-out text so far.
+        held_out: the held-out text.
+        validation: its scores so far.
         notices: what the run's owner should know before it goes on, a line each.
     """
 
@@ -137,6 +138,7 @@ class Trainer:
         changed = changes(opened, config, ops.name)
         self.tokenizer = load_tokenizer(run / TOKENIZER)
         self.keeper = Keeper(run, config, start.state, changed, self.tokenizer, self.learner, ops)
+        self.held_out = HeldOutText(run, self.tokenizer)
         self.validation = Validation(run, every=config.training.eval_every)
         self._alarm = RouterAlarm(config.model)
         self._events: EventFile | None = None
@@ -234,9 +236,7 @@ class Trainer:
         if received or not self.validation.is_due(self.step, last=self.finished):
             return None
         try:
-            scores = score_domains(
-                self.run, self.learner.model, self.tokenizer, ops=self.ops, on_progress=watch
-            )
+            scores = self.held_out.scores(self.learner.model, ops=self.ops, on_progress=watch)
         except _BrokenOff:
             return None
         report = ValidationReport(self.step, scores)

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Self
 from tokenizers import Tokenizer
 
 from mhmoe_np.checkpoints.checkpoint import best_models_of, step_of
+from mhmoe_np.data.tokenised_text import TokenisedText, tokenise_text
 from mhmoe_np.inference.evaluate import DomainScore, evaluate
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.progress import OnProgress
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.training.log_file import LogLines
-from mhmoe_np.training.run_folder import VALIDATION_LOG, validation_domains
+from mhmoe_np.training.run_folder import VALIDATION_LOG, held_out_files
 
 
 class ValidationReport(NamedTuple):
@@ -76,17 +77,38 @@ class Validation:
         return report.mean_nll < min(others, default=float("inf"))
 
 
-def score_domains(
-    run: Path, model: Model, tokenizer: Tokenizer, *, ops: Operations, on_progress: OnProgress
-) -> dict[str, DomainScore]:
-    """The scores of a run's held-out text, by domain.
+class HeldOutText:
+    """A run's held-out text, by domain; encoded once, when it is first asked for."""
 
-    Raises UserError: a domain's held-out text is a single token, or the model's numbers overflow.
-    """
-    return {
-        domain.name: evaluate(model, domain, tokenizer, ops=ops, on_progress=on_progress)
-        for domain in validation_domains(run)
-    }
+    def __init__(self, run: Path, tokenizer: Tokenizer) -> None:
+        """Of the run in this folder, with its tokenizer."""
+        self._run, self._tokenizer = run, tokenizer
+        self._texts: list[TokenisedText] = []
+
+    def texts(self, on_progress: OnProgress = unseen) -> list[TokenisedText]:
+        """The tokens of each domain.
+
+        Raises UserError, OSError: see `tokenise_text`.
+        """
+        if not self._texts:
+            self._texts = [
+                tokenise_text(file.stem, file, self._tokenizer, on_progress=on_progress)
+                for file in held_out_files(self._run)
+            ]
+        return self._texts
+
+    def scores(
+        self, model: Model, *, ops: Operations, on_progress: OnProgress = unseen
+    ) -> dict[str, DomainScore]:
+        """The scores of each domain.
+
+        Raises UserError: a domain's text is a single token, or the model's numbers overflow; or as
+        `texts`.
+        """
+        return {
+            text.name: evaluate(model, text, ops=ops, on_progress=on_progress)
+            for text in self.texts(on_progress)
+        }
 
 
 def _read(path: Path) -> list[ValidationReport]:

@@ -1,13 +1,13 @@
 import pytest
 from tokenizers import Tokenizer
 
-from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.tokenizer import train_tokenizer
+from tests.documents import embedded_documents
 
 
 @pytest.fixture(scope="session")
 def documents() -> tuple[str, ...]:
-    return embedded_domains()[2].documents[:40]
+    return embedded_documents()["lexicon"].documents[:40]
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_np.data.documents import embedded_domains, read_domain
 from mhmoe_np.data.sources import domain_names
+from mhmoe_np.data.tokenised_text import tokenise_text
 from mhmoe_np.errors import UserError
+from tests.documents import embedded_documents, read_documents
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -17,33 +18,33 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def test_three_or_more_newlines_separate_the_documents_of_a_text_file(tmp_path):
     path = write(tmp_path / "a.txt", "one\n\nstill one\n\n\ntwo\n\n\n\n\nthree\n")
-    assert read_domain("a", path).documents == ("one\n\nstill one", "two", "three\n")
+    assert read_documents(path).documents == ("one\n\nstill one", "two", "three\n")
 
 
 def test_windows_line_ends_separate_documents_too(tmp_path):
     path = write(tmp_path / "a.txt", "one\r\nline\r\n\r\n\r\ntwo")
-    assert read_domain("a", path).documents == ("one\r\nline", "two")
+    assert read_documents(path).documents == ("one\r\nline", "two")
 
 
 def test_blank_documents_are_dropped(tmp_path):
     path = write(tmp_path / "a.txt", "\n\n\none\n\n\n \t\n\n\ntwo\n\n\n")
-    assert read_domain("a", path).documents == ("one", "two")
+    assert read_documents(path).documents == ("one", "two")
 
 
 def test_a_text_file_is_counted_whole_with_its_separators(tmp_path):
     text = "naïve café\n\n\n\ntwo words\n"
-    domain = read_domain("a", write(tmp_path / "a.txt", text))
-    assert domain.byte_count == len(text.encode()) == len(text) + 2
-    assert domain.word_count == 4
+    found = read_documents(write(tmp_path / "a.txt", text))
+    assert found.counts.bytes == len(text.encode()) == len(text) + 2
+    assert found.counts.words == 4
 
 
 def test_each_line_of_a_json_lines_file_is_one_document_and_only_its_text_counts(tmp_path):
     texts = ["one\n\n\nstill one", "línea \u2028 two", " "]
     lines = [json.dumps({"id": 7, "text": text}, ensure_ascii=False) for text in texts]
-    domain = read_domain("a", write(tmp_path / "a.jsonl", "\r\n".join([*lines, "", ""])))
-    assert domain.documents == tuple(texts[:2])
-    assert domain.byte_count == sum(len(text.encode()) for text in texts)
-    assert domain.word_count == 5
+    found = read_documents(write(tmp_path / "a.jsonl", "\r\n".join([*lines, "", ""])))
+    assert found.documents == tuple(texts[:2])
+    assert found.counts.bytes == sum(len(text.encode()) for text in texts)
+    assert found.counts.words == 5
 
 
 def test_a_folder_is_read_recursively_in_the_order_of_its_paths(tmp_path):
@@ -51,29 +52,29 @@ def test_a_folder_is_read_recursively_in_the_order_of_its_paths(tmp_path):
     write(tmp_path / "a" / "z.jsonl", '{"text": "2"}')
     write(tmp_path / "a" / "b" / "c.TXT", "1")
     write(tmp_path / "README.md", "not text")
-    domain = read_domain("a", tmp_path)
-    assert domain.documents == ("1", "2", "3")
-    assert (domain.byte_count, domain.word_count) == (3, 3)
+    found = read_documents(tmp_path)
+    assert found.documents == ("1", "2", "3")
+    assert (found.counts.bytes, found.counts.words) == (3, 3)
 
 
 def test_a_pattern_reads_every_file_it_matches_once(tmp_path):
     write(tmp_path / "a" / "b" / "2.txt", "two")
     write(tmp_path / "a" / "1.txt", "one")
     write(tmp_path / "c.jsonl", '{"text": "three"}')
-    assert read_domain("a", tmp_path / "a" / "*.txt").documents == ("one",)
-    assert read_domain("a", tmp_path / "**" / "**" / "*.txt").documents == ("one", "two")
+    assert read_documents(tmp_path / "a" / "*.txt").documents == ("one",)
+    assert read_documents(tmp_path / "**" / "**" / "*.txt").documents == ("one", "two")
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_read_as_that_file(tmp_path):
     path = write(tmp_path / "a[1].txt", "one")
-    assert read_domain("a", path).documents == ("one",)
+    assert read_documents(path).documents == ("one",)
     assert domain_names([str(path)]) == ["a[1]"]
 
 
 def test_one_blank_file_among_others_is_no_fault(tmp_path):
     write(tmp_path / "a.txt", "")
     write(tmp_path / "b.txt", "text")
-    assert read_domain("a", tmp_path).documents == ("text",)
+    assert read_documents(tmp_path).documents == ("text",)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +98,12 @@ def test_one_blank_file_among_others_is_no_fault(tmp_path):
         ("a", "text", "a: is none of .txt, .jsonl"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line_that_names_the_place(tmp_path, name, content, message):
+def test_a_bad_file_is_refused_in_one_line_that_names_the_place(
+    tmp_path, tokenizer, name, content, message
+):
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        read_domain("a", path)
+        tokenise_text("a", path, tokenizer)
     assert "\n" not in str(caught.value)
 
 
@@ -117,7 +120,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_the_place(tmp_path, name, 
 def test_a_path_without_text_is_refused_by_name(tmp_path, path, message):
     write(tmp_path / "folder" / "a.md", "text")
     with pytest.raises(UserError, match=re.escape(message)):
-        read_domain("a", tmp_path / path)
+        read_documents(tmp_path / path)
 
 
 def test_an_unreadable_file_is_refused_by_name(tmp_path, monkeypatch):
@@ -128,7 +131,7 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"a\.txt: cannot be read: Permission denied"):
-        read_domain("a", path)
+        read_documents(path)
 
 
 def test_domains_are_named_by_their_stems(tmp_path, monkeypatch):
@@ -149,8 +152,11 @@ def test_equal_stems_get_distinct_names():
 
 
 def test_the_embedded_corpus_is_three_domains_of_equal_size():
-    domains = embedded_domains()
-    assert [domain.name for domain in domains] == ["books", "speech", "lexicon"]
-    assert [len(domain.documents) for domain in domains] == [68, 15, 826]
-    assert [domain.byte_count for domain in domains] == [639_685, 636_596, 639_996]
-    assert [domain.word_count for domain in domains] == [111_757, 105_878, 101_229]
+    assert {
+        name: (len(found.documents), found.counts.bytes, found.counts.words)
+        for name, found in embedded_documents().items()
+    } == {
+        "books": (68, 639_685, 111_757),
+        "speech": (15, 636_596, 105_878),
+        "lexicon": (826, 639_996, 101_229),
+    }

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from mhmoe_np.data import pieces, read_file
-from mhmoe_np.data.documents import read_domain
 from mhmoe_np.data.pieces import WHITE_SPACE, place_to_cut
 from mhmoe_np.data.read_file import TextCounts, read_pieces
 from mhmoe_np.data.sources import find_files, find_sources
 from mhmoe_np.errors import UserError
+from tests.documents import read_documents
 
 TEXTS = ["one\n\nstill one", "zwei Wörter", "三", "\u2028 four\n"]
 LINES = "".join(json.dumps({"text": text, "n": 1}, ensure_ascii=False) + "\n" for text in TEXTS)
@@ -51,10 +51,10 @@ def test_compression_and_a_byte_order_mark_change_nothing(tmp_path, name, mark):
     path = tmp_path / name
     path.write_bytes(compressed(name, mark + content.encode()))
     assert documents_of(path) == TEXTS
-    domain = read_domain("a", tmp_path)
-    assert domain.documents == tuple(TEXTS)
+    found = read_documents(tmp_path)
+    assert found.documents == tuple(TEXTS)
     original = "".join(TEXTS) if "json" in name.lower() else content
-    assert domain.byte_count == len(original.encode())
+    assert found.counts.bytes == len(original.encode())
     assert find_sources([str(path)])[0].name == "a"
 
 
@@ -65,7 +65,7 @@ def test_a_column_of_a_table_is_read(tmp_path):
     found = documents_of(tmp_path / "a.parquet", text_key="content", on_bytes=told.append)
     assert found == TEXTS
     assert sum(told) == (tmp_path / "a.parquet").stat().st_size
-    assert read_domain("a", tmp_path).documents == ("x",) * len(TEXTS)
+    assert read_documents(tmp_path).documents == ("x",) * len(TEXTS)
 
 
 def test_another_key_is_read(tmp_path):
@@ -207,4 +207,4 @@ def test_a_file_of_tokens_is_no_text(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\0" * 8)
     assert find_files(tmp_path / "a.bin") == [tmp_path / "a.bin"]
     with pytest.raises(UserError, match=r"a\.bin: holds tokens; give a file of text"):
-        read_domain("a", tmp_path / "a.bin")
+        read_documents(tmp_path / "a.bin")

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.pieces import Piece
+from mhmoe_np.data.sources import EMBEDDED_NAMES
 from mhmoe_np.data.split import split_by_size, split_pieces
 from mhmoe_np.errors import UserError
+from tests.documents import embedded_documents
 
 fractions = st.floats(0, 1, exclude_max=True)
 seeds = st.integers(0, 2**64)
@@ -64,7 +65,7 @@ def test_a_lone_document_is_cut_in_two_and_nothing_is_lost(document, fraction, s
 
 
 def test_the_split_depends_on_the_seed_alone():
-    documents = embedded_domains()[2].documents
+    documents = embedded_documents()["lexicon"].documents
     first = split_documents(documents, fraction=0.05, seed=1)
     assert split_documents(list(documents), fraction=0.05, seed=1) == first
     assert split_documents(documents, fraction=0.05, seed=2) != first
@@ -75,10 +76,11 @@ def test_the_split_of_a_seed_never_changes():
     assert split_documents(documents, fraction=0.3, seed=0)[1] == ("2", "4", "6")
 
 
-@pytest.mark.parametrize("domain", embedded_domains(), ids=lambda domain: domain.name)
-def test_the_embedded_domains_give_about_the_share_asked_for(domain):
-    _, validation = split_documents(domain.documents, fraction=0.05, seed=0)
-    assert 0.03 <= byte_count(validation) / byte_count(domain.documents) <= 0.05
+@pytest.mark.parametrize("name", EMBEDDED_NAMES)
+def test_the_embedded_domains_give_about_the_share_asked_for(name):
+    documents = embedded_documents()[name].documents
+    _, validation = split_documents(documents, fraction=0.05, seed=0)
+    assert 0.03 <= byte_count(validation) / byte_count(documents) <= 0.05
 
 
 @pytest.mark.parametrize(

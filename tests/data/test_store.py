@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhmoe_np.data import prepare
-from mhmoe_np.data.prepare import PreparationSettings, prepare_store, prepare_text
+from mhmoe_np.data import prepare, shards
+from mhmoe_np.data.prepare import PreparationSettings, is_unfinished, prepare_store, prepare_text
 from mhmoe_np.data.sources import find_sources
 from mhmoe_np.data.store import (
     StoreHeader,
@@ -17,7 +17,7 @@ from mhmoe_np.data.store import (
     read_header,
 )
 from mhmoe_np.data.tokenise import tokenise
-from mhmoe_np.data.tokenizer import tokenizer_sha256
+from mhmoe_np.data.tokenizer import load_tokenizer, tokenizer_sha256
 from mhmoe_np.errors import UserError
 from mhmoe_np.progress import unseen
 
@@ -61,7 +61,7 @@ def held_out(store: Path, name: str) -> list[str]:
 @pytest.fixture
 def store(documents, tokenizer, tmp_path, monkeypatch):
     """Shards of few tokens, each of a chunk or more."""
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
     monkeypatch.setattr("mhmoe_np.data.chunks.PIECE", 800)
     return made(tmp_path / "store", write_texts(tmp_path / "texts", documents), tokenizer=tokenizer)
 
@@ -109,7 +109,7 @@ def test_the_header_has_the_sha256_of_each_file_of_tokens(store):
 
 def test_several_processes_leave_no_mark_on_the_store(store, tmp_path):
     paths = [str(tmp_path / "texts" / name) for name in ("a.txt", "b.jsonl")]
-    tokenizer = prepare.load_tokenizer(store / "tokenizer.json")
+    tokenizer = load_tokenizer(store / "tokenizer.json")
     other = made(tmp_path / "other", paths, tokenizer=tokenizer, workers=2)
     assert digests(other) == digests(store)
 
@@ -124,7 +124,7 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(
     paths = [str(tmp_path / "texts" / name) for name in ("a.txt", "b.jsonl")]
     expected = digests(store)
     encoded = []
-    original = prepare._OpenShard.add
+    original = shards._OpenShard.add
     stop_at = 0
 
     def add(self, chunk, *arguments, **named):
@@ -133,7 +133,7 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(
             raise Stop
         original(self, chunk, *arguments, **named)
 
-    monkeypatch.setattr(prepare._OpenShard, "add", add)
+    monkeypatch.setattr(shards._OpenShard, "add", add)
     made(tmp_path / "all", paths, tokenizer=tokenizer)
     everything = len(encoded)
     for stop_at in (2, everything // 2, everything):
@@ -162,10 +162,10 @@ def test_other_text_or_settings_begin_again(store, documents, tokenizer, tmp_pat
     with pytest.raises(Stop):
         prepare_text(tmp_path / "half", find_sources(paths), SETTINGS, tokenizer=tokenizer, workers=1)
     monkeypatch.setattr(prepare, "StoreHeader", StoreHeader)
-    assert prepare.is_unfinished(tmp_path / "half")
+    assert is_unfinished(tmp_path / "half")
     other = PreparationSettings(vocab_size=400, validation_fraction=0.2, seed=1)
     prepare_text(tmp_path / "half", find_sources(paths), other, tokenizer=tokenizer, workers=1)
-    assert not prepare.is_unfinished(tmp_path / "half")
+    assert not is_unfinished(tmp_path / "half")
     expected = made(tmp_path / "expected", paths, tokenizer=tokenizer, settings=other)
     wanted = {k: v for k, v in digests(expected).items() if k != "checksums.json"}
     assert digests(tmp_path / "half") == wanted

@@ -9,11 +9,11 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from mhmoe_np.data import encoder as encoder_module
 from mhmoe_np.data import pieces
 from mhmoe_np.data import tokenise as module
-from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.encoder import Encoder, is_cut_at_spaces
 from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import LONGEST_RUN, train_tokenizer
 from mhmoe_np.errors import UserError
+from tests.documents import embedded_documents
 
 
 def word_level(size: int) -> Tokenizer:
@@ -128,7 +128,8 @@ def test_the_dtype_is_the_narrowest_that_holds_every_id(size, dtype):
 
 
 def test_a_megabyte_in_one_document_takes_seconds(documents):
-    text = "\n".join(text for domain in embedded_domains() for text in domain.documents)[:1_000_000]
+    texts = [text for found in embedded_documents().values() for text in found.documents]
+    text = "\n".join(texts)[:1_000_000]
     tokenizer = train_tokenizer(documents, vocab_size=2000)
     started = time.perf_counter()
     for document in (text, "a" * 1_000_000):

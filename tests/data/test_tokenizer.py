@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import (
     END_OF_TEXT,
@@ -22,6 +21,7 @@ from mhmoe_np.data.tokenizer import (
     train_tokenizer,
 )
 from mhmoe_np.errors import UserError
+from tests.documents import embedded_documents
 
 GPT_2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 WHITE_SPACE = " \n\t\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u3000"
@@ -59,9 +59,10 @@ def test_the_vocabulary_is_the_end_of_text_the_bytes_and_merges(tokenizer):
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "from mhmoe_np.data.documents import embedded_domains\n"
+        "from tests.documents import embedded_documents\n"
         "from mhmoe_np.data.tokenizer import train_tokenizer\n"
-        "documents = [text for domain in embedded_domains() for text in domain.documents[:10]]\n"
+        "found = embedded_documents().values()\n"
+        "documents = [text for each in found for text in each.documents[:10]]\n"
         "print(train_tokenizer(documents, vocab_size=1000).to_str())"
     )
     serial = run_python(code, PYTHONHASHSEED="1")
@@ -116,7 +117,7 @@ def trained_on(documents: list[str], vocab_size: int, cut: pre_tokenizers.PreTok
 
 
 def test_the_embedded_corpus_gives_the_vocabulary_merges_and_ids_of_gpt_2s_cut():
-    documents = [text for domain in embedded_domains() for text in domain.documents]
+    documents = [text for found in embedded_documents().values() for text in found.documents]
     plain = trained_on(documents, 4096, GPT_2_CUT)
     tokenizer = train_tokenizer(documents, vocab_size=4096)
     assert json.loads(tokenizer.to_str())["model"] == json.loads(plain.to_str())["model"]

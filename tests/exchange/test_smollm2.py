@@ -18,8 +18,8 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from mhmoe_np.audit.trace import trace
-from mhmoe_np.data.documents import Domain, embedded_domains
 from mhmoe_np.data.tokenise import tokenise
+from mhmoe_np.data.tokenised_text import tokenise_documents
 from mhmoe_np.exchange.foreign import Foreign
 from mhmoe_np.exchange.gguf_export import export_gguf
 from mhmoe_np.exchange.gguf_import import import_gguf
@@ -39,6 +39,8 @@ if not GIVEN:
 # Only now: each takes seconds to import.
 import torch  # noqa: E402
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
+
+from tests.documents import embedded_documents  # noqa: E402
 
 PROMPTS = ["Once upon a time, in a small village,", "def fibonacci(n):\n"]  # 64 tokens without an end
 TEXTS = [
@@ -113,7 +115,7 @@ def test_digits_stand_alone_before_words_are_cut(both: Both, tokenizer: Tokenize
 
 
 def stream_of(tokenizer: Tokenizer, length: int) -> np.ndarray:
-    documents = [text for domain in embedded_domains() for text in domain.documents[:3]]
+    documents = [text for found in embedded_documents().values() for text in found.documents[:3]]
     return tokenise(documents, tokenizer)[:length].astype(np.int64)
 
 
@@ -129,10 +131,9 @@ def test_logits_are_transformers(both: Both, tokenizer: Tokenizer) -> None:
 
 
 def test_evaluate_gives_transformers_nll(both: Both, tokenizer: Tokenizer) -> None:
-    texts = tuple(text[:1200] for domain in embedded_domains() for text in domain.documents[:2])
-    count, words = sum(len(text.encode()) for text in texts), sum(len(t.split()) for t in texts)
-    domain = Domain("mixed", texts, count, words)
-    ours = evaluate(both.model, domain, tokenizer, ops=load_operations("numba", keep_buffers=True))
+    texts = [text[:1200] for found in embedded_documents().values() for text in found.documents[:2]]
+    text = tokenise_documents("mixed", texts, tokenizer)
+    ours = evaluate(both.model, text, ops=load_operations("numba", keep_buffers=True))
     tokens = torch.tensor(tokenise(texts, tokenizer).astype(np.int64))
     assert ours.tokens == len(tokens) - 1 < both.model.config.max_position_embeddings  # one window
     with torch.no_grad():

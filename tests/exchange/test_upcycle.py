@@ -15,7 +15,6 @@ from mhmoe_np.checkpoints.checkpoint import (
     load_parameters,
     save_model,
 )
-from mhmoe_np.data.documents import embedded_domains
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.exchange.upcycle import Experts, upcycle
@@ -24,6 +23,7 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 from tests.conftest import Run
+from tests.documents import embedded_documents
 from tests.whole_models import parameters_of
 
 TOKENS = np.random.default_rng(5).integers(0, 37, (4, 32))
@@ -181,7 +181,7 @@ def test_training_goes_on_from_there(experts: Experts, mhmoe_here: Run, tmp_path
     dense = parameters_of("dense", vocab_size=270)
     (tmp_path / "dense").mkdir()
     save_model(tmp_path / "dense", dense, tokenizer, (7, 9))
-    (tmp_path / "text.txt").write_text(embedded_domains()[0].documents[0][:20000])
+    (tmp_path / "text.txt").write_text(embedded_documents()["books"].documents[0][:20000])
     options = ("--experts", experts.num_experts, "--top-k", experts.num_experts_per_tok)
     said = mhmoe_here("upcycle", "dense", *options, "--split", experts.split, "--out", "start").stdout
     assert "It computes what the dense model computes" in said

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhmoe_np.checkpoints.checkpoint import load_checkpoint_tokenizer, load_model, save_model
-from mhmoe_np.data.documents import read_domain
+from mhmoe_np.data.tokenised_text import tokenise_text
 from mhmoe_np.errors import UserError
 from mhmoe_np.inference.evaluate import evaluate
 from mhmoe_np.inference.protocols import Protocol, choose_protocol
@@ -124,8 +124,7 @@ def test_eval_gives_the_harnesss_own_numbers_of_a_task(places: Path) -> None:
     tokenizer = load_checkpoint_tokenizer(places / "checkpoint")
     score = evaluate(
         model,
-        read_domain("texts", places / "texts.jsonl"),
-        tokenizer,
+        tokenise_text("texts", places / "texts.jsonl", tokenizer),
         ops=ops,
         protocol=choose_protocol("lm-eval-rolling", model.config, tokenizer),
     ).as_dict()

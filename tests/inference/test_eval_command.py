@@ -12,8 +12,9 @@ import pytest
 
 from mhmoe_cli.scores import print_scores
 from mhmoe_np.checkpoints.checkpoint import load_checkpoint_tokenizer, save_model
+from mhmoe_np.data.tokenised_text import tokenise_documents
 from mhmoe_np.data.tokenizer import tokenizer_sha256
-from mhmoe_np.inference.evaluate import DomainScore, corpus_sha256
+from mhmoe_np.inference.evaluate import DomainScore
 from tests.conftest import Run
 from tests.inference.words import text_of, word_tokenizer
 from tests.whole_models import parameters_of
@@ -61,7 +62,8 @@ def test_json_says_what_a_comparison_needs(checkpoint: Path, mhmoe_here: Run) ->
         68,
         3,
     )
-    assert score["corpus_sha256"] == corpus_sha256(DOCUMENTS)
+    tokenised = tokenise_documents("a", DOCUMENTS, load_checkpoint_tokenizer(checkpoint))
+    assert score["corpus_sha256"] == tokenised.corpus_sha256
     assert score["standard_error"] > 0
     error = score["standard_error"] * score["token_ppl"]
     assert score["token_ppl_standard_error"] == pytest.approx(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhmoe_np.data.documents import Domain
+from mhmoe_np.data.tokenised_text import TokenisedText, tokenise_documents
 from mhmoe_np.errors import UserError
-from mhmoe_np.inference.evaluate import DomainScore, corpus_sha256, evaluate, standard_error
+from mhmoe_np.inference.evaluate import DomainScore, evaluate, standard_error
 from mhmoe_np.inference.protocols import PROTOCOLS, Protocol, choose_protocol
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.operations.load import load_operations
@@ -31,9 +30,8 @@ def model_of(dtype: Any = np.float64, kind: str = "mh2-capacity") -> Model:
     return Model.of(parameters_of(kind, dtype, seed=3), ops=OPS)
 
 
-def domain_of(*documents: list[int]) -> Domain:
-    texts = tuple(map(text_of, documents))
-    return Domain("d", texts, sum(map(len, texts)), sum(map(len, documents)))
+def tokenised(*documents: list[int]) -> TokenisedText:
+    return tokenise_documents("d", list(map(text_of, documents)), TOKENIZER)
 
 
 def nll_of(model: Model, *inputs: int, target: int) -> float:
@@ -150,8 +148,7 @@ def test_a_protocol_scores_the_tokens_it_should_given_what_it_should(
     model = model_of()
     score = evaluate(
         model,
-        domain_of(FIRST, SECOND),
-        TOKENIZER,
+        tokenised(FIRST, SECOND),
         ops=OPS,
         protocol=protocol,
         batch_tokens=batch_tokens,
@@ -176,8 +173,7 @@ def test_one_window_at_once_and_16_score_the_same(name: Any, kind: str) -> None:
     one, many = (
         evaluate(
             model,
-            domain_of(*documents),
-            TOKENIZER,
+            tokenised(*documents),
             ops=OPS,
             protocol=protocol,
             batch_tokens=batch * protocol.window,
@@ -207,7 +203,7 @@ def test_every_token_is_scored_once_within_the_window(
         (Protocol("stride", window, stride, begin), set() if bos else {0}),
         (Protocol("lm-eval-rolling", window, None, END), separators),
     ):
-        windows = list(protocol.windows(lengths))
+        windows = list(protocol.windows(np.array(lengths)))
         scored = [place for w in windows for place in range(w.end - w.scored, w.end)]
         assert sorted(scored) == sorted(set(range(total)) - unscored)
         for w in windows:
@@ -232,21 +228,12 @@ def test_the_standard_error_of_a_score_is_that_of_its_documents() -> None:
     model = model_of()
     protocol = Protocol("lm-eval-rolling", 32, bos_token_id=END)
     documents = [FIRST, SECOND, [9, 9, 9]]
-    each = [
-        evaluate(model, domain_of(document), TOKENIZER, ops=OPS, protocol=protocol)
-        for document in documents
-    ]
+    each = [evaluate(model, tokenised(document), ops=OPS, protocol=protocol) for document in documents]
     assert all(score.standard_error is None for score in each)
-    score = evaluate(model, domain_of(*documents), TOKENIZER, ops=OPS, protocol=protocol)
+    score = evaluate(model, tokenised(*documents), ops=OPS, protocol=protocol)
     nll, tokens = np.array([s.nll for s in each]), np.array([s.tokens for s in each])
     assert score.nll == pytest.approx(nll.sum(), rel=1e-12)
     assert score.standard_error == pytest.approx(standard_error(nll, tokens), rel=1e-9)
-
-
-def test_a_corpus_has_the_hash_that_its_docstring_says() -> None:
-    plain = b"\x02" + bytes(7) + "ü".encode() + b"\x01" + bytes(7) + b"a"
-    assert corpus_sha256(["ü", "a"]) == hashlib.sha256(plain).hexdigest()
-    assert corpus_sha256(["üa"]) != corpus_sha256(["ü", "a"])
 
 
 def test_figures_per_word_and_byte_need_the_whole_text() -> None:
@@ -258,7 +245,7 @@ def test_figures_per_word_and_byte_need_the_whole_text() -> None:
         (Protocol("lm-eval-rolling", 4, None, END), True),
         (Protocol("llama-cpp", 4), False),
     ):
-        score = evaluate(model, domain_of(FIRST, SECOND), TOKENIZER, ops=OPS, protocol=protocol)
+        score = evaluate(model, tokenised(FIRST, SECOND), ops=OPS, protocol=protocol)
         values = score.as_dict()
         for key in ("word_ppl", "byte_ppl", "bits_per_byte"):
             assert (values[key] is not None) == whole
@@ -267,10 +254,10 @@ def test_figures_per_word_and_byte_need_the_whole_text() -> None:
 
 
 def test_rolling_counts_words_as_the_harness_does() -> None:
-    text = " w1  w2\n"
-    domain = Domain("d", (text, "w3"), byte_count=99, word_count=3)
+    text = tokenise_documents("d", [" w1  w2\n", "w3"], TOKENIZER)
+    assert (text.word_count, text.byte_count) == (3, 10)
     protocol = Protocol("lm-eval-rolling", 4, None, END)
-    score = evaluate(model_of(), domain, TOKENIZER, ops=OPS, protocol=protocol)
+    score = evaluate(model_of(), text, ops=OPS, protocol=protocol)
     assert (score.words, score.bytes) == (5, 10)  # "", w1, w2, "" and w3
 
 
@@ -334,8 +321,7 @@ def test_a_text_of_fewer_than_two_windows_is_none_for_llama_cpp() -> None:
     with pytest.raises(UserError, match="has 12 tokens; llama-cpp needs two windows of 7"):
         evaluate(
             model_of(),
-            domain_of(FIRST, SECOND),
-            TOKENIZER,
+            tokenised(FIRST, SECOND),
             ops=OPS,
             protocol=Protocol("llama-cpp", 7),
         )
@@ -345,16 +331,14 @@ def test_progress_comes_to_its_end() -> None:
     seen: list[tuple[str, int, int]] = []
     evaluate(
         model_of(),
-        domain_of(FIRST, SECOND),
-        TOKENIZER,
+        tokenised(FIRST, SECOND),
         ops=OPS,
         protocol=Protocol("disjoint", 4),
         batch_tokens=4,
         on_progress=lambda *said: seen.append(said),
     )
-    assert [said for said in seen if said[0] == "scoring d"] == [
+    assert seen == [
         ("scoring d", 4, 11),
         ("scoring d", 8, 11),
         ("scoring d", 11, 11),
     ]
-    assert seen[1][1] == seen[1][2]  # the second document ends the tokenising

@@ -43,9 +43,10 @@ from mhmoe_np.report.svg import drawing
 from mhmoe_np.settings.run import merge, parse_run_config, read_toml
 from mhmoe_np.training.finish import finish_run
 from mhmoe_np.training.run import resume_run, start_run
-from mhmoe_np.training.run_folder import validation_domains
+from mhmoe_np.training.run_folder import held_out_files
 from tests.audit.browser import chromium, opened
 from tests.conftest import Run
+from tests.documents import read_documents
 from tests.resume import prepare
 
 STEPS = 12
@@ -221,8 +222,9 @@ def test_tokens_of_experts_are_counted(folder: Path) -> None:
         load_model(checkpoint, np.float32, ops=ops),
         load_checkpoint_tokenizer(checkpoint),
     )
-    (domain,) = validation_domains(run)
-    token_W = tokenise(domain.documents, tokenizer)
+    (file,) = held_out_files(run)
+    documents = read_documents(file).documents
+    token_W = tokenise(documents, tokenizer)
     assert found.tokens == len(token_W)
     pairs = []
     for first in range(0, len(token_W), 32):
@@ -249,7 +251,7 @@ def test_tokens_of_experts_are_counted(folder: Path) -> None:
         assert len(taken.examples) == min(2, len(taken.tokens))
         for token, example in zip(taken.tokens, taken.examples, strict=False):
             assert example.token == token.token
-            assert example.before + example.token + example.after in domain.documents[0]
+            assert example.before + example.token + example.after in documents[0]
     assert sum(taken.share for taken in found.layers[1]) == pytest.approx(1)
 
 

@@ -24,12 +24,12 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.inference.evaluate import evaluate
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.run import RunConfig, merge, parse_run_config, read_toml
-from mhmoe_np.training import finish, keeper, validation
+from mhmoe_np.training import keeper, validation
 from mhmoe_np.training.finish import finish_run
 from mhmoe_np.training.keeper import TrainingFailure
 from mhmoe_np.training.run import resume_run, start_run
-from mhmoe_np.training.run_folder import validation_domains
 from mhmoe_np.training.trainer import Trainer
+from mhmoe_np.training.validation import HeldOutText
 from tests.conftest import Run
 from tests.resume import digests, prepare
 
@@ -72,8 +72,8 @@ def test_every_n_steps_and_at_the_end_each_domain_is_scored(straight: Path) -> N
         model = load_model(checkpoint, np.float32, ops=ops)
         tokenizer = load_checkpoint_tokenizer(checkpoint)
         scores = {
-            domain.name: evaluate(model, domain, tokenizer, ops=ops)
-            for domain in validation_domains(straight)
+            text.name: evaluate(model, text, ops=ops)
+            for text in HeldOutText(straight, tokenizer).texts()
         }
         assert line["domains"] == {name: score.as_dict() for name, score in scores.items()}
         nll = sum(score.nll for score in scores.values())
@@ -181,7 +181,7 @@ def test_no_step_is_scored_twice(
 
     trainer.close()
     trainer = resume_run(run, backend="numpy")
-    monkeypatch.setattr(finish, "score_domains", again)
+    monkeypatch.setattr(trainer.held_out, "scores", again)
     finish_run(trainer)
     trainer.close()
     assert_same(run, straight)
