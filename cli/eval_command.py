@@ -17,7 +17,13 @@ from mhmoe_np.settings.model import LARGEST_SIZE
 
 @click.command()
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-@click.option("--domain", "domains", multiple=True, required=True, metavar="NAME=PATH")
+@click.option(
+    "--domain",
+    "domains",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A text to score (default: the held-out text of CKPT's run).",
+)
 @click.option(
     "--protocol",
     type=click.Choice(PROTOCOLS),
@@ -74,11 +80,15 @@ def command(
 
     from mhmoe_cli.scores import print_scores
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.data.read_file import TEXT_KEY
     from mhmoe_np.data.tokenised_text import tokenise_text
     from mhmoe_np.inference.evaluate import evaluate, scores_as_dict
+    from mhmoe_np.training.run_folder import held_out_domains, run_of
 
     path_of_domain = named(domains, option="--domain", value="PATH")
     found = find_checkpoint(checkpoint)
+    if not path_of_domain:
+        path_of_domain, text_key = held_out_domains(run_of(found)), TEXT_KEY
     tokenizer = load_checkpoint_tokenizer(found)
     with progress("bytes") as show:
         texts = [

@@ -29,7 +29,7 @@ from tests.bad_inputs import described, prepare, run_case, snapshot
 from tests.conftest import Run
 from tests.documents import read_documents
 
-CASES, CHUNK = 40, 20
+CASES, CHUNK = 24, 12
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
 Refused = Callable[..., str]
 

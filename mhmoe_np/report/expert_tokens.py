@@ -22,7 +22,7 @@ from mhmoe_np.model.language_model import Model, checked_ids, forward
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.memory import check_memory
-from mhmoe_np.training.run_folder import held_out_files
+from mhmoe_np.training.run_folder import held_out_domains
 from mhmoe_np.types import FloatArray, IntArray
 
 TOKENS = 8192  # of held-out text that are looked at, unless told otherwise
@@ -112,7 +112,7 @@ def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> Expert
 
 def _windows(run: Path, tokenizer: Tokenizer, tokens: int, window: int) -> list[IntArray]:
     """Held-out token ids, cut into windows; every domain gives as many tokens."""
-    files = held_out_files(run)
+    files = held_out_domains(run).values()
     each = max(1, tokens // max(1, len(files)))
     rows = []
     for file in files:

@@ -182,9 +182,22 @@ def prepared_files(run: Path) -> list[str]:
     return sorted([RUN_CONFIG, ENVIRONMENT, *store_files(run)])
 
 
-def held_out_files(run: Path) -> list[Path]:
-    """The files of the run's held-out text: what it was made with, and nothing that came there since.
+def held_out_domains(run: Path) -> dict[str, Path]:
+    """The files of the run's held-out text, by domain: those that it was made with.
 
-    Raises UserError: the run's checksums are damaged.
+    Raises UserError: one of them, or the list of them, is damaged.
     """
-    return sorted(run / name for name in sealed_files(run) if name.startswith(f"{VALIDATION}/"))
+    names = sorted(name for name in sealed_files(run) if name.startswith(f"{VALIDATION}/"))
+    verify(run, only=names)
+    return {Path(name).stem: run / name for name in names}
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint is in.
+
+    Raises UserError: it is in none.
+    """
+    run = checkpoint.absolute().parent.parent
+    if not is_run_folder(run):
+        raise UserError(f"{checkpoint}: is in no run folder; name a text with --domain NAME=PATH")
+    return run

@@ -19,7 +19,7 @@ from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.training.log_file import LogLines
-from mhmoe_np.training.run_folder import VALIDATION_LOG, held_out_files
+from mhmoe_np.training.run_folder import VALIDATION_LOG, held_out_domains
 
 
 class ValidationReport(NamedTuple):
@@ -92,8 +92,8 @@ class HeldOutText:
         """
         if not self._texts:
             self._texts = [
-                tokenise_text(file.stem, file, self._tokenizer, on_progress=on_progress)
-                for file in held_out_files(self._run)
+                tokenise_text(name, file, self._tokenizer, on_progress=on_progress)
+                for name, file in held_out_domains(self._run).items()
             ]
         return self._texts
 

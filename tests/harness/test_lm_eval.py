@@ -149,7 +149,7 @@ def test_its_windows_are_the_harnesss(length: int, window: int) -> None:
         make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, END, window, 1)
     ]
     found = []
-    for w in Protocol("lm-eval-rolling", window, None, END).windows([length]):
+    for w in Protocol("lm-eval-rolling", window, None, END).windows(np.array([length])):
         whole = [END] * w.bos + tokens[w.begin : w.end]
         found.append((whole[: len(whole) - w.scored], whole[len(whole) - w.scored :]))
     assert found == expected

@@ -43,7 +43,7 @@ from mhmoe_np.report.svg import drawing
 from mhmoe_np.settings.run import merge, parse_run_config, read_toml
 from mhmoe_np.training.finish import finish_run
 from mhmoe_np.training.run import resume_run, start_run
-from mhmoe_np.training.run_folder import held_out_files
+from mhmoe_np.training.run_folder import held_out_domains
 from tests.audit.browser import chromium, opened
 from tests.conftest import Run
 from tests.documents import read_documents
@@ -222,7 +222,7 @@ def test_tokens_of_experts_are_counted(folder: Path) -> None:
         load_model(checkpoint, np.float32, ops=ops),
         load_checkpoint_tokenizer(checkpoint),
     )
-    (file,) = held_out_files(run)
+    (file,) = held_out_domains(run).values()
     documents = read_documents(file).documents
     token_W = tokenise(documents, tokenizer)
     assert found.tokens == len(token_W)

@@ -164,6 +164,33 @@ def test_a_signal_breaks_a_validation_off_and_it_comes_first_when_the_run_goes_o
     assert_same(run, straight)
 
 
+def test_eval_of_a_run_scores_its_own_held_out_text(straight: Path, mhmoe_here: Run) -> None:
+    printed = json.loads(mhmoe_here("eval", straight, "--json", "--backend", "numpy").stdout)
+    assert printed == json.loads((straight / "evaluation.json").read_text())
+
+
+def test_eval_needs_a_text_of_a_checkpoint_in_no_run(
+    straight: Path, mhmoe_here: Run, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(checkpoints_of(straight)[-1], alone)
+    refused = mhmoe_here("eval", alone, "--backend", "numpy", code=2)
+    assert refused.stderr == (
+        f"mhmoe-np: {alone}: is in no run folder; name a text with --domain NAME=PATH\n"
+    )
+
+
+def test_eval_sees_that_the_held_out_text_is_damaged(
+    straight: Path, mhmoe_here: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    file = next((run / "validation").iterdir())
+    file.write_bytes(file.read_bytes().replace(b"e", b"i", 1))
+    refused = mhmoe_here("eval", run, "--backend", "numpy", code=2)
+    assert f"{file}: damaged: its checksum is not that of" in refused.stderr
+
+
 def test_no_step_is_scored_twice(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
