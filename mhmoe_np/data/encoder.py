@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from mhmoe_np.data.ascii_words import GPT2_WORDS, TRAINED_WORDS, AsciiWords
 from mhmoe_np.data.interruptible import interruptible
 from mhmoe_np.data.pieces import WHITE_SPACE
 from mhmoe_np.data.tokenizer import TRAINED_PATTERN, id_count
@@ -53,7 +54,9 @@ class Encoder:
         """
         self._tokenizer = tokenizer
         self.dtype = DTYPES[dtype_name(tokenizer)]
-        self._is_cut_at_spaces = is_cut_at_spaces(tokenizer)
+        self._cut = cut_of(tokenizer)
+        words = self._cut and self._cut.ascii_words
+        self._ascii = words and AsciiWords(tokenizer, words, width=self.dtype.itemsize)
         self._ids_of_segment: dict[str, bytes] = {}
         self._characters = 0
 
@@ -64,25 +67,36 @@ class Encoder:
 
         Raises UserError: the tokenizer cannot encode a text.
         """
-        return self._looked_up(texts) if self._is_cut_at_spaces else self._encoded(texts)
+        return self._encoded(texts) if self._cut is None else self._looked_up(texts)
 
     def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
-        cut = [SEGMENT.findall(text) for text in texts]
-        if len(self._ids_of_segment) > MOST_SEGMENTS or self._characters > MOST_CHARACTERS:
-            self._ids_of_segment.clear()
+        known = self._ids_of_segment
+        if len(known) > MOST_SEGMENTS or self._characters > MOST_CHARACTERS:
+            known.clear()
             self._characters = 0
-        found = [list(map(self._ids_of_segment.get, segments)) for segments in cut]
-        new = list(
-            {
-                segment
-                for segments, ids in zip(cut, found, strict=True)
-                for segment, known in zip(segments, ids, strict=True)
-                if known is None
-            }
+        cut = [SEGMENT.findall(text) for text in texts]
+        found: list[list[Any]] = [list(map(known.get, segments)) for segments in cut]
+        places = [[i for i, ids in enumerate(each) if ids is None] for each in found]
+        self._learn(
+            {segments[i]: None for segments, here in zip(cut, places, strict=True) for i in here}
         )
-        self._ids_of_segment.update(zip(new, self._encoded(new), strict=True))
+        for each, segments, here in zip(found, cut, places, strict=True):
+            for i in here:
+                each[i] = known[segments[i]]
+        return [b"".join(each) for each in found]
+
+    def _learn(self, new: Collection[str]) -> None:
+        """Encode segments that are not known yet."""
+        others = list(new)
+        if self._ascii is not None:
+            for segment in filter(str.isascii, new):
+                try:
+                    self._ids_of_segment[segment] = self._ascii.ids(segment)
+                except Exception as error:  # The library raises nothing narrower.
+                    raise _cannot_encode(error) from None
+            others = [segment for segment in new if not segment.isascii()]
+        self._ids_of_segment.update(zip(others, self._encoded(others), strict=True))
         self._characters += sum(map(len, new))
-        return [b"".join(map(self._ids_of_segment.__getitem__, segments)) for segments in cut]
 
     def _encoded(self, texts: Sequence[str]) -> list[bytes]:
         # One array of all: thousands of small ones would take longer than the encoding.
@@ -112,32 +126,45 @@ def encode_batch(
         try:
             return tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except Exception as error:  # The library raises nothing narrower.
-            raise UserError(
-                f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer"
-            ) from None
+            raise _cannot_encode(error) from None
 
     return interruptible(encode)
 
 
-def is_cut_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its segments, one after the other.
+def _cannot_encode(error: Exception) -> UserError:
+    return UserError(f"tokenizer: cannot encode the text: {error}; use a byte-level tokenizer")
+
+
+class Cut(NamedTuple):
+    """How a BPE's text is cut before its pairs are merged.
+
+    Attributes:
+        ascii_words: how text of ASCII alone is; None: otherwise than those that `ascii_words` knows.
+    """
+
+    ascii_words: re.Pattern[str] | None
+
+
+def cut_of(tokenizer: Tokenizer) -> Cut | None:
+    """How a text is cut where its ids are those of its segments, one after the other; None: elsewhere.
 
     So it is for a BPE whose text is cut as GPT-2's is, or as that of the tokenizers trained here.
     """
     try:
         parts = json.loads(tokenizer.to_str())
     except Exception:  # A tokenizer that is none of a file's: the library raises nothing narrower.
-        return False
+        return None
     model, cuts = parts["model"], parts["pre_tokenizer"] or {}
     steps = cuts.get("pretokenizers", []) if cuts.get("type") == "Sequence" else [cuts]
+    kinds = [step.get("type") for step in steps]
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     splits = [step for step in steps if step.get("type") == "Split"]
-    return bool(
+    if not (
         model.get("type") == "BPE"
         and not model.get("dropout")
         and parts["normalizer"] is None
         and all(token["special"] for token in parts["added_tokens"])
-        and {step.get("type") for step in steps} <= {"ByteLevel", "Split", "Digits"}
+        and set(kinds) <= {"ByteLevel", "Split", "Digits"}
         and len(byte_level) == 1
         and not byte_level[0]["add_prefix_space"]
         and (byte_level[0]["use_regex"] or splits)
@@ -145,4 +172,10 @@ def is_cut_at_spaces(tokenizer: Tokenizer) -> bool:
             step["pattern"] == {"Regex": TRAINED_PATTERN} and step["behavior"] == "Isolated"
             for step in splits
         )
-    )
+    ):
+        return None
+    if kinds == ["ByteLevel"]:
+        return Cut(GPT2_WORDS)
+    if kinds == ["Split", "ByteLevel"] and not byte_level[0]["use_regex"]:
+        return Cut(TRAINED_WORDS)
+    return Cut(None)

@@ -1,3 +1,4 @@
+import json
 import time
 
 import numpy as np
@@ -6,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from mhmoe_np.data import ascii_words, pieces
 from mhmoe_np.data import encoder as encoder_module
-from mhmoe_np.data import pieces
 from mhmoe_np.data import tokenise as module
-from mhmoe_np.data.encoder import Encoder, is_cut_at_spaces
+from mhmoe_np.data.ascii_words import AsciiWords
+from mhmoe_np.data.encoder import Cut, Encoder, cut_of
 from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.data.tokenizer import LONGEST_RUN, train_tokenizer
 from mhmoe_np.errors import UserError
@@ -69,8 +71,60 @@ def test_looking_up_gives_the_librarys_ids(tokenizer, text):
 @given(st.lists(WORDS, max_size=12).map("".join))
 def test_looking_up_gives_the_ids_of_gpt_2s_cut_too(gpt_2_like, text):
     encoder = Encoder(gpt_2_like)
-    assert is_cut_at_spaces(gpt_2_like)
+    assert cut_of(gpt_2_like) is not None
     assert encoder.array(encoder.encode([text])[0]).tolist() == gpt_2_like.encode(text).ids
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=40)
+
+
+@settings(deadline=None)
+@given(ASCII | st.lists(WORDS.filter(str.isascii), max_size=12).map("".join))
+def test_ascii_is_cut_into_the_words_that_the_library_cuts(tokenizer, gpt_2_like, text):
+    for cut in (tokenizer, gpt_2_like):
+        words = cut_of(cut).ascii_words
+        pieces = cut.pre_tokenizer.pre_tokenize_str(text)
+        assert [text[first:last] for _, (first, last) in pieces] == words.findall(text)
+        assert (
+            AsciiWords(cut, words, width=2).ids(text) == np.array(cut.encode(text).ids, "<u2").tobytes()
+        )
+
+
+def test_words_that_are_remembered_are_forgotten_without_a_mark(documents, tokenizer, monkeypatch):
+    monkeypatch.setattr(ascii_words, "MOST_WORDS", 20)
+    forgetful = AsciiWords(tokenizer, cut_of(tokenizer).ascii_words, width=4)
+    texts = [text for text in documents if text.isascii()]
+    for text in texts:
+        assert np.frombuffer(forgetful.ids(text), "<u4").tolist() == tokenizer.encode(text).ids
+    assert len(forgetful._ids_of_word) < len(set(" ".join(texts).split())) / 2
+
+
+def with_digits_apart(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+def test_a_tokenizer_with_a_further_cut_is_asked_for_whole_segments(tokenizer):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    with_digits_apart(other)
+    assert cut_of(other) == Cut(None)
+    text = "In 1851 it's 12 %, or so2."
+    assert tokenise([text], other).tolist() == other.encode(text).ids
+
+
+def test_a_model_that_cannot_encode_ascii_is_refused(tokenizer):
+    parts = json.loads(tokenizer.to_str())
+    del parts["model"]["vocab"]["z"]
+    parts["model"]["unk_token"] = "gone"
+    parts["model"]["merges"] = [pair for pair in parts["model"]["merges"] if "z" not in "".join(pair)]
+    with pytest.raises(
+        UserError, match="tokenizer: cannot encode the text: Unk token `gone` not found"
+    ):
+        tokenise(["a maze"], Tokenizer.from_str(json.dumps(parts)))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +168,7 @@ def with_a_token_of_two_words(tokenizer: Tokenizer) -> None:
 def test_tokenizers_of_other_kinds_are_left_to_the_library(tokenizer, change):
     other = Tokenizer.from_str(tokenizer.to_str())
     change(other)
-    assert not is_cut_at_spaces(other)
+    assert cut_of(other) is None
     text = "I saw the whale  and the ship."
     assert tokenise([text], other).tolist() == other.encode(text).ids
 
