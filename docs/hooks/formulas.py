@@ -1,14 +1,15 @@
-"""Formulas as MathML, which browsers draw themselves: no script and no font is fetched."""
+"""The formulas of a page, drawn."""
 
 from __future__ import annotations
 
 import html
 import re
 
-from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
+
+from mhmoe_np.report.formulas import mathml
 
 # What pymdownx.arithmatex makes of a formula.
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
@@ -17,10 +18,9 @@ DISPLAYED = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw the formulas of a page."""
-    content = INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
-    return DISPLAYED.sub(
-        lambda found: (
-            f'<div class="formula">{convert(html.unescape(found[1]).strip(), display="block")}</div>'
-        ),
-        content,
-    )
+
+    def displayed(found: re.Match[str]) -> str:
+        return f'<div class="formula">{mathml(html.unescape(found[1]).strip())}</div>'
+
+    content = INLINE.sub(lambda found: mathml(html.unescape(found[1]), "inline"), content)
+    return DISPLAYED.sub(displayed, content)
