@@ -30,6 +30,8 @@ from safetensors.numpy import load_file
 from docs.hooks.command_tables import PROGRAM as NAME
 from docs.hooks.settings_tables import table
 from mhmoe_cli.main import COMMANDS, group
+from mhmoe_np.checkpoints.failure import FailureRecord
+from mhmoe_np.checkpoints.training_state import Change, TrainerState
 from mhmoe_np.settings.presets import RUN_PRESETS
 from mhmoe_np.settings.run import TABLES, merge, parse_run_config
 from tests.audit.browser import chromium, opened
@@ -78,6 +80,8 @@ PYTHON_RUN_BY = {
 }
 
 MODEL = {
+    "vocab_size": 1024,
+    "max_position_embeddings": 32,
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -227,7 +231,8 @@ def test_no_command_stands_in_a_block_of_another_kind(page: str) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")])
 def test_the_settings_of_a_page_are_valid(page: str) -> None:
     for text in blocks(page, "toml"):
-        parse_run_config(merge(RUN_PRESETS["quick"], tomllib.loads(text)), source=page)
+        base = {} if "[training]" in text else RUN_PRESETS["quick"]  # a part, or the whole
+        parse_run_config(merge(base, tomllib.loads(text)), source=page)
 
 
 def test_a_command_that_nothing_runs_is_found(
@@ -235,6 +240,47 @@ def test_a_command_that_nothing_runs_is_found(
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match="nothing here runs 'make train'"):
         run_command("make train", mhmoe_here, tmp_path, monkeypatch)
+
+
+def keys(value: Any) -> set[str]:
+    """Every key of a JSON value that is not a name of a domain or a tensor."""
+    if isinstance(value, list):
+        return set().union(*map(keys, value))
+    if not isinstance(value, dict):
+        return set()
+    named = {"domains", "matrices", "logs", "packages", "files", "config"}
+    parts = (
+        set().union(*map(keys, part.values()))
+        if name in named and isinstance(part, dict)
+        else keys(part)
+        for name, part in value.items()
+    )
+    return set(value).union(*parts)
+
+
+def test_every_file_and_key_of_a_run_is_described(shelf: Path, tmp_path: Path) -> None:
+    with chdir(tmp_path):
+        quantised = ["--set", "quantization=bitnet_b158", "--tensorboard", "--out", "run"]
+        data = "--data", str(shelf / "my_texts")
+        group(made_small(["train", *data, *quantised]), prog_name=NAME, standalone_mode=False)
+        pack = made_small(["pack", "run", "--out", "run/checkpoints/packed"])
+        group(pack, prog_name=NAME, standalone_mode=False)
+    pages = "".join(PAGES[name].read_text(encoding="utf-8") for name in ("files.md", "data.md"))
+    said = set(re.findall(r"`([^`\n]+)`", pages))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for path in files:
+        name, *_, last = path.relative_to(tmp_path / "run").parts * 2
+        assert {name, f"{name}/"} & said, path
+        assert last in said or name in ("data", "validation", "tensorboard"), path
+    found: set[str] = set()
+    for path in files:
+        if path.suffix == ".jsonl" and path.parent.name != "validation":
+            found |= keys([json.loads(line) for line in path.read_text().splitlines()])
+        elif path.suffix == ".json" and path.name not in ("tokenizer.json", "config.json"):
+            found |= keys(json.loads(path.read_text()))
+    said |= {word for text in said for word in re.split(r"[.\[\]]+", text)}
+    assert found - said == set()
+    assert {*TrainerState.model_fields, *Change.model_fields, *FailureRecord.model_fields} <= said
 
 
 # ---- the site -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The README's commands, run on the embedded corpus for a few steps."""
+"""What the README promises of its commands, all of which tests/test_docs.py runs, and its Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from mhmoe_np.settings.run import parse_run_config, read_toml
 from tests.conftest import Run
 from tests.resume import digests
 
@@ -79,14 +78,6 @@ def test_text_is_prepared_and_trained_on_as_it_says(mhmoe_here: Run, tmp_path: P
         "my_texts",
         "wiki",
     }
-
-
-def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
-    block = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    (tmp_path / "config.toml").write_text(block[1])
-    config = parse_run_config(read_toml(tmp_path / "config.toml"), source="README.md")
-    assert config.model.max_position_embeddings == config.training.sequence_length
 
 
 def test_its_python_does_what_the_commands_do(
