@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from markupsafe import Markup, escape
 
@@ -14,7 +15,12 @@ from mhmoe_np.report.templates import template
 
 def page(report: Report) -> str:
     """The whole page."""
-    filters = {"mathml": mathml, "marked": _marked, "prose": _prose, "breakable": _breakable}
+    filters: dict[str, Callable[..., Markup]] = {
+        "mathml": mathml,
+        "marked": _marked,
+        "prose": _prose,
+        "breakable": _breakable,
+    }
     return template("page.html", filters).render(report=report, roundings=ROUNDINGS)
 
 
