@@ -101,7 +101,7 @@ def made_small(arguments: list[str]) -> list[str]:
     """The same command, for a small model and a few steps."""
     name, *rest = arguments
     command = group.get_command(click.Context(group), name)
-    assert command is not None
+    assert command is not None, f"there is no command {name!r}"
     options = {parameter.name for parameter in command.params}
     added: list[str] = []
     if "backend" in options:

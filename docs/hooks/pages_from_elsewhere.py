@@ -31,21 +31,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links of the repository's pages to the site's; those to other files become plain text."""
-    docs = Path(config.docs_dir).relative_to(Path(config.config_file_path).parent).as_posix()
+    """Lead links of the repository's pages to the site's; those to its other files become plain text.
+
+    What leads nowhere is left as it is: then the build fails.
+    """
+    root = Path(config.config_file_path).parent
+    docs = Path(config.docs_dir).relative_to(root).as_posix()
     source = PAGES.get(page.file.src_uri, f"{docs}/{page.file.src_uri}")
     page_of_file = {path: name for name, path in PAGES.items()}
 
     def led(match: re.Match[str]) -> str:
         target = match["inline"] or match["to"]
-        path, hash, anchor = target.partition("#")
+        path, sign, anchor = target.partition("#")
         if ":" in path or not path:
             return match[0]
         file = os.path.normpath(PurePosixPath(source).parent / path)
         name = page_of_file.get(file, file.removeprefix(f"{docs}/"))
-        if files.get_file_from_path(name) is None and not file.startswith(f"{docs}/"):
+        if files.get_file_from_path(name) is None and (root / file).exists():
             return match["text"] or ""
-        return match[0].replace(target, f"{name}{hash}{anchor}")
+        return match[0].replace(target, f"{name}{sign}{anchor}")
 
     parts = FENCED.split(markdown)
     parts[::2] = [LINK.sub(led, part) for part in parts[::2]]
