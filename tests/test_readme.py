@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +60,6 @@ def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe_here: Run, tmp_path: P
     mhmoe_here(
         "train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1
     )
-
-
-def test_text_is_prepared_and_trained_on_as_it_says(mhmoe_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "my_texts").mkdir()
-    texts = [" ".join(f"word{i}{j % 97}" for j in range(200)) for i in range(20)]
-    (tmp_path / "my_texts" / "a.txt").write_text("\n\n\n".join(texts))
-    (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:9]))
-    block = re.search(r"```\n(mhmoe-np prepare .*?)```", README, re.DOTALL)
-    assert block is not None
-    small = ("--steps", 1, "--set", "batch_size=2", "--set", "sequence_length=32", "--backend", "numpy")
-    for line in block[1].splitlines():
-        _, *arguments = shlex.split(line)
-        mhmoe_here(*arguments, *(small if arguments[0] == "train" else ()))
-    assert set(json.loads((tmp_path / "runs/quick/evaluation.json").read_text())["domains"]) == {
-        "my_texts",
-        "wiki",
-    }
 
 
 def test_its_python_does_what_the_commands_do(
