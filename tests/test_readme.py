@@ -49,19 +49,6 @@ def test_a_bitnet_model_is_trained_inspected_packed_run_and_unpacked(
     assert len(scores) == 1
 
 
-def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "my_texts").mkdir()
-    for i in range(3):
-        text = " ".join(f"word{i}{j % 97}" for j in range(3000))
-        (tmp_path / "my_texts" / f"{i}.txt").write_text(text)
-    options = ("--data", "my_texts/", "--out", "runs/mine", "--steps", 2)
-    mhmoe_here("train", "--preset", "small-mh-moe-3", *options)
-    mhmoe_here("train", "--resume", "runs/mine", "--steps", 3)
-    mhmoe_here(
-        "train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1
-    )
-
-
 def test_its_python_does_what_the_commands_do(
     mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,10 +70,6 @@ def test_its_python_does_what_the_commands_do(
     assert names["score"] == names["result"].scores["speech"]
     gradients = {name for name in names["tensors"] if name.startswith("grad.")}
     assert gradients == {f"grad.{name}" for name in names["trainer"].learner.parameters.tensors}
-
-
-def test_a_small_preset_can_be_planned(mhmoe_here: Run) -> None:
-    assert "memory at the peak" in mhmoe_here("plan", "--preset", "small-mh-moe-3").stdout
 
 
 @pytest.mark.parametrize("heads", [2, 4])
