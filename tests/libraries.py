@@ -15,6 +15,7 @@ DISPENSABLE = (
         "latex2mathml",
         "llvmlite",
         "matplotlib",
+        "mkdocs",
         "ml_dtypes",
         "numba",
         "psutil",

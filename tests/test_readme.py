@@ -1,16 +1,14 @@
-"""The README's commands, run on the embedded corpus for a few steps."""
+"""What the README promises of its commands, all of which tests/test_docs.py runs, and its Python."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mhmoe_np.settings.run import parse_run_config, read_toml
 from tests.conftest import Run
 from tests.resume import digests
 
@@ -51,44 +49,6 @@ def test_a_bitnet_model_is_trained_inspected_packed_run_and_unpacked(
     assert len(scores) == 1
 
 
-def test_a_small_preset_trains_on_a_folder_of_texts(mhmoe_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "my_texts").mkdir()
-    for i in range(3):
-        text = " ".join(f"word{i}{j % 97}" for j in range(3000))
-        (tmp_path / "my_texts" / f"{i}.txt").write_text(text)
-    options = ("--data", "my_texts/", "--out", "runs/mine", "--steps", 2)
-    mhmoe_here("train", "--preset", "small-mh-moe-3", *options)
-    mhmoe_here("train", "--resume", "runs/mine", "--steps", 3)
-    mhmoe_here(
-        "train", "--init", "runs/mine", "--data", "my_texts/", "--out", "runs/tuned", "--steps", 1
-    )
-
-
-def test_text_is_prepared_and_trained_on_as_it_says(mhmoe_here: Run, tmp_path: Path) -> None:
-    (tmp_path / "my_texts").mkdir()
-    texts = [" ".join(f"word{i}{j % 97}" for j in range(200)) for i in range(20)]
-    (tmp_path / "my_texts" / "a.txt").write_text("\n\n\n".join(texts))
-    (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:9]))
-    block = re.search(r"```\n(mhmoe-np prepare .*?)```", README, re.DOTALL)
-    assert block is not None
-    small = ("--steps", 1, "--set", "batch_size=2", "--set", "sequence_length=32", "--backend", "numpy")
-    for line in block[1].splitlines():
-        _, *arguments = shlex.split(line)
-        mhmoe_here(*arguments, *(small if arguments[0] == "train" else ()))
-    assert set(json.loads((tmp_path / "runs/quick/evaluation.json").read_text())["domains"]) == {
-        "my_texts",
-        "wiki",
-    }
-
-
-def test_the_settings_it_shows_are_valid(tmp_path: Path) -> None:
-    block = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    (tmp_path / "config.toml").write_text(block[1])
-    config = parse_run_config(read_toml(tmp_path / "config.toml"), source="README.md")
-    assert config.model.max_position_embeddings == config.training.sequence_length
-
-
 def test_its_python_does_what_the_commands_do(
     mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,10 +70,6 @@ def test_its_python_does_what_the_commands_do(
     assert names["score"] == names["result"].scores["speech"]
     gradients = {name for name in names["tensors"] if name.startswith("grad.")}
     assert gradients == {f"grad.{name}" for name in names["trainer"].learner.parameters.tensors}
-
-
-def test_a_small_preset_can_be_planned(mhmoe_here: Run) -> None:
-    assert "memory at the peak" in mhmoe_here("plan", "--preset", "small-mh-moe-3").stdout
 
 
 @pytest.mark.parametrize("heads", [2, 4])

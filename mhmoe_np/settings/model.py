@@ -40,48 +40,90 @@ class StrictModel(BaseModel):
 class ModelConfig(StrictModel):
     """Every model key of `config.json`; a saved one spells every default out.
 
-    Letters in the comments are those of `types.DIMENSIONS`.
+    Letters in the descriptions are those of `types.DIMENSIONS`.
     """
 
-    model_type: Literal["mhmoe"] = "mhmoe"
-    vocab_size: Positive  # V
-    hidden_size: Positive  # D
-    num_hidden_layers: Positive  # L
-    num_attention_heads: Positive  # A
-    num_key_value_heads: Positive = Field(  # G
-        default_factory=lambda data: data.get("num_attention_heads", 1)
+    model_type: Literal["mhmoe"] = Field("mhmoe", description="Says whose checkpoint it is")
+    vocab_size: Positive = Field(description="V: ids that tokens may have")
+    hidden_size: Positive = Field(description="D: width of the model")
+    num_hidden_layers: Positive = Field(description="L: blocks")
+    num_attention_heads: Positive = Field(description="A: query heads of attention")
+    num_key_value_heads: Positive = Field(
+        default_factory=lambda data: data.get("num_attention_heads", 1),
+        description="G: heads of keys and values, each for A / G query heads; not given: A",
     )
-    head_dim: Positive = Field(  # C
+    head_dim: Positive = Field(
         default_factory=lambda data: max(
             1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1)
-        )
+        ),
+        description="C: width of an attention head, even; not given: D / A, rounded down",
     )
-    intermediate_size: Positive  # F of a dense feed-forward network
-    max_position_embeddings: Positive = 2048
+    intermediate_size: Positive = Field(
+        description="F of a dense feed-forward network: its inner width"
+    )
+    max_position_embeddings: Positive = Field(
+        2048,
+        description="The longest sequence, in tokens; a run that does not give it takes "
+        "`training.sequence_length`",
+    )
     # Its powers, times a position, must be finite.
-    rope_theta: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = 10000.0
-    rms_norm_eps: Factor = 1e-5
-    tie_word_embeddings: bool = True
-    hidden_act: Literal["silu", "relu2"] = "silu"
-    num_experts: Natural = 0  # E; 0: a dense model
-    num_experts_per_tok: Natural = 0  # K
-    moe_intermediate_size: Natural = 0  # F of one expert
-    decoder_sparse_step: Positive = 2
-    moe_heads: Positive = 1  # H
-    moe_head_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
-    moe_merge_layer: bool = Field(default_factory=lambda data: data.get("moe_heads", 1) > 1)
-    moe_projection_bias: bool = False
-    moe_residual: bool = False
-    norm_topk_prob: bool = Field(default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1)
+    rope_theta: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = Field(
+        10000.0, description="Base of the rotary frequencies"
+    )
+    rms_norm_eps: Factor = Field(1e-5, description="Added to the mean square in every RMSNorm")
+    tie_word_embeddings: bool = Field(True, description="Whether the output head is the embedding")
+    hidden_act: Literal["silu", "relu2"] = Field(
+        "silu", description="Activation of the gate; `relu2` is the squared ReLU"
+    )
+    num_experts: Natural = Field(0, description="E: experts of an MoE layer; 0: a dense model")
+    num_experts_per_tok: Natural = Field(0, description="K: experts that each sub-token is sent to")
+    moe_intermediate_size: Natural = Field(0, description="F of one expert: its inner width")
+    decoder_sparse_step: Positive = Field(
+        2, description="Every which layer has experts: from 0, layer i where (i + 1) is a multiple"
+    )
+    moe_heads: Positive = Field(1, description="H: sub-tokens that an MoE layer makes of a token")
+    moe_head_layer: bool = Field(
+        default_factory=lambda data: data.get("moe_heads", 1) > 1,
+        description="Whether there is a head layer; not given: where H > 1",
+    )
+    moe_merge_layer: bool = Field(
+        default_factory=lambda data: data.get("moe_heads", 1) > 1,
+        description="Whether there is a merge layer; not given: where H > 1",
+    )
+    moe_projection_bias: bool = Field(False, description="Whether head and merge layer have a bias")
+    moe_residual: bool = Field(
+        False, description="Whether each sub-token is added to its experts' output"
+    )
+    norm_topk_prob: bool = Field(
+        default_factory=lambda data: data.get("num_experts_per_tok", 0) > 1,
+        description="Whether gates are divided by their sum over the chosen experts; not given: where "
+        "K > 1. With K = 1 it must be false",
+    )
     # An expert's capacity must fit an integer.
-    moe_capacity_factor: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    shared_expert_intermediate_size: Natural = 0
-    router_aux_loss_type: Literal["top1", "topk"] = "top1"
-    router_aux_loss_coef: Factor = 0.01
-    router_z_loss_coef: Factor = 0.0
-    quantization: Literal["none", "bitnet_b158", "bitnet"] = "none"
-    use_sub_norm: bool = Field(default_factory=lambda data: data.get("quantization", "none") != "none")
-    quantize_moe_projections: bool = False
+    moe_capacity_factor: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None,
+        description="Limit of what an expert takes in training and traces, over an even share; "
+        "none: no limit",
+    )
+    shared_expert_intermediate_size: Natural = Field(
+        0, description="F of the expert that takes every token; 0: there is none"
+    )
+    router_aux_loss_type: Literal["top1", "topk"] = Field(
+        "top1", description="Whether the balance loss counts first choices, or all K"
+    )
+    router_aux_loss_coef: Factor = Field(0.01, description="Weight of the balance loss")
+    router_z_loss_coef: Factor = Field(0.0, description="Weight of the router's z-loss")
+    quantization: Literal["none", "bitnet_b158", "bitnet"] = Field(
+        "none", description="BitNet: `bitnet_b158` for ternary weights, `bitnet` for their signs"
+    )
+    use_sub_norm: bool = Field(
+        default_factory=lambda data: data.get("quantization", "none") != "none",
+        description="Whether an RMSNorm stands before `o_proj` and `down_proj`; not given: where "
+        "weights are quantised",
+    )
+    quantize_moe_projections: bool = Field(
+        False, description="Whether head and merge layer are quantised too"
+    )
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:

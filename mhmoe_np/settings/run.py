@@ -57,30 +57,51 @@ PathText = Annotated[str, BeforeValidator(_recordable)]
 class DataConfig(StrictModel):
     """What is read. A relative path is relative to the working directory."""
 
-    paths: list[PathText] = Field(default_factory=list)  # none: the embedded corpus
-    tokenizer: PathText | None = None  # a tokenizer.json; none: byte-level BPE trained on the text
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of each domain's bytes
-    text_key: Annotated[str, Field(min_length=1)] = "text"  # of a line of JSON; the column of a table
-    domains: dict[str, PathText] = Field(default_factory=dict)  # name -> path, beside the unnamed ones
-    # Name of a domain -> its share of each batch, relative to the others'; none: by its size.
-    weights: dict[str, PositiveFactor] = Field(default_factory=dict)
+    paths: list[PathText] = Field(
+        default_factory=list,
+        description="Text files, folders, globs, or a store; none: the embedded corpus",
+    )
+    tokenizer: PathText | None = Field(
+        None, description="A `tokenizer.json`; none: a byte-level BPE is trained on the text"
+    )
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Share of each domain's bytes that is held out"
+    )
+    text_key: Annotated[str, Field(min_length=1)] = Field(
+        "text", description="Where a line of JSON has its text; the column of a table"
+    )
+    domains: dict[str, PathText] = Field(
+        default_factory=dict, description="Name of a domain and its path, beside the unnamed `paths`"
+    )
+    weights: dict[str, PositiveFactor] = Field(
+        default_factory=dict,
+        description="Name of a domain and its share of each batch, relative to the others'; "
+        "none: by size",
+    )
 
 
 class TrainingConfig(StrictModel):
     """How long, how much at once, and what is kept."""
 
-    steps: Positive
-    batch_size: Positive  # sequences of one optimiser step
-    gradient_accumulation_steps: Positive = 1  # parts in which a batch goes through the model
-    sequence_length: Positive  # tokens of one sequence
-    seed: Count = 0
-    checkpoint_every: Positive = 100  # steps
-    keep_checkpoints: Positive = 2
-    log_every: Positive = 10  # steps between progress lines
-    router_every: Positive = 10  # steps between lines of router.jsonl
-    tensorboard: bool = False  # whether TensorBoard's event files are written too
-    eval_every: Natural = 0  # steps between scores of the held-out text; 0: at the end alone
-    matmul: Matmul = "float32"  # how float32 products are computed; other ways by --backend cuda alone
+    steps: Positive = Field(description="Optimiser steps")
+    batch_size: Positive = Field(description="Sequences of one optimiser step")
+    gradient_accumulation_steps: Positive = Field(
+        1, description="Parts in which a batch goes through the model; must divide `batch_size`"
+    )
+    sequence_length: Positive = Field(description="Tokens of one sequence")
+    seed: Count = Field(0, description="Of the weights, the split and the batches")
+    checkpoint_every: Positive = Field(100, description="Steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="Newest checkpoints that are kept")
+    log_every: Positive = Field(10, description="Steps between progress lines")
+    router_every: Positive = Field(10, description="Steps between lines of `router.jsonl`")
+    tensorboard: bool = Field(False, description="Whether TensorBoard's event files are written too")
+    eval_every: Natural = Field(
+        0, description="Steps between scores of the held-out text; 0: at the end alone"
+    )
+    matmul: Matmul = Field(
+        "float32",
+        description="How float32 products are computed; the others need `--backend cuda`",
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -95,17 +116,25 @@ class TrainingConfig(StrictModel):
 class OptimizerConfig(StrictModel):
     """AdamW with decoupled decay on every parameter, and its schedule [spec 6]."""
 
-    schedule: ScheduleKind = "linear"
-    learning_rate: PositiveFactor = 6e-4  # the peak
-    final_learning_rate: Factor = 3e-5
-    second_stage_learning_rate: Factor | None = None  # two-stage only; none: 2/3 of the peak
-    warmup_steps: Natural = 375
-    weight_decay: Factor = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    schedule: ScheduleKind = Field(
+        "linear",
+        description="How the rate falls after the warm-up; `two-stage` is BitNet's: rate and weight "
+        "decay drop at half-way",
+    )
+    learning_rate: PositiveFactor = Field(6e-4, description="The peak")
+    final_learning_rate: Factor = Field(3e-5, description="The last step's")
+    second_stage_learning_rate: Factor | None = Field(
+        None, description="Of `two-stage`, from half-way on; none: 2/3 of the peak"
+    )
+    warmup_steps: Natural = Field(375, description="Steps in which the rate rises from 0")
+    weight_decay: Factor = Field(0.1, description="Of every parameter, decoupled from the gradient")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Decay of the first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Decay of the second moment")
     # Not rounded to 0 in float32.
-    epsilon: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = 1e-6
-    clip_norm: PositiveFactor = 2.0
+    epsilon: Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)] = Field(
+        1e-6, description="Added to the root of the second moment"
+    )
+    clip_norm: PositiveFactor = Field(2.0, description="The largest norm of the whole gradient")
 
 
 class RunConfig(StrictModel):

@@ -50,6 +50,11 @@ class Opened:
             case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
                 self.messages.append(json.dumps(parameters))
 
+    def open(self, address: str) -> None:
+        """Go to a page, and wait until it is loaded."""
+        self.call("Page.navigate", url=address)
+        self._browser.wait_for("Page.loadEventFired")
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
@@ -129,8 +134,8 @@ class _Browser:
 
 
 @contextmanager
-def opened(file: Path, folder: Path) -> Iterator[Opened]:
-    """The page of a file, loaded; folder: for what the browser keeps."""
+def opened(address: str, folder: Path) -> Iterator[Opened]:
+    """The page at an address, loaded; folder: for what the browser keeps."""
     program = chromium()
     assert program is not None
     command_end, to_it = os.pipe()
@@ -157,8 +162,7 @@ def opened(file: Path, folder: Path) -> Iterator[Opened]:
         page = browser.page = Opened(browser, attached["sessionId"])
         for domain in ("Page", "Network", "Log", "Runtime"):
             page.call(f"{domain}.enable")
-        page.call("Page.navigate", url=file.as_uri())
-        browser.wait_for("Page.loadEventFired")
+        page.open(address)
         yield page
         browser.call("Browser.close", {})
         process.wait(TIME_LIMIT)

@@ -291,7 +291,7 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(
     made: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     file = made["folder"] / f"{name}.html"
-    with opened(file, tmp_path) as page:
+    with opened(file.as_uri(), tmp_path) as page:
         for _ in page.views():
             pass
         assert page.evaluate("document.querySelectorAll('math').length") > 60

@@ -83,7 +83,8 @@ def misnamed(page: Page) -> Iterator[str]:
         elif name not in functions_of(file_of(path)):
             yield f"{path}: {name}"
     for path in re.findall(r"`([\w/]+\.py|[\w/]+/)`", page.prose):
-        if not (ROOT / path).exists() and not (PACKAGE / path).exists():
+        is_written = path.rstrip("/") in words_of_the_package()
+        if not is_written and not (ROOT / path).exists() and not (PACKAGE / path).exists():
             yield path
     without_located = LOCATED.sub("", page.prose)
     for name in re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", without_located):

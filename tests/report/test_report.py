@@ -410,7 +410,7 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(
     for name, text in files.items():
         file = tmp_path / f"{name}.html"
         file.write_text(text, encoding="utf-8")
-        with opened(file, tmp_path) as shown:
+        with opened(file.as_uri(), tmp_path) as shown:
             for _ in shown.views():
                 # Nothing that is drawn is cut off.
                 assert shown.evaluate(
