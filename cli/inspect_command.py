@@ -8,6 +8,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json
+from mhmoe_cli.progress import progress
 from mhmoe_np.operations.table import BackendName
 
 
@@ -27,8 +28,10 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
 
     ops = load(backend, threads=threads)
-    model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops)
-    rows = inspect_weights(model.config, model.weights.to_host(ops))
+    with progress("bytes") as show:
+        model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops, on_progress=show)
+        show("looking at the weights", 0, 0)
+        rows = inspect_weights(model.config, model.weights.to_host(ops))
     if as_json:
         print_json([row._asdict() for row in rows])
         return

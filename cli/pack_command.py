@@ -59,7 +59,8 @@ def command(
     found = find_checkpoint(checkpoint)
     if is_packed(found):
         raise UserError(f"{found}: is packed already; unpack it to choose another format")
-    parameters = load_parameters(found, np.float32)
+    with progress("bytes") as show:
+        parameters = load_parameters(found, np.float32, show)
     config, tokenizer, end_of_text = parameters.config, find_tokenizer(found), load_end_of_text(found)
     formats = formats_for(config)
     if not formats:

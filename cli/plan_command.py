@@ -51,10 +51,11 @@ def command(
     from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.training.preparation import text_size
 
-    text_bytes = text_size(resolved)
     matmul = resolved.training.matmul
     load = partial(load_operations, backend, threads=threads, keep_buffers=True, matmul=matmul)
     with progress() as show_progress:
+        show_progress("measuring the text", 0, 0)
+        text_bytes = text_size(resolved)
         plan = make_plan(resolved, text_bytes, load=load, on_progress=show_progress)
     if as_json:
         print_json(_as_dict(plan))

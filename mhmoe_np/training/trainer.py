@@ -120,19 +120,26 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Path, config: RunConfig, ops: Operations, *, opened: OpenRun | None = None
+        self,
+        run: Path,
+        config: RunConfig,
+        ops: Operations,
+        *,
+        opened: OpenRun | None = None,
+        on_progress: OnProgress = unseen,
     ) -> None:
         """Open the run's data and state.
 
         opened: the run, where the caller has it open already.
+        on_progress: counts the bytes of each file that is read.
         Raises UserError: it is in use, or the data or the checkpoints are damaged or of another
         configuration.
         """
-        opened = opened or open_run(run)
+        opened = opened or open_run(run, on_progress=on_progress)
         self.run, self.config, self.ops = run, config, ops
         self._lock = opened.lock
-        self._batches = batches_of(training_tokens(run), config)
-        start = opened.checkpoint or _beginning(config)
+        self._batches = batches_of(training_tokens(run, on_progress), config)
+        start = opened.checkpoint or _beginning(config, on_progress)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
         changed = changes(opened, config, ops.name)
         self.tokenizer = load_tokenizer(run / TOKENIZER)
@@ -390,9 +397,9 @@ class _BrokenOff(Exception):
     """A signal came while the held-out text was scored."""
 
 
-def _beginning(config: RunConfig) -> TrainingCheckpoint:
+def _beginning(config: RunConfig, on_progress: OnProgress) -> TrainingCheckpoint:
     """Step 0, with random weights."""
     parameters = Parameters(config.model, np.float32)
-    initialise(parameters, config.training.seed)
+    initialise(parameters, config.training.seed, on_progress)
     state = TrainerState(step=0, config=config, logs={})
     return TrainingCheckpoint(parameters, Moments.zeros(config.model, np.float32), state)
