@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
+COMPLETION = "_MHMOE_NP_COMPLETE"  # the variable by which a shell asks
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
     "prepare": "Turn text of any size into a store of tokens, in parallel and resumable.",
@@ -129,6 +130,10 @@ def main() -> None:
     _open_standard_streams()
     _drop_odd_sizes()
     _unwind_on_signals()
+    if COMPLETION in os.environ:
+        from mhmoe_cli.completion import complete_whole_words
+
+        complete_whole_words()
     try:
         # Outside standalone mode click hands back the code of a command that ended by Exit.
         code = group(prog_name="mhmoe-np", standalone_mode=False)

@@ -11,7 +11,7 @@ import click
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import console, duration, print_json, show
 from mhmoe_cli.progress import progress
-from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config
+from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config, set_option
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--data", multiple=True, metavar="PATH", help="Text file, folder, glob or store; repeatable."
 )
 @click.option("--steps", type=int, help="Optimiser steps.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@set_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @threads_option
 @backend_option

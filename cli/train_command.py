@@ -16,7 +16,7 @@ import click
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import duration, printable, visible
 from mhmoe_cli.progress import may_show_bar, progress, shown, tell
-from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
+from mhmoe_cli.run_settings import base_layers, option_tables, preset_option, set_option
 from mhmoe_cli.text_options import lines_in_both_text
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     help="Start a new run from a checkpoint's weights and tokenizer (fine-tuning).",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files too.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@set_option
 @backend_option
 def command(
     config: Path | None,
