@@ -38,6 +38,7 @@ from mhmoe_np.training.router_statistics import (
     RouterAlarm,
     RouterWarning,
     RouterWatch,
+    choices_of_a_step,
 )
 from mhmoe_np.training.run_folder import (
     EVALUATION,
@@ -275,7 +276,6 @@ class Trainer:
         moe_layers = filter(model.is_moe_layer, range(model.num_hidden_layers))
         balances = [LayerBalance.of(*layer) for layer in zip(moe_layers, statistics, strict=True)]
         batch_tokens = training.batch_size * training.sequence_length
-        choices = batch_tokens * model.moe_heads * model.num_experts_per_tok
         report = StepReport(
             step=self.step,
             **losses._asdict(),
@@ -287,7 +287,7 @@ class Trainer:
             tokens_per_s=batch_tokens / (time.perf_counter() - start),
             quantised=QuantisedShares.of(matrices),
             router=balances,
-            warnings=self._alarm.look(balances, routings, choices),
+            warnings=self._alarm.look(balances, routings, choices_of_a_step(self.config)),
         )
         return report, matrices, routings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -161,8 +162,8 @@ def plant(patch: pytest.MonkeyPatch, *, scale: float) -> None:
     """Runs start with router weights that are this many times what they should be."""
     initialise = trainer_module.initialise
 
-    def planted(parameters: Any, seed: int) -> None:
-        initialise(parameters, seed)
+    def planted(parameters: Any, seed: int, on_progress: Any) -> None:
+        initialise(parameters, seed, on_progress)
         for name, tensor in parameters.tensors.items():
             if name.endswith("mlp.gate.weight"):
                 tensor *= scale
@@ -197,6 +198,11 @@ def test_a_planted_fault_is_named_once(
     named = [line for line in warnings if line.startswith(f"warning: {name}: step {step}, layer 1: ")]
     assert len(named) == 1
     assert says in named[0]
+    # The run's page repeats them all, before anything else.
+    page = html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    banners = re.findall('<p class="banner failed">(.*?)</p>', page)
+    assert sorted(banners) == sorted(line.removeprefix("warning: ") for line in warnings)
+    assert page.index(banners[-1]) < page.index("<dl")
     assert len(warnings) == len(set(warnings))
 
 
