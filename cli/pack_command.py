@@ -91,9 +91,9 @@ def command(
     from rich.filesize import decimal
 
     click.echo(f"{out}: {chosen}")
-    click.echo(f"{'':12s}{'weights':>16s}{'float32':>12s}{'packed':>12s}{'bits/weight':>13s}")
+    click.echo(f"{'':10s}{'weights':>14s}{'float32':>11s}{'packed':>11s}{'bits/weight':>13s}")
     for name, size in rows.items():
         click.echo(
-            f"{name:12s}{size.weights:16,d}{decimal(size.float32_bytes, precision=2):>12s}"
-            f"{decimal(size.packed_bytes, precision=2):>12s}{size.bits_per_weight:13.3f}"
+            f"{name:10s}{size.weights:14,d}{decimal(size.float32_bytes, precision=2):>11s}"
+            f"{decimal(size.packed_bytes, precision=2):>11s}{size.bits_per_weight:13.3f}"
         )
