@@ -253,6 +253,8 @@ class Trainer:
                 self._check_state()
                 self.keeper.keep_best()
             self.keeper.log(VALIDATION_LOG, report.as_dict())
+            if self.config.training.tensorboard:
+                self._event_file(self.step).add_validation(report.as_dict())
         except OSError as error:
             return error
         self.validation.reports.append(report)
@@ -304,11 +306,15 @@ class Trainer:
                 trouble = error
         if self.config.training.tensorboard:
             try:
-                self._events = self._events or EventFile(self.run, step=report.step - 1)
-                self._events.add(lines[METRICS], routings)
+                self._event_file(report.step - 1).add(lines[METRICS], routings)
             except OSError as error:
                 trouble = trouble or error
         return trouble
+
+    def _event_file(self, step: int) -> EventFile:
+        """This sitting's, which goes on after `step` if it is made now."""
+        self._events = self._events or EventFile(self.run, step=step)
+        return self._events
 
     def _settings(self) -> AdamWSettings:
         """The optimiser's, for the step about to be made."""
