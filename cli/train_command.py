@@ -241,7 +241,7 @@ class _Progress:
             from mhmoe_cli.bars import Bar
 
             self._bar = Bar(transient=False)
-            self._bar.note = f"step {trainer.step}/{self._training.steps}"
+            self._note = self._bar.note = f"step {trainer.step}/{self._training.steps}"
             self._bar.show("training", trainer.step, self._training.steps)
 
     def __enter__(self) -> _Progress:
@@ -263,7 +263,8 @@ class _Progress:
         for warning in report.warnings:
             tell(f"warning: {warning.name}: step {report.step}, {warning.text}")
         if self._bar is not None:
-            self._bar.note = "\n".join(filter(None, (f"step {report.step}/{steps}  {text}", experts)))
+            self._note = "\n".join(filter(None, (f"step {report.step}/{steps}  {text}", experts)))
+            self._bar.note = self._note
             self._bar.show("training", report.step, steps)
         elif made == 1 or report.step % self._training.log_every == 0 or report.step == steps:
             tell(
@@ -277,13 +278,15 @@ class _Progress:
     def show_scoring(self, doing: str, done: int, total: int) -> None:
         """Show how far a validation has come."""
         if self._bar is not None:
-            self._bar.note = f"{printable(doing)} {done / max(1, total):.0%}"
+            self._bar.note = f"{self._note}\n{printable(doing)} {done / max(1, total):.0%}"
             return
         if self._show_scoring is None:
             self._show_scoring = self._scoring.enter_context(progress("tokens"))
         self._show_scoring(doing, done, total)
 
     def _end_scoring(self) -> None:
+        if self._bar is not None:
+            self._bar.note = self._note
         self._scoring.close()
         self._show_scoring = None
 

@@ -182,3 +182,20 @@ def test_a_size_of_the_terminal_that_is_none_is_forgotten(
     main._drop_odd_sizes()
     assert "COLUMNS" not in os.environ
     assert os.environ["LINES"] == "24"
+
+
+def test_where_the_locale_is_not_utf_8_a_failure_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    arguments = [*PROGRAM, "report", "läuft"]
+    result = subprocess.run(
+        arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        "(this locale's encoding is ascii; for names beyond it set PYTHONUTF8=1)\n"
+    )
+    environment["PYTHONUTF8"] = "1"
+    result = subprocess.run(
+        arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.stderr == "mhmoe-np: läuft: not a run folder (config.toml is missing)\n"
