@@ -35,7 +35,7 @@ class Bar(Progress):
         screen = Console(stderr=True)
         dots = "dots" if screen.encoding.startswith("utf") else "line"
         super().__init__(
-            SpinnerColumn(dots, finished_text=" "),
+            _Turning(dots) if transient else SpinnerColumn(dots, finished_text=" "),
             _Stage(screen, unit),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
@@ -60,6 +60,13 @@ class Bar(Progress):
         yield from super().get_renderables()
         if self.note:
             yield Text(self.note)
+
+
+class _Turning(SpinnerColumn):
+    """A spinner that turns at a stage's end too: what comes after it may take a while."""
+
+    def render(self, task: Task) -> RenderableType:
+        return self.spinner.render(task.get_time())
 
 
 class _Time(ProgressColumn):
