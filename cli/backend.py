@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from mhmoe_cli.progress import tell
+from mhmoe_cli.progress import progress, tell
 from mhmoe_np.operations.cuda.driver import check_driver
 from mhmoe_np.operations.load import import_numba_backend, load_operations
 from mhmoe_np.operations.table import BackendName, Operations
@@ -57,7 +57,9 @@ def announce_compilation() -> None:
 
     Raises UserError: the environment has settings of Numba's that it cannot work with.
     """
-    import_numba_backend()
+    with progress() as show:
+        show("loading Numba", 0, 0)
+        import_numba_backend()
     from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
 
     on_first_compilation(lambda: tell("compiling kernels, kept for later runs (a minute or so) ..."))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mhmoe_cli.printing import console, print_json, printable, show
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +61,20 @@ def command(
         raise UserError("--tolerance nan: is no number; give one, as 1e-6")
     paths = [first] if second is None else [first, second]
     mapped = {} if names is None else read_names(names)
-    traces = [read_trace(path) for path in paths]
+    traces = []
+    with progress() as tell_progress:
+        for path in paths:
+            tell_progress(f"reading {path}", 0, 0)
+            traces.append(read_trace(path))
     for name in mapped:
         if not any(name in trace for trace in traces):
             raise UserError(f"{names}: no trace has a tensor {name!r}; correct or remove the name")
     traces = [renamed(trace, mapped, source=path) for trace, path in zip(traces, paths, strict=True)]
     findings: list[Finding] = []
     if checkpoint is None:
-        comparison = compare_traces(*traces, tolerance=tolerance)
+        with progress() as tell_progress:
+            tell_progress("comparing", 0, 0)
+            comparison = compare_traces(*traces, tolerance=tolerance)
     else:
         comparison, findings = _against(traces[0], first, checkpoint, tolerance)
     if not comparison.rows:
@@ -96,9 +103,18 @@ def _against(
     if is_packed(found):
         raise UserError(f"{found}: has packed weights; unpack it first (mhmoe-np unpack)")
     narrow = any(tensor.dtype == np.float32 for tensor in trace.values())
-    parameters = load_parameters(found, np.float32 if narrow else np.float64)
+    with progress("bytes") as tell_progress:
+        parameters = load_parameters(found, np.float32 if narrow else np.float64, tell_progress)
     ops = load_operations("numpy")
-    diagnosis = diagnose(trace, parameters, source=str(path), tolerance=tolerance, ops=ops)
+    with progress("layers") as tell_progress:
+        diagnosis = diagnose(
+            trace,
+            parameters,
+            source=str(path),
+            tolerance=tolerance,
+            ops=ops,
+            on_progress=tell_progress,
+        )
     return diagnosis.comparison, diagnosis.findings
 
 

@@ -100,7 +100,9 @@ def _float_parameters(checkpoint: Path, ops: Operations) -> Parameters:
     from mhmoe_np.checkpoints.checkpoint import is_packed, load_model, load_parameters
     from mhmoe_np.model.packed import unpack_weights
 
-    if not is_packed(checkpoint):
-        return load_parameters(checkpoint, np.float32)
-    model = load_model(checkpoint, np.float32, ops=ops)
-    return unpack_weights(model.config, model.weights, ops=ops)
+    with progress("bytes") as show:
+        if not is_packed(checkpoint):
+            return load_parameters(checkpoint, np.float32, show)
+        model = load_model(checkpoint, np.float32, ops=ops, on_progress=show)
+    with progress("parameters") as show:
+        return unpack_weights(model.config, model.weights, ops=ops, on_progress=show)

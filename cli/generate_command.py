@@ -115,10 +115,12 @@ def command(
         check_text(text, "--stop")
     prompts = _prompts(given, file)
     found = find_checkpoint(checkpoint)
-    tokenizer, ends = load_checkpoint_tokenizer(found), load_end_of_text(found)
+    with progress("bytes") as show:
+        tokenizer, ends = load_checkpoint_tokenizer(found, show), load_end_of_text(found)
     limits = Limits(max_new_tokens, stop, ends)
     ops = load(backend, threads=threads, keep_buffers=True)
-    model = load_model(found, np.float32, ops=ops)
+    with progress("bytes") as show:
+        model = load_model(found, np.float32, ops=ops, on_progress=show)
     if len(prompts) == 1 and not as_json:
         prompt = prompt_of(prompts[0], tokenizer, sampling, end_of_text=ends, config=model.config)
         _stream(prompts[0], Generation(model, tokenizer, [prompt], limits=limits, ops=ops))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.settings.model import LARGEST_COUNT
 
 
@@ -30,6 +31,8 @@ def command(config: Path, out: Path, seed: int) -> None:
     model = read_model_config(config)
     check_room(model, copies=1, source=str(config))
     parameters = Parameters(model, np.float32)
-    initialise(parameters, seed)
-    write_directory_atomically(out, lambda folder: write_model_files(folder, parameters, None))
+    with progress("bytes") as show:
+        initialise(parameters, seed, show)
+        show(f"writing {out}", 0, 0)
+        write_directory_atomically(out, lambda folder: write_model_files(folder, parameters, None))
     click.echo(f"{out}: {parameters.count:,} parameters")

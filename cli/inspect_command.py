@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json
+from mhmoe_cli.progress import progress
 from mhmoe_np.operations.table import BackendName
+
+ROOM = 74  # columns of all but the name
 
 
 @click.command()
@@ -27,21 +32,25 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
 
     ops = load(backend, threads=threads)
-    model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops)
-    rows = inspect_weights(model.config, model.weights.to_host(ops))
+    with progress("bytes") as show:
+        model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops, on_progress=show)
+        show("looking at the weights", 0, 0)
+        rows = inspect_weights(model.config, model.weights.to_host(ops))
     if as_json:
         print_json([row._asdict() for row in rows])
         return
     width = max(len(row.name) for row in rows)
+    # Where a row has no room it begins with a line of its name alone.
+    fits = not sys.stdout.isatty() or width + ROOM <= shutil.get_terminal_size().columns
     shapes = ["x".join(map(str, row.shape)) for row in rows]
-    click.echo(
-        f"{'tensor':{width}s}  {'shape':>12s}  {'format':13s}{'bytes':>12s}"
-        f"{'scale':>12s}{'-1':>8s}{'0':>8s}{'+1':>8s}"
-    )
+    titles = f"  {'shape':>12s}  {'format':13s}{'bytes':>14s}"
+    scales = f"{'scale':>10s}{'-1':>7s}{'0':>7s}{'+1':>7s}"
+    click.echo(f"{'tensor':{width}s}{titles}{scales}" if fits else f"tensor\n{titles}{scales}")
     for row, shape in zip(rows, shapes, strict=True):
-        line = f"{row.name:{width}s}  {shape:>12s}  {row.format:13s}{row.bytes:12,d}"
+        name = f"{row.name:{width}s}" if fits else f"{row.name}\n"
+        line = f"{name}  {shape:>12s}  {row.format:13s}{row.bytes:14,d}"
         if row.scale is not None:
-            shares = "".join(f"{share:8.2%}" for share in (row.minus, row.zero, row.plus))
-            line += f"{row.scale:12.6f}{shares}"
+            shares = "".join(f"{share:7.2%}" for share in (row.minus, row.zero, row.plus))
+            line += f"{row.scale:10.6f}{shares}"
         click.echo(line)
     click.echo(f"{len(rows)} tensors, {sum(row.bytes for row in rows):,} bytes")

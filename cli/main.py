@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 CLOSED_PIPE = 141  # what a shell gives a command that SIGPIPE ended
+COMPLETION = "_MHMOE_NP_COMPLETE"  # the variable by which a shell asks
 COMMANDS = {
     "train": "Train a language model of any of the paper's kinds.",
     "prepare": "Turn text of any size into a store of tokens, in parallel and resumable.",
@@ -129,6 +130,10 @@ def main() -> None:
     _open_standard_streams()
     _drop_odd_sizes()
     _unwind_on_signals()
+    if COMPLETION in os.environ:
+        from mhmoe_cli.completion import complete_whole_words
+
+        complete_whole_words()
     try:
         # Outside standalone mode click hands back the code of a command that ended by Exit.
         code = group(prog_name="mhmoe-np", standalone_mode=False)
@@ -141,7 +146,7 @@ def main() -> None:
         name = signal.Signals(stop.signal).name
         _end("interrupted" if name == "SIGINT" else f"stopped by {name}", 128 + stop.signal)
     except UserError as error:
-        _end(str(error), 2)
+        _end(f"{error}{_of_the_locale()}", 2)
     except BrokenPipeError:
         _leave(CLOSED_PIPE)
     except MemoryError as error:
@@ -150,6 +155,14 @@ def main() -> None:
         place = error.filename or "a file or standard output"
         _end(f"{place}: {error.strerror or error}; nothing was overwritten", 2)
     _leave(code if isinstance(code, int) else 0)
+
+
+def _of_the_locale() -> str:
+    """What else may be to blame for a name that is not found, or a text that is not UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return ""
+    return f" (this locale's encoding is {encoding}; for names beyond it set PYTHONUTF8=1)"
 
 
 def _unwind_on_signals() -> None:

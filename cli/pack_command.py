@@ -59,7 +59,8 @@ def command(
     found = find_checkpoint(checkpoint)
     if is_packed(found):
         raise UserError(f"{found}: is packed already; unpack it to choose another format")
-    parameters = load_parameters(found, np.float32)
+    with progress("bytes") as show:
+        parameters = load_parameters(found, np.float32, show)
     config, tokenizer, end_of_text = parameters.config, find_tokenizer(found), load_end_of_text(found)
     formats = formats_for(config)
     if not formats:
@@ -90,9 +91,9 @@ def command(
     from rich.filesize import decimal
 
     click.echo(f"{out}: {chosen}")
-    click.echo(f"{'':12s}{'weights':>16s}{'float32':>12s}{'packed':>12s}{'bits/weight':>13s}")
+    click.echo(f"{'':10s}{'weights':>14s}{'float32':>11s}{'packed':>11s}{'bits/weight':>13s}")
     for name, size in rows.items():
         click.echo(
-            f"{name:12s}{size.weights:16,d}{decimal(size.float32_bytes, precision=2):>12s}"
-            f"{decimal(size.packed_bytes, precision=2):>12s}{size.bits_per_weight:13.3f}"
+            f"{name:10s}{size.weights:14,d}{decimal(size.float32_bytes, precision=2):>11s}"
+            f"{decimal(size.packed_bytes, precision=2):>11s}{size.bits_per_weight:13.3f}"
         )

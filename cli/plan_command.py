@@ -11,7 +11,7 @@ import click
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import console, duration, print_json, show
 from mhmoe_cli.progress import progress
-from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config
+from mhmoe_cli.run_settings import option_tables, preset_option, resolved_config, set_option
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.table import BackendName
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--data", multiple=True, metavar="PATH", help="Text file, folder, glob or store; repeatable."
 )
 @click.option("--steps", type=int, help="Optimiser steps.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@set_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @threads_option
 @backend_option
@@ -51,10 +51,11 @@ def command(
     from mhmoe_np.costs.plan import make_plan
     from mhmoe_np.training.preparation import text_size
 
-    text_bytes = text_size(resolved)
     matmul = resolved.training.matmul
     load = partial(load_operations, backend, threads=threads, keep_buffers=True, matmul=matmul)
     with progress() as show_progress:
+        show_progress("measuring the text", 0, 0)
+        text_bytes = text_size(resolved)
         plan = make_plan(resolved, text_bytes, load=load, on_progress=show_progress)
     if as_json:
         print_json(_as_dict(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -16,11 +17,11 @@ from mhmoe_cli.printing import duration, printable
 from mhmoe_np.progress import OnProgress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
+    from mhmoe_cli.bars import Bar
 
+SECONDS_BEFORE_A_BAR = 0.3
 SECONDS_BETWEEN_LINES = 10.0
-_live: list[Progress] = []  # the bar that is on the terminal, if there is one
+_live: list[Bar] = []  # the bar that is on the terminal, or about to be, if there is one
 
 
 def tell(line: str) -> None:
@@ -29,7 +30,7 @@ def tell(line: str) -> None:
     Only a reader that went away ends the command; one that writes to a full disk does not.
     """
     try:
-        if _live:
+        if _live and _live[-1].live.is_started:
             _live[-1].console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
             click.echo(line, err=True)
@@ -40,37 +41,47 @@ def tell(line: str) -> None:
 
 
 def may_show_bar() -> bool:
-    """Whether standard error is a terminal that has no bar yet."""
-    return not _live and sys.stderr.isatty()
-
-
-def bar_console() -> Console:
-    """Standard error, as bars are drawn there."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    """Whether standard error is a terminal that can be drawn on, and has no bar yet."""
+    can_draw = os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    return not _live and can_draw and sys.stderr.isatty()
 
 
 @contextmanager
-def shown(bar: Progress) -> Iterator[None]:
-    """Keep a bar on the terminal; what `tell` says meanwhile goes above it."""
-    bar.start()
+def shown(bar: Bar, *, after: float = 0.0) -> Iterator[None]:
+    """Keep a bar on the terminal; what `tell` says meanwhile goes above it.
+
+    after: seconds before it is drawn. Work that ends sooner draws nothing, which would only flicker.
+    """
+    lock, ended = threading.Lock(), False
+
+    def draw() -> None:
+        with lock, contextlib.suppress(OSError):  # the terminal is gone
+            if not ended:
+                bar.start()
+
+    timer = threading.Timer(after, draw)
+    timer.daemon = True
     _live.append(bar)
     try:
+        timer.start()
         yield
     finally:
+        timer.cancel()
+        with lock:
+            ended = True
         _live.remove(bar)
-        with contextlib.suppress(OSError):  # the terminal is gone
-            bar.stop()
+        with contextlib.suppress(OSError):
+            if bar.live.is_started:
+                bar.stop()
 
 
 @contextmanager
 def progress(unit: str = "") -> Iterator[OnProgress]:
     """Show how far some work is: what is given is called with its stage, what is done, and of how much.
 
-    unit: what is counted, in the plural; bytes are shown with their speed. The bar goes away when the
-    work ends. Beneath another bar, and where there is no terminal, work that takes long is told in
-    lines instead, also while nothing calls.
+    unit: what is counted, in the plural; bytes are shown with their speed. The bar comes when the work
+    takes a moment and goes away when it ends. Beneath another bar, and where there is no terminal, work
+    that takes long is told in lines instead, also while nothing calls.
     """
     with _bar(unit) if may_show_bar() else _lines(unit) as show:
         yield show
@@ -78,41 +89,11 @@ def progress(unit: str = "") -> Iterator[OnProgress]:
 
 @contextmanager
 def _bar(unit: str) -> Iterator[OnProgress]:
-    from rich import progress as columns
-    from rich.table import Column
-    from rich.text import Text
+    from mhmoe_cli.bars import Bar
 
-    class Pace(columns.ProgressColumn):
-        """Bytes a second, and how long it will take, or has taken where that is not known yet."""
-
-        def render(self, task: columns.Task) -> Text:
-            left = task.time_remaining
-            if left is None or not task.speed:
-                return Text(f"{duration(task.elapsed or 0.0)} so far")
-            speed = f"{task.speed / 1e6:.1f} MB/s, " if unit == "bytes" else ""
-            return Text(f"{speed}{duration(left)} left")
-
-    bar = columns.Progress(
-        columns.SpinnerColumn(),
-        columns.TextColumn("{task.description}", markup=False),
-        columns.BarColumn(bar_width=None),
-        columns.TaskProgressColumn(),
-        Pace(table_column=Column(no_wrap=True)),
-        console=bar_console(),
-        expand=True,
-        transient=True,
-    )
-
-    def show(stage: str, done: int, total: int) -> None:
-        stage = printable(stage)
-        if not bar.tasks or bar.tasks[0].description != stage:
-            for task in bar.tasks:
-                bar.remove_task(task.id)
-            bar.add_task(stage, total=None)
-        bar.update(bar.tasks[0].id, completed=done, total=total or None)
-
-    with shown(bar):
-        yield show
+    bar = Bar(unit)
+    with shown(bar, after=SECONDS_BEFORE_A_BAR):
+        yield bar.show
 
 
 class _State(NamedTuple):

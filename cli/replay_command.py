@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.progress import progress
 from mhmoe_np.operations.table import BackendName
 
 
@@ -26,9 +27,13 @@ def command(directory: Path, as_json: bool, threads: int | None, backend: Backen
     from mhmoe_np.audit.replay import replay
     from mhmoe_np.checkpoints.failure import load_failure
 
-    failure = load_failure(directory)
+    with progress("bytes") as show:
+        failure = load_failure(directory, show)
     record = failure.record
-    found = replay(failure, ops=load(backend, threads=threads))
+    ops = load(backend, threads=threads)
+    with progress() as show:
+        show(f"repeating step {record.step}", 0, 0)
+        found = replay(failure, ops=ops)
     if as_json:
         values = {
             "recorded": record.model_dump(),

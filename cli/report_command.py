@@ -10,6 +10,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_file import check_new_file
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.extras import check_installed
 from mhmoe_np.operations.table import BackendName
@@ -72,21 +73,27 @@ def command(
         check_installed("matplotlib", extra="plots", needed_by="--plots")
         if os.path.lexists(plots):
             raise UserError(f"{plots}: exists already; choose another --plots")
-    found = read_runs(runs)
+    with progress() as show:
+        show("reading the logs", 0, 0)
+        found = read_runs(runs)
     page = out or (OF_SEVERAL if len(runs) > 1 else runs[0] / REPORT)
     taken: dict[str, ExpertTokens | None] = {}
     if tokens and any(run.config.model.moe_layers for run in found.values()):
         from mhmoe_np.report.expert_tokens import expert_tokens
 
         ops = load(backend, threads=threads)
-        for name, run in found.items():
-            click.echo(f"{run.folder}: which tokens each expert takes ...", err=True)
-            taken[name] = expert_tokens(run.folder, tokens=tokens, ops=ops)
-    text = run_page(found, taken)
+        with progress() as show:
+            for name, run in found.items():
+                show(f"which tokens each expert of {name} takes", 0, 0)
+                taken[name] = expert_tokens(run.folder, tokens=tokens, ops=ops)
+    with progress() as show:
+        show("drawing the page", 0, 0)
+        text = run_page(found, taken)
     write_atomically(page, lambda path: write_text(path, text))
     click.echo(page)
     if plots is not None:
         from mhmoe_np.report.plots import write_plots
 
-        names = write_plots(plots, figures_of_runs(found))
+        with progress("figures") as show:
+            names = write_plots(plots, figures_of_runs(found), show)
         click.echo(f"{plots}: {len(names)} figures, each as PNG and SVG")

@@ -13,6 +13,7 @@ from mhmoe_np.settings.model import nearest, shown
 from mhmoe_np.settings.presets import DEFAULT_PRESET, RUN_PRESETS
 from mhmoe_np.settings.run import (
     COMMAND_LINE,
+    KEYS,
     Layer,
     RunConfig,
     Tables,
@@ -20,13 +21,25 @@ from mhmoe_np.settings.run import (
     read_toml,
     resolve,
     with_settings,
+    words_of,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _completed(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
+def _presets(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
     return [name for name in RUN_PRESETS if name.startswith(incomplete)]
+
+
+def _settings(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
+    """Keys, with their table or without, and an "="; behind it the values, where they are words."""
+    key, equals, value = incomplete.partition("=")
+    if equals:
+        words = words_of(key)
+        return [f"{key}={word}" for word in words if word.startswith(value)]
+    bare = [known.partition(".")[2] for known in KEYS] if key else []
+    keys = [*KEYS, *(name for name in bare if bare.count(name) == 1)]
+    return [f"{known}=" for known in keys if known.startswith(key)]
 
 
 def preset_option(command: Command) -> Command:
@@ -34,8 +47,20 @@ def preset_option(command: Command) -> Command:
     return click.option(
         "--preset",
         metavar="NAME",
-        shell_complete=_completed,
+        shell_complete=_presets,
         help=f"Named settings (default: {DEFAULT_PRESET}); `mhmoe-np presets` lists them.",
+    )(command)
+
+
+def set_option(command: Command) -> Command:
+    """`--set KEY=VALUE`, repeatable, which the shell completes."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        shell_complete=_settings,
+        help="Any setting; repeatable.",
     )(command)
 
 

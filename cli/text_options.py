@@ -47,6 +47,6 @@ def lines_in_both_text(found: Shared) -> str:
     about = "about " if found.is_estimate else ""
     share = found.shared / max(1, found.held_out_lines)
     return (
-        f"{about}{found.shared:,} of {found.held_out_lines:,} held-out lines ({share:.1%}) stand in "
+        f"{about}{found.shared:,} of {found.held_out_lines:,} held-out lines ({share:.1%}) are in "
         "the training text too"
     )

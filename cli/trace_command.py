@@ -8,6 +8,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.new_file import check_new_file
+from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 
@@ -62,13 +63,17 @@ def command(
         raise UserError(
             f"{found}: packed weights have no gradients; give --no-grad, or unpack it first"
         )
-    model = load_model(found, dtype, ops=ops)
+    with progress("bytes") as show:
+        model = load_model(found, dtype, ops=ops, on_progress=show)
     token_ids = read_tokens(
         tokens,
         vocab_size=model.config.vocab_size,
         max_positions=model.config.max_position_embeddings,
     )
     wanted = Wanted(only, stop_at, operations)
-    tensors = trace(model, token_ids, gradients=not no_grad, wanted=wanted, ops=ops)
-    save_tensors(out, tensors)
+    with progress() as show:
+        show("computing", 0, 0)
+        tensors = trace(model, token_ids, gradients=not no_grad, wanted=wanted, ops=ops)
+        show(f"writing {out}", 0, 0)
+        save_tensors(out, tensors)
     click.echo(f"{out}: {len(tensors)} tensors")

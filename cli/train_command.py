@@ -15,8 +15,8 @@ import click
 
 from mhmoe_cli.backend import backend_option, prepare, threads_option
 from mhmoe_cli.printing import duration, printable, visible
-from mhmoe_cli.progress import bar_console, may_show_bar, progress, shown, tell
-from mhmoe_cli.run_settings import base_layers, option_tables, preset_option
+from mhmoe_cli.progress import may_show_bar, progress, shown, tell
+from mhmoe_cli.run_settings import base_layers, option_tables, preset_option, set_option
 from mhmoe_cli.text_options import lines_in_both_text
 from mhmoe_np.errors import Interrupted, Taken, UserError
 from mhmoe_np.operations.table import BackendName
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     help="Start a new run from a checkpoint's weights and tokenizer (fine-tuning).",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files too.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@set_option
 @backend_option
 def command(
     config: Path | None,
@@ -118,7 +118,10 @@ def command(
         if found is not None and found.held_out_lines:
             tell(lines_in_both_text(found))
     else:
-        trainer = resume_run(run, over, base=given, backend=backend, threads=threads)
+        with progress("bytes") as show:
+            trainer = resume_run(
+                run, over, base=given, backend=backend, threads=threads, on_progress=show
+            )
     _train(trainer)
 
 
@@ -193,7 +196,9 @@ def _close(run: Path, seconds: float) -> None:
     from mhmoe_np.report.run_page import write_run_page
 
     try:
-        page = write_run_page(run)
+        with progress() as show:
+            show("writing the report", 0, 0)
+            page = write_run_page(run)
     except OSError as error:
         _end_run(
             f"{error.filename}: {error.strerror}; nothing is lost but the report of {run}; free some "
@@ -227,22 +232,17 @@ class _Progress:
     """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
 
     def __init__(self, trainer: Trainer) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
         self._training = trainer.config.training
         self._started, self._first = time.perf_counter(), trainer.step
         self._bar, self._shown = None, contextlib.ExitStack()
         self._scoring = contextlib.ExitStack()
         self._show_scoring: OnProgress | None = None
         if may_show_bar():
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=bar_console(),
-            )
-            self._task = self._bar.add_task("", total=self._training.steps, completed=trainer.step)
+            from mhmoe_cli.bars import Bar
+
+            self._bar = Bar(transient=False)
+            self._note = self._bar.note = f"step {trainer.step}/{self._training.steps}"
+            self._bar.show("training", trainer.step, self._training.steps)
 
     def __enter__(self) -> _Progress:
         if self._bar is not None:
@@ -263,8 +263,9 @@ class _Progress:
         for warning in report.warnings:
             tell(f"warning: {warning.name}: step {report.step}, {warning.text}")
         if self._bar is not None:
-            description = f"{text}\n{experts}" if experts else text
-            self._bar.update(self._task, completed=report.step, description=description)
+            self._note = "\n".join(filter(None, (f"step {report.step}/{steps}  {text}", experts)))
+            self._bar.note = self._note
+            self._bar.show("training", report.step, steps)
         elif made == 1 or report.step % self._training.log_every == 0 or report.step == steps:
             tell(
                 f"step {report.step}/{steps}  {text}  "
@@ -277,13 +278,15 @@ class _Progress:
     def show_scoring(self, doing: str, done: int, total: int) -> None:
         """Show how far a validation has come."""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{printable(doing)} {100 * done // total}%")
+            self._bar.note = f"{self._note}\n{printable(doing)} {done / max(1, total):.0%}"
             return
         if self._show_scoring is None:
             self._show_scoring = self._scoring.enter_context(progress())
         self._show_scoring(doing, done, total)
 
     def _end_scoring(self) -> None:
+        if self._bar is not None:
+            self._bar.note = self._note
         self._scoring.close()
         self._show_scoring = None
 

@@ -42,7 +42,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     if not is_packed(found):
         raise UserError(f"{found}: is not packed: it has no {PACKED_WEIGHTS}")
     ops = load(backend, threads=threads)
-    model = load_model(found, np.float32, ops=ops)
+    with progress("bytes") as show:
+        model = load_model(found, np.float32, ops=ops, on_progress=show)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
     with progress("parameters") as show:
         parameters = unpack_weights(model.config, model.weights, ops=ops, on_progress=show)

@@ -73,7 +73,8 @@ def command(
     found = find_checkpoint(checkpoint)
     if is_packed(found):
         raise UserError(f"{found}: is packed; unpack it first")
-    dense = load_parameters(found, np.float32)
+    with progress("bytes") as show:
+        dense = load_parameters(found, np.float32, show)
     given = {"num_experts": experts, "num_experts_per_tok": top_k, **others}
     changes = {name: value for name, value in given.items() if value}
     wanted = (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from mhmoe_cli.new_directory import out_option
+from mhmoe_cli.progress import progress
 
 
 @click.command()
@@ -23,5 +25,7 @@ def command(out: Path, fresh: bool) -> None:
     from mhmoe_np.conformance.folder import compute_anew, copy_shipped, count
     from mhmoe_np.storage.files import write_directory_atomically
 
-    write_directory_atomically(out, compute_anew if fresh else copy_shipped)
+    with progress("vectors") as show:
+        fill = partial(compute_anew, on_progress=show) if fresh else copy_shipped
+        write_directory_atomically(out, fill)
     click.echo(f"{out}: {count(out)} vectors; check a port with: python {out}/check_vectors.py RESULTS")

@@ -359,14 +359,14 @@ def test_what_is_not_finite_is_no_result(
     from mhmoe_np.checkpoints import checkpoint
     from mhmoe_np.model.parameters import Parameters
 
-    load = checkpoint.load_parameters
+    load = checkpoint.load_weights
 
     def spoilt(*arguments: Any) -> Parameters:
         parameters = load(*arguments)
         parameters.tensors["model.norm.weight"][...] = np.nan
         return parameters
 
-    monkeypatch.setattr(checkpoint, "load_parameters", spoilt)
+    monkeypatch.setattr(checkpoint, "load_weights", spoilt)
     found = material / "checkpoint"
     line = refused("eval", found, "--domain", "a=text.txt", "--json", *NUMPY)
     assert "domain a: its NLL is not finite (nan)" in line

@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from click.shell_completion import get_completion_class
 
 from mhmoe_cli import main
+from mhmoe_cli.completion import complete_whole_words
 from mhmoe_cli.main import COMMANDS
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.settings.presets import MODEL_PRESETS, RUN_PRESETS, described
-from mhmoe_np.settings.run import parse_run_config
+from mhmoe_np.settings.run import KEYS, parse_run_config
 from tests.conftest import Run
 
 PROGRAM = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
@@ -43,16 +46,19 @@ def test_presets_lists_each_with_its_parameters(mhmoe_here: Run) -> None:
     assert small["parameters"] - small["active_parameters"] == 2 * 87 * 3 * 64 * 128
 
 
-def test_presets_fit_a_terminal_of_80_columns(mhmoe_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    lines = mhmoe_here("presets").stdout.splitlines()
-    assert max(map(len, lines)) <= 80
-    first_words = [line.split()[0] for line in lines[3:] if not line.startswith(" ")]
-    assert first_words == list(RUN_PRESETS)
-    (row,) = (line for line in lines if line.startswith("paper-mh-moe-3 "))
-
-    assert row.split(maxsplit=3)[1:] == ["314.9", "109.7", row[44:]]
-    assert row[44:].rstrip() == "MH-MoE, 3 heads, 96 experts, top 3"
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_presets_are_listed_one_a_line(
+    columns: int, mhmoe_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    said, table = mhmoe_here("presets").stdout.split("\n\n")
+    lines = table.splitlines()
+    assert max(map(len, [*said.splitlines(), *lines])) <= columns
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert list(rows) == list(RUN_PRESETS)
+    assert lines[0].split() == ["preset", "total", "active", "heads", "experts", "K"]
+    assert rows["paper-mh-moe-3"] == ["314.9", "109.7", "3", "96", "3"]
+    assert rows["small-dense"][2:] == ["-", "-", "-"]
 
 
 def test_a_model_is_described_by_what_it_is() -> None:
@@ -68,14 +74,15 @@ def test_a_model_is_described_by_what_it_is() -> None:
 
 def asked(shell: str, *words: str) -> list[str]:
     """What a shell is told that the last of these words may become."""
-    environment = os.environ | {
-        "_MHMOE_NP_COMPLETE": f"{shell}_complete",
-        "COMP_WORDS": " ".join(["mhmoe-np", *words]),
+    complete_whole_words()
+    environment = {
+        "COMP_WORDS": "\n".join(["mhmoe-np", *words]),
         "COMP_CWORD": words[-1] if shell == "fish" else str(len(words)),
     }
-    result = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, check=True)
-    assert result.stderr == ""
-    return result.stdout.splitlines()
+    kind = get_completion_class(shell)
+    assert kind is not None
+    with patch.dict(os.environ, environment):
+        return kind(main.group, {}, "mhmoe-np", main.COMPLETION).complete().splitlines()
 
 
 def test_commands_are_completed() -> None:
@@ -89,6 +96,63 @@ def test_presets_are_completed(command: str) -> None:
     found = asked("bash", command, "--preset", "paper-mh")
     assert found == [f"plain,{name}" for name in RUN_PRESETS if name.startswith("paper-mh")]
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_keys_of_settings_are_completed(command: str) -> None:
+    assert asked("zsh", command, "--set", "model.num_ex")[1::3] == [
+        "model.num_experts=",
+        "model.num_experts_per_tok=",
+    ]
+    assert asked("bash", command, "--set", "learning") == ["plain,learning_rate="]
+    # By a beginning that a table and a key share, both.
+    found = asked("bash", command, "--set", "mo")
+    assert "plain,model.vocab_size=" in found
+    assert "plain,moe_heads=" in found
+    every = asked("bash", command, "--set", "")
+    assert every == [f"plain,{key}=" for key in KEYS]
+
+
+def test_values_of_settings_that_are_words_are_completed() -> None:
+    words = ["linear", "cosine", "two-stage", "constant"]
+    for key in ("optimizer.schedule", "schedule"):
+        found = asked("zsh", "train", "--set", f"{key}=")
+        assert found[1::3] == [f"{key}={word}" for word in words]
+        # Bash cuts the word, and asks for its last part alone.
+        assert asked("bash", "train", "--set", key, "=") == [f"plain,{word}" for word in words]
+        assert asked("bash", "train", "--set", key, "=", "co") == ["plain,cosine", "plain,constant"]
+    assert asked("bash", "train", "--set", "tensorboard", "=", "t") == ["plain,true"]
+    assert asked("bash", "train", "--set", "model.moe_heads", "=") == []
+    assert asked("bash", "train", "--set", "no.such", "=") == []
+
+
+def test_words_that_bash_cut_are_joined_before_the_one_asked_for_too() -> None:
+    before = ("train", "--set", "training.steps", "=", "3", "--set", "ma", "=", "x")
+    assert asked("bash", *before, "--tensor") == ["plain,--tensorboard"]
+    assert asked("bash", "train", "--preset", "=", "small-den") == [
+        "plain,small-dense",
+        "plain,small-dense-bitnet",
+    ]
+
+
+def test_bash_puts_no_blank_behind_the_sign_of_equality(tmp_path: Path) -> None:
+    program = tmp_path / "mhmoe-np"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{PROGRAM[-1]}" "$@"\n')
+    program.chmod(0o755)
+    # The function runs outside of a completion here, where compopt has nothing to change.
+    script = (
+        'compopt() { printf "%s " compopt "$@"; }\n'
+        'eval "$(_MHMOE_NP_COMPLETE=bash_source mhmoe-np)"\n'
+        'complete_of() { COMP_WORDS=(mhmoe-np train --set "$@"); COMP_CWORD=$((2 + $#)); COMPREPLY=()\n'
+        '_mhmoe_np_completion mhmoe-np; echo "${COMPREPLY[@]}"; }\n'
+        "complete_of optimizer.sch\ncomplete_of schedule = lin\n"
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stderr == ""
+    assert result.stdout == "compopt -o nospace optimizer.schedule=\nlinear\n"
 
 
 def test_options_and_their_values_are_completed() -> None:
@@ -118,3 +182,20 @@ def test_a_size_of_the_terminal_that_is_none_is_forgotten(
     main._drop_odd_sizes()
     assert "COLUMNS" not in os.environ
     assert os.environ["LINES"] == "24"
+
+
+def test_where_the_locale_is_not_utf_8_a_failure_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    arguments = [*PROGRAM, "report", "läuft"]
+    result = subprocess.run(
+        arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        "(this locale's encoding is ascii; for names beyond it set PYTHONUTF8=1)\n"
+    )
+    environment["PYTHONUTF8"] = "1"
+    result = subprocess.run(
+        arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.stderr == "mhmoe-np: läuft: not a run folder (config.toml is missing)\n"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import importlib
 import json
+import math
 import os
 import pty
 import re
@@ -20,10 +21,12 @@ from typing import Any
 
 import pytest
 import tomli_w
+from safetensors import safe_open
 
 from mhmoe_cli import progress as shown
 from mhmoe_cli.printing import duration
 from mhmoe_cli.progress import progress, tell
+from mhmoe_np.audit.derivative import GradientCheck
 from mhmoe_np.audit.models import settings
 from mhmoe_np.checkpoints.checkpoint import save_model
 from mhmoe_np.data.tokenizer import train_tokenizer
@@ -94,9 +97,11 @@ def on_a_terminal(code: str, columns: int) -> str:
 
 def test_on_a_terminal_a_bar_fills_its_width_and_what_is_told_stands_above_it() -> None:
     written = on_a_terminal(
-        "import time; from mhmoe_cli.progress import progress, tell\n"
+        "import time; from mhmoe_cli import progress as module\n"
+        "from mhmoe_cli.progress import progress, tell\n"
+        "module.SECONDS_BEFORE_A_BAR = 0\n"
         "with progress() as show:\n"
-        "    show('reading', 0, 0)\n"
+        "    show('reading', 0, 0); time.sleep(0.3)\n"
         "    show('packing [red]', 1, 4); time.sleep(0.3)\n"
         "    tell('compiling [red] kernels, in a line longer than the terminal is wide ...')\n"
         "    with progress() as inner: inner('inside', 1, 2)\n"
@@ -112,6 +117,47 @@ def test_on_a_terminal_a_bar_fills_its_width_and_what_is_told_stands_above_it() 
     assert f"\r\x1b[2K{told}\r\n" in written
     assert "inside" not in plain
     assert written.endswith("\x1b[1A\x1b[2K")  # it leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (40, r". encoding a-domain-\w+… *  50% \d+ s left"),
+        (60, r". encoding a-domain-with-a-long-name ━[━╸╺]+  50% \d+ s left"),
+        (80, r". encoding a-domain-with-a-long-name ━[━╸╺]+  50% [\d.]+ MB/s, \d+ s left"),
+    ],
+)
+def test_in_a_narrow_terminal_the_bar_gives_way_then_the_speed_and_the_name_last(
+    columns: int, line: str
+) -> None:
+    written = on_a_terminal(
+        "import time; from mhmoe_cli import progress as module\n"
+        "module.SECONDS_BEFORE_A_BAR = 0\n"
+        "with module.progress('bytes') as show:\n"
+        "    for done in (1, 2, 4):\n"
+        "        show('encoding a-domain-with-a-long-name', done, 8); time.sleep(0.25)\n",
+        columns,
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
+    lines = re.split(r"[\r\n]+", plain)
+    assert any(re.fullmatch(line, each) and len(each) == columns for each in lines), lines
+    assert max(map(len, lines)) <= columns
+
+
+def test_work_that_ends_at_once_draws_nothing() -> None:
+    code = "from mhmoe_cli.progress import progress\nwith progress() as show: show('packing', 1, 1)\n"
+    assert on_a_terminal(code, 80) == ""
+
+
+@pytest.mark.parametrize("kind", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_be_drawn_on_gets_lines(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert shown.may_show_bar()
+    monkeypatch.setenv("TERM", kind)
+    assert not shown.may_show_bar()
 
 
 def test_with_no_bar_a_line_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +197,10 @@ def told(mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
         def show(stage: str, done: int, total: int) -> None:
             before, of = stages.get(stage, (0, total))
-            assert before <= done <= total == of
+            # It comes again only when it was at its end; of how much may turn out later.
+            assert before <= done or before == of
+            assert of in (0, total)
+            assert done <= total or not total
             stages[stage] = done, total
 
         @contextlib.contextmanager
@@ -161,19 +210,35 @@ def told(mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
         command = importlib.import_module(f"mhmoe_cli.{name}_command")
         monkeypatch.setattr(command, "progress", recorded)
         result = mhmoe_here(name, *arguments)
-        assert result.stderr == ""
+        assert result.stderr == "" or name in ("generate", "train")
         return stages
 
     return run
 
 
-def test_models_on_their_way_in_and_out_tell_how_far_they_are(told: Any) -> None:
+def read(folder: Path) -> dict[str, tuple[int, int]]:
+    """What reading a checkpoint tells: each byte of its files is checked, then its tensors are read."""
+    files = [path for path in folder.iterdir() if path.name != "checksums.json"]
+    size = sum(path.stat().st_size for path in files)
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, framework="np") as file:
+        filled = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    return {f"checking {folder.name}": (size, size), f"reading {weights.name}": (filled, filled)}
+
+
+def test_models_on_their_way_in_and_out_tell_how_far_they_are(told: Any, tmp_path: Path) -> None:
     backend = ("--backend", "numpy")
     dense = parameters_of("dense", vocab_size=270).count
-    ternary = parameters_of("mh2-ternary", vocab_size=270).count
-    assert told("export", "dense", "--format", "hf", "--out", "hf", *backend) == {"writing hf": (0, 0)}
+    packable = parameters_of("mh2-ternary", vocab_size=270)
+    ternary = packable.count
+    quantised = sum(math.prod(entry.shape) for entry in packable.table if entry.quantised)
+    assert told("export", "dense", "--format", "hf", "--out", "hf", *backend) == {
+        **read(tmp_path / "dense"),
+        "writing hf": (0, 0),
+    }
     assert told("export", "dense", "--format", "gguf", "--out", "gguf", *backend) == {
-        "exporting": (dense, dense)
+        **read(tmp_path / "dense"),
+        "exporting": (dense, dense),
     }
     for source, out in (("hf", "a"), ("gguf/model.gguf", "b")):
         assert told("import", source, "--out", out) == {
@@ -181,18 +246,85 @@ def test_models_on_their_way_in_and_out_tell_how_far_they_are(told: Any) -> None
             f"writing {out}": (0, 0),
         }
     assert told("pack", "mh2-ternary", "--out", "packed", *backend) == {
-        "quantising": (0, 0),
+        **read(tmp_path / "mh2-ternary"),
+        "quantising": (quantised, quantised),
         "packing": (ternary, ternary),
         "writing packed": (0, 0),
     }
-    found = told("unpack", "packed", "--out", "floats", *backend)
-    assert list(found) == ["unpacking", "checking", "writing floats"]
+    assert told("unpack", "packed", "--out", "floats", *backend) == {
+        **read(tmp_path / "packed"),
+        "unpacking": (ternary, ternary),
+        "checking": (quantised, quantised),
+        "writing floats": (0, 0),
+    }
     experts = ("--experts", 2, "--top-k", 2, "--step", 1)
     assert told("upcycle", "dense", *experts, "--out", "experts") == {
+        **read(tmp_path / "dense"),
         "drawing": (0, 0),
         "filling": (2, 2),
         "writing experts": (0, 0),
     }
+
+
+def test_what_looks_at_models_tells_how_far_it_is(told: Any, tmp_path: Path) -> None:
+    backend, dense = ("--backend", "numpy"), read(tmp_path / "dense")
+    parameters = parameters_of("dense", vocab_size=270)
+    (tmp_path / "config.json").write_text(parameters.config.model_dump_json())
+    size = 4 * parameters.count
+    assert told("init", "config.json", "--seed", 0, "--out", "drawn") == {
+        "drawing weights": (size, size),
+        "writing drawn": (0, 0),
+    }
+    assert told("inspect", "dense", *backend) == {**dense, "looking at the weights": (0, 0)}
+    (tmp_path / "tokens.json").write_text("[[1, 2, 3, 4]]")
+    trace = ("trace", "dense", "--tokens", "tokens.json", "--out", "t.safetensors", *backend)
+    assert told(*trace) == {**dense, "computing": (0, 0), "writing t.safetensors": (0, 0)}
+    layers = parameters.config.num_hidden_layers
+    assert told("compare", "t.safetensors", "--checkpoint", "dense") == {
+        "reading t.safetensors": (0, 0),
+        **dense,
+        "computing from its numbers": (0, 0),
+        "looking for causes": (layers - 1, layers),
+    }
+    assert told("compare", "t.safetensors", "t.safetensors") == {
+        "reading t.safetensors": (0, 0),
+        "comparing": (0, 0),
+    }
+    prompt = ("--prompt", "the", "--max-new-tokens", 1, "--json")
+    tokens = {"generating": (1, 1)}
+    assert told("generate", "dense", *prompt, *backend) == {**dense, **tokens}
+
+
+def test_a_run_that_goes_on_tells_how_far_its_files_are_read(told: Any, tmp_path: Path) -> None:
+    tables = {
+        "model": {**settings("mh2"), "vocab_size": 270},
+        "training": {"batch_size": 2, "sequence_length": 8, "steps": 1},
+    }
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tables))
+    (tmp_path / "text.txt").write_text("the whale and the sea\n\n\n" * 40)
+    told("prepare", "text.txt", "--vocab-size", 270, "--out", "store", "--workers", 1)
+    options = ("--data", "store", "--out", "run", "--backend", "numpy")
+    found = told("train", "config.toml", *options)
+    assert f"checking {tmp_path}/store" not in found  # a store is named as it was given
+    assert found["checking store"][0] == found["checking store"][1] > 0
+    assert found["drawing weights"][0] == found["drawing weights"][1] > 0
+    assert found["writing the report"] == (0, 0)
+    found = told("train", "--resume", "run", "--steps", 2, "--backend", "numpy")
+    for stage in ("checking run", "checking step-00000001", "checking store"):
+        assert found[stage][0] == found[stage][1] > 0
+    weights, moments = (found[f"reading {name}.safetensors"] for name in ("model", "optimizer"))
+    assert moments == (2 * weights[0], 2 * weights[1])
+
+
+def test_a_gradient_check_tells_how_far_it_is_where_its_lines_are_not_seen(
+    told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = GradientCheck("norm", 0.0, 1.0, None, None)
+    monkeypatch.setattr("mhmoe_np.audit.gradcheck.check_all", lambda _ops: [check, check])
+    for options in (("--json",), ()):
+        assert told("gradcheck", "--backend", "numpy", *options) == {
+            "numpy: checking gradients": (2, 0)
+        }
 
 
 def test_a_plan_tells_how_far_its_probes_are(
@@ -207,7 +339,8 @@ def test_a_plan_tells_how_far_its_probes_are(
     (tmp_path / "config.toml").write_text(tomli_w.dumps(tables))
     # 64 tokens and twice as many, in sequences of 8; each goes through the model three times.
     assert told("plan", "config.toml", "--backend", "numpy") == {
-        "probing this machine": (3 * (8 + 16), 3 * (8 + 16))
+        "measuring the text": (0, 0),
+        "probing this machine": (3 * (8 + 16), 3 * (8 + 16)),
     }
 
 

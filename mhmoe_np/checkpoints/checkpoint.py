@@ -23,6 +23,7 @@ from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.model.room import check_room
 from mhmoe_np.model.weights import Weights
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import LARGEST_SIZE, ModelConfig, read_model_config, shown
 from mhmoe_np.storage.checksums import seal, verify
 from mhmoe_np.storage.files import write_json
@@ -165,47 +166,62 @@ def is_packed(checkpoint: Path) -> bool:
     return packed
 
 
-def load_model(checkpoint: Path, dtype: DTypeLike, *, ops: Operations) -> Model:
+def load_model(
+    checkpoint: Path, dtype: DTypeLike, *, ops: Operations, on_progress: OnProgress = unseen
+) -> Model:
     """The model of a checkpoint directory, packed or not, ready to run.
+
+    on_progress: counts the bytes of each file.
 
     Raises UserError: a file is missing, damaged, not finite, or does not fit the configuration.
     """
-    verify(checkpoint)
+    verify(checkpoint, on_progress)
     if is_packed(checkpoint):
         config = read_model_config(checkpoint / MODEL_CONFIG)
         check_room(config, copies=0, source=str(checkpoint / MODEL_CONFIG))
-        weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype)
+        weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype, on_progress)
         return Model.with_weights(config, weights.to_device(ops), ops=ops)
-    return Model.of(load_parameters(checkpoint, dtype).to_device(ops), ops=ops)
+    parameters = load_weights(
+        checkpoint, read_model_config(checkpoint / MODEL_CONFIG), dtype, on_progress
+    )
+    return Model.of(parameters.to_device(ops), ops=ops)
 
 
-def load_parameters(checkpoint: Path, dtype: DTypeLike) -> Parameters:
+def load_parameters(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = unseen) -> Parameters:
     """The float weights of a checkpoint directory, on the host, every tensor accounted for.
+
+    on_progress: counts the bytes of each file.
 
     Raises UserError: a file is missing, damaged, not finite, or does not fit the configuration.
     """
-    verify(checkpoint)
-    return load_weights(checkpoint, read_model_config(checkpoint / MODEL_CONFIG), dtype)
+    verify(checkpoint, on_progress)
+    return load_weights(checkpoint, read_model_config(checkpoint / MODEL_CONFIG), dtype, on_progress)
 
 
-def load_weights(checkpoint: Path, config: ModelConfig, dtype: DTypeLike) -> Parameters:
+def load_weights(
+    checkpoint: Path, config: ModelConfig, dtype: DTypeLike, on_progress: OnProgress = unseen
+) -> Parameters:
     """The float weights of a checkpoint directory for a model of `config`, which may not be its own.
+
+    on_progress: counts bytes.
 
     Raises UserError: see `load_parameters`.
     """
     check_room(config, copies=1, source=str(checkpoint / MODEL_CONFIG))
     parameters = Parameters(config, dtype)
-    read_into(checkpoint / WEIGHTS, parameters.tensors)
+    read_into(checkpoint / WEIGHTS, parameters.tensors, on_progress)
     check_finite(checkpoint / WEIGHTS, parameters.tensors)
     return parameters
 
 
-def load_checkpoint_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory.
+def load_checkpoint_tokenizer(checkpoint: Path, on_progress: OnProgress = unseen) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, all of whose files are looked at.
+
+    on_progress: counts their bytes.
 
     Raises UserError: there is none (one made by `init` has none) or it is damaged.
     """
-    verify(checkpoint)
+    verify(checkpoint, on_progress)
     tokenizer = find_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(

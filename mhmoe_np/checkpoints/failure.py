@@ -24,6 +24,7 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import AdamWSettings
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig, Positive, StrictModel, first_fault, read_model_config
 from mhmoe_np.storage.checksums import seal, verify
 from mhmoe_np.storage.files import write_directory_atomically, write_json
@@ -92,8 +93,10 @@ def save_failure(
     write_directory_atomically(directory, fill)
 
 
-def load_failure(directory: Path) -> Failure:
+def load_failure(directory: Path, on_progress: OnProgress = unseen) -> Failure:
     """What `save_failure` wrote; weights and moments as they are, finite or not, in float32.
+
+    on_progress: counts the bytes of each file.
 
     Raises UserError: it is no such directory; a file is missing, damaged, or does not fit the others.
     """
@@ -101,13 +104,13 @@ def load_failure(directory: Path) -> Failure:
         raise UserError(f"{directory}: no such directory")
     if not (directory / FAILURE).exists():
         raise UserError(f"{directory}: has no {FAILURE}; give a directory that a failed run put aside")
-    verify(directory)
+    verify(directory, on_progress)
     record = _read_record(directory / FAILURE)
     config = read_model_config(directory / MODEL_CONFIG)
     windows = _read_windows(directory / BATCH, config)
     parameters, moments = Parameters(config, np.float32), Moments.zeros(config, np.float32)
-    read_into(directory / WEIGHTS, parameters.tensors)
-    read_into(directory / OPTIMIZER, moments.tensors())
+    read_into(directory / WEIGHTS, parameters.tensors, on_progress)
+    read_into(directory / OPTIMIZER, moments.tensors(), on_progress)
     return Failure(parameters, moments, windows, record)
 
 

@@ -24,6 +24,7 @@ from mhmoe_np.model.parameters import Entry, parameter_table
 from mhmoe_np.model.weights import Weights, floats, formats_for, matrix_starts
 from mhmoe_np.operations.packing import LAYOUT, FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import PackedWeight, Weight
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.reading import parse_json
 from mhmoe_np.storage.tensors import check_finite, read_into, read_metadata, write_tensors
@@ -100,8 +101,12 @@ def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, list[obje
     raise UserError(f"{path}: {name!r} does not hold quantization {config.quantization!r}")
 
 
-def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> Weights:
+def load_packed_weights(
+    path: Path, config: ModelConfig, dtype: DTypeLike, on_progress: OnProgress = unseen
+) -> Weights:
     """Read a packed file; nothing is unpacked. What is not quantised is converted to `dtype`.
+
+    on_progress: counts bytes.
 
     Raises UserError: missing, damaged, of another version, layout or package, or not of `config`.
     """
@@ -117,7 +122,7 @@ def load_packed_weights(path: Path, config: ModelConfig, dtype: DTypeLike) -> We
         else:
             array = floats[entry.name] = np.empty(entry.shape, np.float32)
             targets |= {part.tensor: array[part.where] for part in entry.parts}
-    read_into(path, targets)
+    read_into(path, targets, on_progress)
     if _checksum(targets, *said) != checksum:
         raise Damaged(f"{path}: damaged: its contents do not match its checksum; pack again")
     check_finite(path, {name: tensor for name, tensor in targets.items() if tensor.dtype.kind == "f"})

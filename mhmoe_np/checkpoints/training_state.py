@@ -16,6 +16,7 @@ from mhmoe_np.checkpoints.checkpoint import OPTIMIZER, load_weights, write_model
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import Natural, StrictModel, first_fault
 from mhmoe_np.settings.run import RunConfig, differences, may_change
 from mhmoe_np.storage.checksums import CHECKSUMS, seal, verify
@@ -90,17 +91,21 @@ def write_training_checkpoint(
     seal(directory, [*names, OPTIMIZER, STATE])
 
 
-def load_training_checkpoint(directory: Path, started_with: RunConfig) -> TrainingCheckpoint:
+def load_training_checkpoint(
+    directory: Path, started_with: RunConfig, on_progress: OnProgress = unseen
+) -> TrainingCheckpoint:
     """What `save_training_checkpoint` wrote, for a run that was started with this configuration.
+
+    on_progress: counts the bytes of each file.
 
     Raises UserError: a file is missing, damaged, not finite, or of another run.
     """
-    sealed = verify(directory)
+    sealed = verify(directory, on_progress)
     state = _read_state(directory / STATE, started_with, sealed=sealed)
     config = state.config.model
-    parameters = load_weights(directory, config, np.float32)
+    parameters = load_weights(directory, config, np.float32, on_progress)
     moments = Moments.zeros(config, np.float32)
-    read_into(directory / OPTIMIZER, moments.tensors())
+    read_into(directory / OPTIMIZER, moments.tensors(), on_progress)
     check_finite(directory / OPTIMIZER, moments.tensors())
     return TrainingCheckpoint(parameters, moments, state)
 

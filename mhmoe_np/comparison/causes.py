@@ -32,6 +32,7 @@ from mhmoe_np.comparison.two_traces import Comparison, Row, compare_tensors, com
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.types import FloatArray, IntArray
 
 Kind = Literal["cause", "tie", "unexplained"]
@@ -60,13 +61,16 @@ def diagnose(
     source: str,
     tolerance: float | None = None,
     ops: Operations,
+    on_progress: OnProgress = unseen,
 ) -> Diagnosis:
     """Compare a trace with what its own numbers give in the model with these parameters.
 
     source: the trace's name in messages. ops: of the host, as those of `numpy`.
+    on_progress: counts layers, once all are computed.
 
     Raises UserError: the trace lacks `input_ids`, or they are no ids of this model.
     """
+    on_progress("computing from its numbers", 0, 0)
     with np.errstate(all="ignore"):  # what is not finite is what is being looked for
         model = Model.of(parameters, ops=ops)
         ids = ids_of(theirs, model.config, source=source)
@@ -77,6 +81,7 @@ def diagnose(
         findings: list[Finding] = []
         codes: dict[int, IntArray] = {}
         for number in range(model.config.num_hidden_layers):
+            on_progress("looking for causes", number, model.config.num_hidden_layers)
             if wrong & {f"layers.{number}.{name}" for name in NAMES}:
                 case = Case.of(number, theirs, ours, model, ids, tolerance=tolerance)
                 found = _of_layer(case, parameters, model, ops=ops)

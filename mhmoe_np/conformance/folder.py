@@ -13,6 +13,7 @@ from mhmoe_np.conformance.catalogue import all_vectors
 from mhmoe_np.conformance.index import Known, index_of
 from mhmoe_np.conformance.model_vectors import filled, tokens_of
 from mhmoe_np.operations.load import load_operations
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.files import write_text
 from mhmoe_np.storage.tensors import write_tensors
@@ -31,15 +32,20 @@ def copy_shipped(directory: Path) -> None:
     shutil.copytree(SHIPPED, directory, dirs_exist_ok=True, ignore=unwanted)
 
 
-def compute_anew(directory: Path) -> None:
+def compute_anew(directory: Path, on_progress: OnProgress = unseen) -> None:
     """Compute all vectors by the definition, in float64, into an empty directory.
 
     The files differ from the shipped ones in last bits, where the processor or the libraries do.
+    on_progress: counts vectors.
 
     Raises OSError: the disk is full or refuses.
     """
     ops = load_operations("numpy")
-    known = [Known.of(vector, ops) for vector in all_vectors()]
+    known: list[Known] = []
+    expected = count(SHIPPED)
+    for vector in all_vectors():
+        on_progress("computing", len(known), expected)
+        known.append(Known.of(vector, ops))
     for each in known:
         _write(directory, each)
     write_text(directory / INDEX, index_of(known))

@@ -29,8 +29,7 @@ def pack_weights(
 
     Source   [spec 5 packed weights]
     """
-    on_progress("quantising", 0, 0)
-    weights = quantised_anew(parameters, packed=False, ops=ops)
+    weights = quantised_anew(parameters, packed=False, ops=ops, on_progress=on_progress)
     arrays: dict[str, Weight] = {}
     packed_so_far = counting(on_progress, "packing", parameters.count)
     for name, weight in weights.arrays.items():
@@ -81,8 +80,12 @@ def unpack_weights(
         else:
             target[...] = floats(weight)
         unpacked(target.size)
-    on_progress("checking", 0, 0)
-    again = quantised_anew(parameters.to_device(ops), packed=False, ops=ops).to_host(ops)
+    again = quantised_anew(
+        parameters.to_device(ops),
+        packed=False,
+        ops=ops,
+        on_progress=lambda _stage, done, total: on_progress("checking", done, total),
+    ).to_host(ops)
     for entry in parameters.table:
         weight, quantised = weights.arrays[entry.name], again.arrays[entry.name]
         if isinstance(weight, PackedWeight) and isinstance(quantised, BitWeight):

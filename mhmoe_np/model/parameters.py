@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -233,14 +234,17 @@ def blocks_of(arrays: Mapping[str, Array], config: ModelConfig) -> list[dict[str
     return blocks
 
 
-def initialise(parameters: Parameters, seed: int) -> None:
+def initialise(parameters: Parameters, seed: int, on_progress: OnProgress = unseen) -> None:
     """Draw every tensor from its distribution: a pure function of (seed, tensor name).
 
     Embedding N(0, D^-1/2); head layer Xavier uniform with gain 1/sqrt(2), merge layer with gain 1, its
     bias 0; norms 1; every other linear, and the head layer's bias, U(+-1/sqrt(in)).
 
+    on_progress: counts bytes.
+
     Source   [spec 6 initialisation], from [R1]
     """
+    drawn = counting(on_progress, "drawing weights", parameters.count * parameters.flat_P.itemsize)
     D = parameters.config.hidden_size
     for entry in parameters.table:
         for part in entry.parts:
@@ -260,3 +264,4 @@ def initialise(parameters: Parameters, seed: int) -> None:
                     "merge": math.sqrt(6 / (2 * D)),
                 }[part.start]
                 tensor[...] = rng.uniform(-bound, bound, tensor.shape)
+            drawn(tensor.nbytes)

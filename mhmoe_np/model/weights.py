@@ -7,7 +7,7 @@ calls `requantise`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
 from mhmoe_np.operations.packing import FormatName
 from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, PackedWeight, Weight
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -129,26 +130,36 @@ class MatrixCounts(NamedTuple):
     flipped: int
 
 
-def quantised_anew(parameters: Parameters, *, packed: bool, ops: Operations) -> Weights:
+def quantised_anew(
+    parameters: Parameters, *, packed: bool, ops: Operations, on_progress: OnProgress = unseen
+) -> Weights:
     """The weights of the backend's parameters, what is quantised in arrays of its own.
 
-    packed: see `Weights.of`.
+    packed: see `Weights.of`. on_progress: counts the weights that are quantised.
 
     Source   [spec 5 BitLinear]
     """
     weights = Weights.of(parameters, packed=packed, ops=ops)
     matrices = sum(len(entry.parts) for entry in parameters.table if entry.quantised)
-    requantise(weights, parameters, ops.zeros((matrices, 5), np.float64), ops=ops)
+    size = sum(math.prod(entry.shape) for entry in parameters.table if entry.quantised)
+    counted = counting(on_progress, "quantising", size)
+    report_X5 = ops.zeros((matrices, 5), np.float64)
+    requantise(weights, parameters, report_X5, on_quantised=counted, ops=ops)
     return weights
 
 
 def requantise(
-    weights: Weights, parameters: Parameters, report_X5: FloatArray, *, ops: Operations
+    weights: Weights,
+    parameters: Parameters,
+    report_X5: FloatArray,
+    *,
+    ops: Operations,
+    on_quantised: Callable[[int], object] | None = None,
 ) -> None:
     """Quantise the parameters into `weights`, in place.
 
     report_X5: overwritten by what became of each matrix (`Operations.quantise_weight`), in the table's
-    order. Without quantised entries nothing is done.
+    order. Without quantised entries nothing is done. on_quantised: told how many more are.
 
     Shapes   report_X5
     Source   [spec 5 bitnet_b158 weights], [spec 5 bitnet weights]
@@ -172,3 +183,5 @@ def requantise(
         done += len(entry.parts)
         if weight.packed is not None:
             ops.pack_in_place(weight.w.reshape(-1, *entry.shape[-2:]), weight.packed)
+        if on_quantised is not None:
+            on_quantised(weight.w.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.report.figures import LEVEL_NAMES, Figure, HeatMap, LineChart, level_of
 from mhmoe_np.report.run_page import Figures
 from mhmoe_np.storage.files import write_directory_atomically
@@ -17,10 +18,11 @@ DOTS_PER_INCH = 150
 LEVEL_COLORS = ["#1c1e21", "#2c5aa0", "#7ba3d4", "#c9daee", "#eef0f2", "#f7d6a8", "#ee9b4a", "#c04e00"]
 
 
-def write_plots(directory: Path, figures: Figures) -> list[str]:
+def write_plots(directory: Path, figures: Figures, on_progress: OnProgress = unseen) -> list[str]:
     """Write every figure as NAME.png and NAME.svg into a new directory; the names.
 
     Of several runs each has a folder of its own, and what compares them stands beside these.
+    on_progress: counts figures.
 
     Raises Taken: the directory exists; OSError: the disk is full or refuses.
     """
@@ -32,7 +34,8 @@ def write_plots(directory: Path, figures: Figures) -> list[str]:
                 named[figure.name if single else f"run-{i + 1}-{figure.name}"] = figure
 
     def fill(folder: Path) -> None:
-        for name, figure in named.items():
+        for done, (name, figure) in enumerate(named.items()):
+            on_progress("drawing figures", done, len(named))
             _write(folder / name, figure)
 
     write_directory_atomically(directory, fill)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.settings.run import RunConfig, parse_run_config
 from mhmoe_np.storage.reading import read_json
 from mhmoe_np.training.log_file import LogLines
+from mhmoe_np.training.router_statistics import RouterAlarm, RouterWarning, choices_of_a_step
 from mhmoe_np.training.run_folder import (
     ENVIRONMENT,
     EVALUATION,
@@ -55,6 +56,7 @@ class RunData:
         routers: MoE layer -> its router, every few steps.
         validation: domain -> its scores while the run went on.
         evaluation: domain -> its final scores; empty before the end.
+        warnings: of routers, each with the step at which it was first due.
         notices: what is wrong with the folder's files, a line each.
     """
 
@@ -67,6 +69,7 @@ class RunData:
     routers: Mapping[int, RouterLog]
     validation: Mapping[str, Columns]
     evaluation: Mapping[str, Mapping[str, float | None]]
+    warnings: list[tuple[int, RouterWarning]]
     notices: list[str]
 
     @property
@@ -107,18 +110,46 @@ def read_run(folder: Path) -> RunData:
             if isinstance(scores, dict):
                 validation.setdefault(name, _Table()).add({STEP: line[STEP], **scores})
     evaluation = _read_object(folder / EVALUATION).get("domains", {})
+    columns_of_layer = {layer: table.columns() for layer, table in sorted(balances.items())}
     return RunData(
         folder,
         config,
         changes,
         _read_object(folder / ENVIRONMENT),
         metrics.columns(),
-        {layer: table.columns() for layer, table in sorted(balances.items())},
+        columns_of_layer,
         routers,
         {name: table.columns() for name, table in validation.items()},
         evaluation,
+        _warnings(columns_of_layer, routers, config),
         notices + [log.notice for log in logs.values() if log.notice is not None],
     )
+
+
+def _warnings(
+    balances: Mapping[int, Columns], routers: Mapping[int, RouterLog], config: RunConfig
+) -> list[tuple[int, RouterWarning]]:
+    """What a run without an interruption tells of its routers, in the order of steps."""
+    alarm, choices = RouterAlarm(config.model), choices_of_a_step(config)
+    found = [
+        (int(step), alarm.collapse(layer, share, choices))
+        for layer, columns in balances.items()
+        for step, share in _shares(columns, "entropy")
+    ]
+    found += [
+        (int(step), alarm.saturation(layer, share))
+        for layer, router in routers.items()
+        for step, share in _shares(router.columns, "top_probability")
+    ]
+    raised = [(step, warning) for step, warning in found if warning is not None]
+    return sorted(raised, key=lambda one: (one[0], one[1].layer))
+
+
+def _shares(columns: Columns, name: str) -> Iterator[tuple[float, float]]:
+    """Each step and its number of that name, where that is one from 0 to 1."""
+    for step, share in zip(columns[STEP], columns.get(name, ()), strict=False):
+        if 0 <= share <= 1:
+            yield step, float(share)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -264,6 +264,21 @@ def parse_setting(setting: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {key}: in several tables; write {' or '.join(matches)}")
     table, _, name = matches[0].partition(".")
     return table, name, _value(text, source=f"--set {key}")
+
+
+def words_of(key: str) -> list[str]:
+    """The values of a setting that are words; none: it has others, or there is no such key.
+
+    The key may leave its table out where only one table has it.
+    """
+    matches = [known for known in KEYS if key in (known, known.partition(".")[2])]
+    if len(matches) != 1:
+        return []
+    table, _, name = matches[0].partition(".")
+    kind = TABLES[table].model_fields[name].annotation
+    if kind is bool:
+        return ["true", "false"]
+    return [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _value(text: str, *, source: str) -> Any:

@@ -9,29 +9,41 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.files import sync_path, write_atomically, write_text
 from mhmoe_np.storage.reading import read_json, read_text
 
 CHECKSUMS = "checksums.json"
 ALGORITHM = "xxh3_128"
+PIECE = 1 << 25  # bytes between two words about how far a sum is
 
 
-def checksum(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    if path.stat().st_size == 0:
-        return xxhash.xxh3_128_hexdigest(b"")
+def checksum(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Of a file's content, in hexadecimal.
+
+    on_bytes: told how many more bytes were looked at, as they are.
+    """
+    total = xxhash.xxh3_128()
+    if (size := path.stat().st_size) == 0:
+        return total.hexdigest()
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
     ):
-        return xxhash.xxh3_128_hexdigest(content)
+        for start in range(0, size, PIECE):
+            with view[start : start + PIECE] as piece:
+                total.update(piece)
+                if on_bytes is not None:
+                    on_bytes(len(piece))
+    return total.hexdigest()
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
@@ -95,9 +107,12 @@ def _known(folder: Path) -> dict[str, str]:
     return _sums(path) if path.exists() else {}
 
 
-def verify(folder: Path, *, only: Collection[str] | None = None) -> bool:
+def verify(
+    folder: Path, on_progress: OnProgress = unseen, *, only: Collection[str] | None = None
+) -> bool:
     """Whether the folder has checksums; if so, all hold.
 
+    on_progress: counts bytes.
     only: the files that are looked at; None: all that have checksums.
 
     Raises Damaged: a file is missing or not as it was written; the line names it.
@@ -106,13 +121,15 @@ def verify(folder: Path, *, only: Collection[str] | None = None) -> bool:
     if not path.exists():
         return False
     expected = _sums(path)
-    for name, wanted in expected.items():
-        if only is not None and name not in only:
-            continue
-        file = folder / name
+    looked_at = {name: value for name, value in expected.items() if only is None or name in only}
+    for file in (folder / name for name in looked_at):
         if not file.is_file():
             raise Damaged(f"{file}: no such file, but {CHECKSUMS} speaks of it; put a copy back")
-        if checksum(file) != wanted:
+    size = sum((folder / name).stat().st_size for name in looked_at)
+    checked = counting(on_progress, f"checking {folder.absolute().name}", size)
+    for name, wanted in looked_at.items():
+        file = folder / name
+        if checksum(file, checked) != wanted:
             raise Damaged(
                 f"{file}: damaged: its checksum is not that of {path}; take another copy (or, if it "
                 f"was changed on purpose, remove {CHECKSUMS})"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.files import write_atomically
 from mhmoe_np.storage.reading import check_regular
 
@@ -75,8 +76,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise Damaged(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
+def read_into(
+    path: Path, targets: Mapping[str, NDArray[Any]], on_progress: OnProgress = unseen
+) -> None:
     """Fill each array of `targets` from the tensor of its name, converting the float width.
+
+    on_progress: counts the bytes that were filled.
 
     Raises UserError: the file is missing or damaged, or lacks a tensor, has one too many, or one of
     another shape or kind of number. All is checked before anything is filled.
@@ -101,8 +106,11 @@ def read_into(path: Path, targets: Mapping[str, NDArray[Any]]) -> None:
                 wanted = ("U8",) if target.dtype == np.uint8 else ("F16", "F32", "F64")
                 if dtype not in wanted:
                     raise UserError(f"{path}: tensor {name!r} is {dtype}; needs {' or '.join(wanted)}")
+            size = sum(target.nbytes for target in targets.values())
+            filled = counting(on_progress, f"reading {path.name}", size)
             for name, target in targets.items():
                 target[...] = file.get_tensor(name)
+                filled(target.nbytes)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file: {error}") from None
 

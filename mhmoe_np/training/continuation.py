@@ -16,6 +16,7 @@ from mhmoe_np.checkpoints.training_state import (
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.operations.table import BackendName
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import (
     COMMAND_LINE,
     FREE_KEYS,
@@ -125,10 +126,11 @@ def check_training_room(config: RunConfig) -> None:
     check_batch_room(config.model, tokens=tokens, source="training.batch_size")
 
 
-def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
+def open_run(run: Path, *, lock: Lock | None = None, on_progress: OnProgress = unseen) -> OpenRun:
     """Lock a run folder, look at every byte that is in it, and load its newest whole checkpoint.
 
     lock: of the folder, where it is held already.
+    on_progress: counts the bytes of each file.
     A checkpoint that is damaged is set aside under another name.
 
     Raises UserError: it is in use, a file that it was made with is missing or damaged, the free memory
@@ -136,15 +138,15 @@ def open_run(run: Path, *, lock: Lock | None = None) -> OpenRun:
     """
     lock = lock or lock_folder(run)
     try:
-        return _opened(run, lock)
+        return _opened(run, lock, on_progress)
     except BaseException:
         lock.release()  # a traceback that is kept, as in a notebook, would keep it too
         raise
 
 
-def _opened(run: Path, lock: Lock) -> OpenRun:
+def _opened(run: Path, lock: Lock, on_progress: OnProgress) -> OpenRun:
     notices = []
-    if not verify(run):  # of an older release, or somebody removed them
+    if not verify(run, on_progress):  # of an older release, or somebody removed them
         seal_in_place(run, prepared_files(run))
         notices.append(f"{run / CHECKSUMS}: made anew, of the files as they are: there was none")
     remove_leftovers(run)
@@ -152,7 +154,7 @@ def _opened(run: Path, lock: Lock) -> OpenRun:
     check_training_room(started_with)  # what it looks at may not change when a run is resumed
     if (run / CHECKPOINTS).is_dir():
         remove_leftovers(run / CHECKPOINTS)
-    checkpoint, more = _newest_whole_checkpoint(run, started_with)
+    checkpoint, more = _newest_whole_checkpoint(run, started_with, on_progress)
     if checkpoint is None and (init := read_json(run / ENVIRONMENT).get("init")):
         raise UserError(
             f"{run}: was started with --init {init} and its checkpoints are gone; put one back, or "
@@ -162,16 +164,16 @@ def _opened(run: Path, lock: Lock) -> OpenRun:
 
 
 def _newest_whole_checkpoint(
-    run: Path, started_with: RunConfig
+    run: Path, started_with: RunConfig, on_progress: OnProgress
 ) -> tuple[TrainingCheckpoint | None, list[str]]:
     newest: tuple[Path, TrainingCheckpoint] | None = None
     damaged: list[tuple[Path, UserError]] = []
     for path in reversed(checkpoints_of(run)):
         try:
             if newest is None:
-                newest = path, load_training_checkpoint(path, started_with)
+                newest = path, load_training_checkpoint(path, started_with, on_progress)
             else:
-                verify(path)
+                verify(path, on_progress)
         except UserError as error:
             damaged.append((path, error))
     if newest is None:

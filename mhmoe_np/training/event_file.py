@@ -20,6 +20,7 @@ from mhmoe_np.training.router_statistics import LayerRouting
 from mhmoe_np.types import FloatArray, IntArray
 
 FOLDER = "tensorboard"
+OF_A_DOMAIN = "mean_nll", "token_ppl", "bits_per_byte"  # of its scores
 
 
 class EventFile:
@@ -68,6 +69,23 @@ class EventFile:
             ):
                 values.append(_histogram(f"{layer}/head_{head}/load", choice_E))
                 values.append(_histogram(f"{layer}/head_{head}/gate_mass", gate_E))
+        self._write(step=report["step"], summary=Summary(value=values))
+
+    def add_validation(self, report: dict[str, Any]) -> None:
+        """A line of `validation.jsonl`: the mean NLL, and what compares of each domain's scores.
+
+        Raises OSError: the disk is full or refuses.
+        """
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        numbers = {"mean_nll": report["mean_nll"]}
+        for domain, scores in report["domains"].items():
+            numbers |= {f"{domain}/{name}": scores[name] for name in OF_A_DOMAIN}
+        values = [
+            Summary.Value(tag=f"validation/{tag}", simple_value=number)
+            for tag, number in numbers.items()
+            if number is not None
+        ]
         self._write(step=report["step"], summary=Summary(value=values))
 
     def _write(self, **fields: Any) -> None:

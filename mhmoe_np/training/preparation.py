@@ -105,7 +105,7 @@ def create_run_folder(
 
     def fill(folder: Path) -> None:
         if store is not None:
-            header = _refer(folder, store)
+            header = _refer(folder, store, on_progress)
         else:
             header = _prepare(folder, sources, config, given, threads, on_progress)
         tokenizer = load_tokenizer(folder / TOKENIZER)
@@ -199,8 +199,9 @@ def _prepare(
     )
 
 
-def _refer(folder: Path, store: Path) -> StoreHeader:
+def _refer(folder: Path, store: Path, on_progress: OnProgress) -> StoreHeader:
     """Make a run of a store elsewhere: its tokenizer and its held-out text come along."""
+    on_progress(f"checking {store}", 0, 0)
     header = check_store(store)
     (folder / DATA).mkdir()
     (folder / VALIDATION).mkdir()

@@ -18,6 +18,7 @@ from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import ForwardCache
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
+from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.types import FloatArray, IntArray
 
 COLLAPSED = 0.1
@@ -164,29 +165,54 @@ class RouterAlarm:
 
         choices: of each layer, in the step. Of fewer choices than experts nothing can be said.
         """
+        found = [self.collapse(each.layer, each.entropy, choices) for each in balances]
+        found += [self.saturation(each.layer, each.top_probability) for each in routings]
+        return [warning for warning in found if warning is not None]
+
+    def collapse(self, layer: int, entropy: float, choices: int) -> RouterWarning | None:
+        """That a layer's router has collapsed, if it has since this step.
+
+        entropy: see `LayerBalance`; choices: of the layer, in the step.
+        """
         E, K = self._config.num_experts, self._config.num_experts_per_tok
-        found = []
-        for balance in balances:
-            layer, used = balance.layer, E**balance.entropy
-            collapsed = E > K and choices >= E and used < K + COLLAPSED * (E - K)
-            self._collapsed[layer] = collapsed * (self._collapsed.get(layer, 0) + 1)
-            if self._collapsed[layer] == COLLAPSED_STEPS:
-                text = (
-                    f"layer {layer}: the router has collapsed: it uses about {used:.1f} of {E} "
-                    "experts; raise router_aux_loss_coef or lower learning_rate"
-                )
-                found.append(RouterWarning("router-collapse", layer, text))
-        for routing in routings:
-            if E > 1 and routing.top_probability > SATURATED:
-                text = (
-                    f"layer {routing.layer}: the router is saturated: its first choice has a "
-                    f"probability of {routing.top_probability:.4f} on average, so it hardly learns; "
-                    "raise router_z_loss_coef or lower learning_rate"
-                )
-                found.append(RouterWarning("router-saturation", routing.layer, text))
-        new = [warning for warning in found if (warning.name, warning.layer) not in self._raised]
-        self._raised |= {(warning.name, warning.layer) for warning in new}
-        return new
+        used = E**entropy
+        collapsed = E > K and choices >= E and used < K + COLLAPSED * (E - K)
+        self._collapsed[layer] = collapsed * (self._collapsed.get(layer, 0) + 1)
+        if self._collapsed[layer] != COLLAPSED_STEPS:
+            return None
+        return self._raise(
+            "router-collapse",
+            layer,
+            f"layer {layer}: the router has collapsed: it uses about {used:.1f} of {E} experts; raise "
+            "router_aux_loss_coef or lower learning_rate",
+        )
+
+    def saturation(self, layer: int, top_probability: float) -> RouterWarning | None:
+        """That a layer's router is saturated, if that is new.
+
+        top_probability: see `LayerRouting`.
+        """
+        if self._config.num_experts < 2 or top_probability <= SATURATED:
+            return None
+        return self._raise(
+            "router-saturation",
+            layer,
+            f"layer {layer}: the router is saturated: its first choice has a probability of "
+            f"{top_probability:.4f} on average, so it hardly learns; raise router_z_loss_coef or lower "
+            "learning_rate",
+        )
+
+    def _raise(self, name: WarningName, layer: int, text: str) -> RouterWarning | None:
+        if (name, layer) in self._raised:
+            return None
+        self._raised.add((name, layer))
+        return RouterWarning(name, layer, text)
+
+
+def choices_of_a_step(config: RunConfig) -> int:
+    """How many choices of an expert each layer's router makes in a step."""
+    tokens = config.training.batch_size * config.training.sequence_length
+    return tokens * config.model.moe_heads * config.model.num_experts_per_tok
 
 
 def _entropy(count_E: IntArray) -> float:

@@ -41,7 +41,7 @@ def start_run(
     init: a checkpoint, or a run folder whose last one is taken, to start from in the place of random
     weights; its tokenizer is taken too unless the configuration names one.
     threads: None takes all cores.
-    on_progress: is told how far the text is prepared.
+    on_progress: is told how far the text is prepared; counts bytes.
     Raises UserError: `run` exists, or the text, the tokenizer, the checkpoint or the number of threads
     is unfit; then nothing was written.
     """
@@ -51,27 +51,30 @@ def start_run(
     lock = create_run_folder(
         run,
         config,
-        None if init is None else _initial_weights(init_source(init), config),
+        None if init is None else _initial_weights(init_source(init, on_progress), config, on_progress),
         threads=threads or cores(),
         ops=ops,
         on_progress=on_progress,
     )
-    return Trainer(run, config, ops, opened=open_run(run, lock=lock))
+    opened = open_run(run, lock=lock, on_progress=on_progress)
+    return Trainer(run, config, ops, opened=opened, on_progress=on_progress)
 
 
-def init_source(init: Path) -> Path:
+def init_source(init: Path, on_progress: OnProgress = unseen) -> Path:
     """The checkpoint that `--init` means: `init` itself, or the last one of that run folder.
+
+    on_progress: counts the bytes of its files, which are all looked at.
 
     Raises UserError: there is none, it is packed, or it is damaged.
     """
     path = find_checkpoint(init)
-    verify(path)
+    verify(path, on_progress)
     if is_packed(path):
         raise UserError(f"--init {path}: is packed; unpack it first")
     return path
 
 
-def _initial_weights(path: Path, config: RunConfig) -> InitialWeights:
+def _initial_weights(path: Path, config: RunConfig, on_progress: OnProgress) -> InitialWeights:
     tokenizer = find_tokenizer(path)
     if tokenizer is None:
         if config.data.tokenizer is None:
@@ -80,7 +83,8 @@ def _initial_weights(path: Path, config: RunConfig) -> InitialWeights:
                 "--set data.tokenizer=PATH"
             )
         tokenizer = load_tokenizer(config.data.tokenizer)
-    return InitialWeights(path, load_weights(path, config.model, np.float32), tokenizer)
+    weights = load_weights(path, config.model, np.float32, on_progress)
+    return InitialWeights(path, weights, tokenizer)
 
 
 def resume_run(
@@ -90,20 +94,23 @@ def resume_run(
     base: Sequence[Layer] | None = None,
     backend: BackendName = "numba",
     threads: int | None = None,
+    on_progress: OnProgress = unseen,
 ) -> Trainer:
     """A trainer that goes on from the newest whole checkpoint of `run`: the same run, bit for bit.
 
     over, base: settings to go on with (see `resumed_config`), as `{"training": {"steps": 200}}`; those
     of the optimiser may change, and the run's checkpoints say since when.
     threads: None takes all cores.
+    on_progress: counts the bytes of each file that is read.
     Raises UserError: the settings would make it another run, the folder is in use, or something in it
     is damaged.
     """
-    opened = open_run(run)
+    opened = open_run(run, on_progress=on_progress)
     try:
         config = resumed_config(opened, over or {}, base=base)
         _check_event_files(config)
-        return Trainer(run, config, _operations(backend, threads, config), opened=opened)
+        ops = _operations(backend, threads, config)
+        return Trainer(run, config, ops, opened=opened, on_progress=on_progress)
     except BaseException:
         opened.lock.release()
         raise

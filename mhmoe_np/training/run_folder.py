@@ -45,6 +45,7 @@ from mhmoe_np.data.store import (
 )
 from mhmoe_np.data.tokenizer import load_tokenizer, tokenizer_sha256
 from mhmoe_np.errors import UserError
+from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import StrictModel
 from mhmoe_np.settings.run import RunConfig, Tables, read_toml
 from mhmoe_np.storage.checksums import sealed_files, verify
@@ -99,15 +100,17 @@ class TrainingTokens(NamedTuple):
     domains: dict[str, tuple[Tokens, float | None]]
 
 
-def training_tokens(run: Path) -> TrainingTokens:
+def training_tokens(run: Path, on_progress: OnProgress = unseen) -> TrainingTokens:
     """The run's training tokens.
+
+    on_progress: counts bytes, where all of a store elsewhere are looked at.
 
     Raises UserError: missing, damaged, or made with another tokenizer.
     """
     sha256 = tokenizer_sha256(load_tokenizer(run / TOKENIZER))
     if (run / ELSEWHERE).exists():
         store = _store_elsewhere(run)
-        verify(store)  # every byte
+        verify(store, on_progress)  # every byte
         return stored_tokens(store, tokenizer_sha256=sha256)
     if is_store(run):
         return stored_tokens(run, tokenizer_sha256=sha256)

@@ -38,6 +38,7 @@ from mhmoe_np.training.router_statistics import (
     RouterAlarm,
     RouterWarning,
     RouterWatch,
+    choices_of_a_step,
 )
 from mhmoe_np.training.run_folder import (
     EVALUATION,
@@ -121,19 +122,26 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Path, config: RunConfig, ops: Operations, *, opened: OpenRun | None = None
+        self,
+        run: Path,
+        config: RunConfig,
+        ops: Operations,
+        *,
+        opened: OpenRun | None = None,
+        on_progress: OnProgress = unseen,
     ) -> None:
         """Open the run's data and state.
 
         opened: the run, where the caller has it open already.
+        on_progress: counts the bytes of each file that is read.
         Raises UserError: it is in use, or the data or the checkpoints are damaged or of another
         configuration.
         """
-        opened = opened or open_run(run)
+        opened = opened or open_run(run, on_progress=on_progress)
         self.run, self.config, self.ops = run, config, ops
         self._lock = opened.lock
-        self._batches = batches_of(training_tokens(run), config)
-        start = opened.checkpoint or _beginning(config)
+        self._batches = batches_of(training_tokens(run, on_progress), config)
+        start = opened.checkpoint or _beginning(config, on_progress)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
         changed = changes(opened, config, ops.name)
         self.tokenizer = load_tokenizer(run / TOKENIZER)
@@ -245,6 +253,8 @@ class Trainer:
                 self._check_state()
                 self.keeper.keep_best()
             self.keeper.log(VALIDATION_LOG, report.as_dict())
+            if self.config.training.tensorboard:
+                self._event_file(self.step).add_validation(report.as_dict())
         except OSError as error:
             return error
         self.validation.reports.append(report)
@@ -268,7 +278,6 @@ class Trainer:
         moe_layers = filter(model.is_moe_layer, range(model.num_hidden_layers))
         balances = [LayerBalance.of(*layer) for layer in zip(moe_layers, statistics, strict=True)]
         batch_tokens = training.batch_size * training.sequence_length
-        choices = batch_tokens * model.moe_heads * model.num_experts_per_tok
         report = StepReport(
             step=self.step,
             **losses._asdict(),
@@ -280,7 +289,7 @@ class Trainer:
             tokens_per_s=batch_tokens / (time.perf_counter() - start),
             quantised=QuantisedShares.of(matrices),
             router=balances,
-            warnings=self._alarm.look(balances, routings, choices),
+            warnings=self._alarm.look(balances, routings, choices_of_a_step(self.config)),
         )
         return report, matrices, routings
 
@@ -297,11 +306,15 @@ class Trainer:
                 trouble = error
         if self.config.training.tensorboard:
             try:
-                self._events = self._events or EventFile(self.run, step=report.step - 1)
-                self._events.add(lines[METRICS], routings)
+                self._event_file(report.step - 1).add(lines[METRICS], routings)
             except OSError as error:
                 trouble = trouble or error
         return trouble
+
+    def _event_file(self, step: int) -> EventFile:
+        """This sitting's, which goes on after `step` if it is made now."""
+        self._events = self._events or EventFile(self.run, step=step)
+        return self._events
 
     def _settings(self) -> AdamWSettings:
         """The optimiser's, for the step about to be made."""
@@ -390,9 +403,9 @@ class _BrokenOff(Exception):
     """A signal came while the held-out text was scored."""
 
 
-def _beginning(config: RunConfig) -> TrainingCheckpoint:
+def _beginning(config: RunConfig, on_progress: OnProgress) -> TrainingCheckpoint:
     """Step 0, with random weights."""
     parameters = Parameters(config.model, np.float32)
-    initialise(parameters, config.training.seed)
+    initialise(parameters, config.training.seed, on_progress)
     state = TrainerState(step=0, config=config, logs={})
     return TrainingCheckpoint(parameters, Moments.zeros(config.model, np.float32), state)

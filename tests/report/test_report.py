@@ -315,7 +315,7 @@ def test_a_long_run_of_many_experts_makes_a_small_page(folder: Path) -> None:
         loads = list(rng.integers(0, 99, (lines, 3, 96)))
         columns = {key: rng.normal(size=lines) for key in run.routers[1].columns}
         routers[layer] = RouterLog(np.arange(lines), loads, loads, columns)
-    long = RunData(run.folder, config, [], {}, metrics, balances, routers, {}, {}, [])
+    long = RunData(run.folder, config, [], {}, metrics, balances, routers, {}, {}, [], [])
     assert len(run_page({"long": long}, {})) < 3_000_000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -161,8 +162,8 @@ def plant(patch: pytest.MonkeyPatch, *, scale: float) -> None:
     """Runs start with router weights that are this many times what they should be."""
     initialise = trainer_module.initialise
 
-    def planted(parameters: Any, seed: int) -> None:
-        initialise(parameters, seed)
+    def planted(parameters: Any, seed: int, on_progress: Any) -> None:
+        initialise(parameters, seed, on_progress)
         for name, tensor in parameters.tensors.items():
             if name.endswith("mlp.gate.weight"):
                 tensor *= scale
@@ -197,6 +198,11 @@ def test_a_planted_fault_is_named_once(
     named = [line for line in warnings if line.startswith(f"warning: {name}: step {step}, layer 1: ")]
     assert len(named) == 1
     assert says in named[0]
+    # The run's page repeats them all, before anything else.
+    page = html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    banners = re.findall('<p class="banner failed">(.*?)</p>', page)
+    assert sorted(banners) == sorted(line.removeprefix("warning: ") for line in warnings)
+    assert page.index(banners[-1]) < page.index("<dl")
     assert len(warnings) == len(set(warnings))
 
 
@@ -291,7 +297,7 @@ def events_of(folder: Path) -> list[Any]:
 
 
 def test_event_files_hold_what_the_logs_do(tmp_path: Path) -> None:
-    trainer = started(tmp_path, tensorboard=True, router_every=4)
+    trainer = started(tmp_path, tensorboard=True, router_every=4, eval_every=4)
 
     class Stop(Exception):
         pass
@@ -310,7 +316,21 @@ def test_event_files_hold_what_the_logs_do(tmp_path: Path) -> None:
     events = events_of(run)
     starts = [event.step for event in events if event.HasField("session_log")]
     assert starts == [1, 6]  # from where on what older files say no longer counts
-    steps = [event for event in events if event.HasField("summary")]
+    summaries = [event for event in events if event.HasField("summary")]
+    validations = [event for event in summaries if event.summary.value[0].tag.startswith("validation/")]
+    for event, line in zip(validations, lines_of(run / "validation.jsonl"), strict=True):
+        assert event.step == line["step"]
+        found = {value.tag: value.simple_value for value in event.summary.value}
+        scores = line["domains"]["text"]
+        assert found == pytest.approx(
+            {"validation/mean_nll": line["mean_nll"]}
+            | {
+                f"validation/text/{name}": scores[name]
+                for name in ("mean_nll", "token_ppl", "bits_per_byte")
+            }
+        )
+    assert validations[0].step == 4
+    steps = [event for event in summaries if event not in validations]
     assert [event.step for event in steps] == list(range(1, 10))
     routers = {line["step"]: line["layers"][0] for line in lines_of(run / "router.jsonl")}
     for event, line in zip(steps, lines_of(run / "metrics.jsonl"), strict=True):
