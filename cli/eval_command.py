@@ -89,14 +89,15 @@ def command(
     found = find_checkpoint(checkpoint)
     if not path_of_domain:
         path_of_domain, text_key = held_out_domains(run_of(found)), TEXT_KEY
-    tokenizer = load_checkpoint_tokenizer(found)
     with progress("bytes") as show:
+        tokenizer = load_checkpoint_tokenizer(found, show)
         texts = [
             tokenise_text(name, path, tokenizer, text_key=text_key, on_progress=show)
             for name, path in path_of_domain.items()
         ]
     ops = load(backend, threads=threads, keep_buffers=True)
-    model = load_model(found, np.float32, ops=ops)
+    with progress("bytes") as show:
+        model = load_model(found, np.float32, ops=ops, on_progress=show)
     chosen = choose_protocol(protocol, model.config, tokenizer, window=window, stride=stride, bos=bos)
     with progress("tokens") as show:
         scores = {

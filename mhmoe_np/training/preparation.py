@@ -201,8 +201,7 @@ def _prepare(
 
 def _refer(folder: Path, store: Path, on_progress: OnProgress) -> StoreHeader:
     """Make a run of a store elsewhere: its tokenizer and its held-out text come along."""
-    on_progress(f"checking {store}", 0, 0)
-    header = check_store(store)
+    header = check_store(store, on_progress)
     (folder / DATA).mkdir()
     (folder / VALIDATION).mkdir()
     shutil.copyfile(store / TOKENIZER, folder / TOKENIZER)
