@@ -25,7 +25,7 @@ from mhmoe_np.data.encoder import DTYPES
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import Count, Natural, Positive, PositiveFactor, StrictModel, first_fault
-from mhmoe_np.storage.checksums import sealed_files, verify
+from mhmoe_np.storage.checksums import verify
 from mhmoe_np.storage.reading import check_regular, read_json
 from mhmoe_np.types import IntArray
 
@@ -152,30 +152,28 @@ def read_header(folder: Path) -> StoreHeader:
 
 
 def check_store(folder: Path, on_progress: OnProgress = unseen) -> StoreHeader:
-    """Look at every byte of a store: the sha256 of each shard, and the checksums of the other files.
+    """Look at every byte of a store: its files' checksums, and the sha256 of each shard.
 
     on_progress: counts the bytes of the shards.
 
     Raises UserError: a file is missing, or not as it was written; the line names it.
     """
-    others = [name for name in sealed_files(folder) if not name.endswith((".bin", ".index"))]
-    if not verify(folder, only=others):
+    if not verify(folder):
         raise UserError(f"{folder}: has no checksums.json; prepare the text again")
     header = read_header(folder)
     sha256_of_file = {
-        f"{DATA}/{name}": wanted
+        folder / DATA / name: wanted
         for domain in header.domains
         for shard in domain.shards
         for name, wanted in ((shard.file, shard.sha256), (shard.index, shard.index_sha256))
     }
-    sizes = {name: check_regular(folder / name).st_size for name in sha256_of_file}
-    checked = counting(on_progress, f"checking the shards of {folder.absolute().name}", sum(sizes.values()))
-    for name, wanted in sha256_of_file.items():
-        if sha256_of(folder / name) != wanted:
-            raise Damaged(
-                f"{folder / name}: damaged: its sha256 is not that of {HEADER}; take another copy"
-            )
-        checked(sizes[name])
+    size_of_file = {path: check_regular(path).st_size for path in sha256_of_file}
+    stage = f"checking the shards of {folder.absolute().name}"
+    checked = counting(on_progress, stage, sum(size_of_file.values()))
+    for path, wanted in sha256_of_file.items():
+        if sha256_of(path) != wanted:
+            raise Damaged(f"{path}: damaged: its sha256 is not that of {HEADER}; take another copy")
+        checked(size_of_file[path])
     return header
 
 
