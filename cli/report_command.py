@@ -82,10 +82,9 @@ def command(
         from mhmoe_np.report.expert_tokens import expert_tokens
 
         ops = load(backend, threads=threads)
-        with progress() as show:
+        with progress("tokens") as show:
             for name, run in found.items():
-                show(f"which tokens each expert of {name} takes", 0, 0)
-                taken[name] = expert_tokens(run.folder, tokens=tokens, ops=ops)
+                taken[name] = expert_tokens(run.folder, tokens=tokens, ops=ops, on_progress=show)
     with progress() as show:
         show("drawing the page", 0, 0)
         text = run_page(found, taken)

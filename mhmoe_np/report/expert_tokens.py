@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import Model, checked_ids, forward
 from mhmoe_np.operations.table import Operations
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.memory import check_memory
 from mhmoe_np.training.run_folder import held_out_domains
@@ -77,10 +78,13 @@ class ExpertTokens(NamedTuple):
     layers: dict[int, list[Taken]]
 
 
-def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> ExpertTokens | None:
+def expert_tokens(
+    run: Path, *, tokens: int = TOKENS, ops: Operations, on_progress: OnProgress = unseen
+) -> ExpertTokens | None:
     """Send held-out text through the newest checkpoint and see where it goes; None without experts.
 
     tokens: about how many, the same number of each domain's.
+    on_progress: counts them.
 
     A token's choices are those of all its heads. Experts' tokens are ordered by (seen - expected) /
     sqrt(expected), so that rare tokens do not come first by chance.
@@ -103,9 +107,11 @@ def expert_tokens(run: Path, *, tokens: int = TOKENS, ops: Operations) -> Expert
         remedy="lower it",
     )
     rows = _windows(run, tokenizer, tokens, window)
+    stage = f"which tokens each expert of {run.absolute().name} takes"
+    routed = counting(on_progress, stage, sum(map(len, rows)))
     layers = {
         layer: _layer(layer, windows, model.config, tokenizer)
-        for layer, windows in _routed(model, rows, ops=ops).items()
+        for layer, windows in _routed(model, rows, ops=ops, on_tokens=routed).items()
     }
     return ExpertTokens(checkpoint.name, sum(map(len, rows)), layers)
 
@@ -135,7 +141,13 @@ def _beginning(file: Path, characters: int) -> list[str]:
     return documents
 
 
-def _routed(model: Model, rows: Sequence[IntArray], *, ops: Operations) -> dict[int, list[_Window]]:
+def _routed(
+    model: Model,
+    rows: Sequence[IntArray],
+    *,
+    ops: Operations,
+    on_tokens: Callable[[int], None],
+) -> dict[int, list[_Window]]:
     """For each MoE layer where every token went; windows of one length go through together."""
     window = model.config.max_position_embeddings
     whole = [row for row in rows if len(row) == window]
@@ -155,6 +167,7 @@ def _routed(model: Model, rows: Sequence[IntArray], *, ops: Operations) -> dict[
                     experts = ops.to_host(routing.expert_MK).reshape(shape).copy()
                     gates = ops.to_host(routing.gate_MK).reshape(shape).copy()
                     found.setdefault(layer, []).extend(map(_Window, batch, experts, gates))
+        on_tokens(sum(map(len, batch)))
     return found
 
 
