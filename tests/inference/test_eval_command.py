@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tests.inference.words import text_of, word_tokenizer
 from tests.whole_models import parameters_of
 
 DOCUMENTS = [text_of(range(1, 31)), text_of(range(5, 36)), text_of(range(2, 9))]
-PAGE = (Path(__file__).parents[2] / "docs" / "perplexity.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -32,15 +30,6 @@ def checkpoint(tmp_path: Path) -> Path:
         save_model(folder, parameters_of("mh2"), word_tokenizer(37))
     (tmp_path / "held_out.txt").write_text("\n\n\n".join(DOCUMENTS))
     return tmp_path / "runs" / "mine" / "checkpoints" / "step-00000001"
-
-
-COMMANDS = re.findall(r"^mhmoe-np (.*)$", PAGE, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.usefixtures("checkpoint")
-def test_the_commands_that_the_page_shows_run(command: str, mhmoe_here: Run) -> None:
-    assert "nll" in mhmoe_here(*shlex.split(command), "--backend", "numpy").stdout.lower()
 
 
 def test_json_says_what_a_comparison_needs(checkpoint: Path, mhmoe_here: Run) -> None:

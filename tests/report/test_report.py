@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from mhmoe_np.data.tokenise import tokenise
 from mhmoe_np.layers.moe import MoeCache
 from mhmoe_np.model.language_model import forward
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.report import plots
 from mhmoe_np.report import run_page as run_page_module
 from mhmoe_np.report.expert_tokens import LEAST, expert_tokens
 from mhmoe_np.report.figures import (
@@ -359,26 +357,6 @@ def test_the_command_writes_plots(
         assert (tmp_path / "plots" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "plots" / f"{stem}.svg").read_text()
     assert "about 1: balanced" in (tmp_path / "plots" / "run-1-load_layer_1.svg").read_text()
-
-
-def test_the_commands_of_the_docs_run(
-    mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a small run, and without matplotlib's seconds."""
-    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
-    block = re.search(r"```\n(.*?)```", text, re.DOTALL)
-    assert block is not None
-    commands = [shlex.split(line) for line in block[1].splitlines()]
-    assert [command[1] for command in commands] == ["train", "report", "report"]
-    prepare(tmp_path, steps=2)
-    monkeypatch.setattr(plots, "_write", lambda stem, _figure: stem.touch())
-    small = ("--data", "text.txt", "--backend", "numpy")
-    mhmoe_here(*commands[0][1:], "config.toml", *small)
-    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
-    for command in commands[1:]:
-        mhmoe_here(*command[1:], "--backend", "numpy")
-    assert "(same)" in (tmp_path / "page.html").read_text()
-    assert (tmp_path / "figures" / "run-2-loss").exists()
 
 
 def test_bad_input_is_one_line(
