@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `check.sh` with the Python of a Debian release, on this processor or on an emulated one (as root, on
-# Debian; apt-get install mmdebstrap, and qemu-user-static for another processor):
+# Debian or Ubuntu; apt-get install mmdebstrap):
 #
 #     tests/other_machines/in_debian.sh FOLDER trixie [arm64]
 #
@@ -8,22 +8,27 @@
 set -euo pipefail
 
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-root=$1 release=$2 architecture=${3:-$(dpkg --print-architecture)}
+root=$1 release=$2 own=$(dpkg --print-architecture)
+architecture=${3:-$own}
 
-# The kernel must know what runs the programs of another processor. In a machine that has not started
-# its services it is told here.
+# Unpacked, not set up: an emulated processor would take minutes for that, and nothing here needs it.
+unpacked() {
+    [ -e "$1" ] || mmdebstrap --variant=extract --architectures="$2" --include="$3" \
+        --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr "$release" "$1"
+}
+
+unpacked "$root" "$architecture" bash,coreutils,diffutils,libgomp1,python3,python3-venv,tar
+
+# The kernel is told what runs the programs of the other processor: the release's own emulator, for an
+# older one takes seven times as long.
 binfmt=/proc/sys/fs/binfmt_misc
-if [ "$architecture" = arm64 ] && [ "$(uname -m)" != aarch64 ] && ! [ -e $binfmt/qemu-aarch64 ]; then
+if [ "$architecture $own" = "arm64 amd64" ] && ! [ -e $binfmt/aarch64-of-mhmoe-np ]; then
+    unpacked "$root.emulator" "$own" qemu-user
     [ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt
-    cat /usr/lib/binfmt.d/qemu-aarch64.conf > $binfmt/register
-fi
-
-if ! [ -e "$root/made" ]; then
-    # Unpacked, not set up: an emulated processor would take minutes for that, and nothing here needs it.
-    mmdebstrap --variant=extract --architectures="$architecture" \
-        --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
-        --include=bash,coreutils,diffutils,libgomp1,python3,python3-venv,tar "$release" "$root"
-    touch "$root/made"
+    start='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+    mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
+    emulator=$(realpath "$root.emulator/usr/bin/qemu-aarch64")
+    echo ":aarch64-of-mhmoe-np:M::$start:$mask:$emulator:PF" > $binfmt/register
 fi
 
 # How this machine reaches the network.
