@@ -5,7 +5,7 @@
 #
 # Builds the wheel and installs it into an environment of its own, where nothing of the clone is found
 # but copies of the tests. FOLDER keeps all that, for a second run to begin with the tests at once.
-# For an emulated processor, which takes an hour to compile all kernels of a step in both precisions:
+# For an emulated processor, which takes long to compile all kernels of a step in both precisions:
 # BACKEND=numpy trains by the definition, and SELECT names the tests as pytest's -k does.
 set -euo pipefail
 
