@@ -50,7 +50,7 @@ def test_the_readmes_map_names_every_room() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_every_file_that_a_page_names_exists(page: str) -> None:
-    named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|toml))`", (ROOT / page).read_text())
+    named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|toml|sh))`", (ROOT / page).read_text())
     assert named
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "mhmoe_np" / name).exists(), name

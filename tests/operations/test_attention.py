@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +31,6 @@ from tests.operations.cases import (
     same_bits,
     unchanged,
 )
-from tests.operations.torch_side import near_torch, tensor
 
 # ---- the definition --------------------------------------------------------------------------
 
@@ -226,45 +223,6 @@ def test_a_single_position_sees_itself_alone(name: str, A: int, G: int) -> None:
     near(dq, np.zeros_like(dq))
     near(dk, np.zeros_like(dk))
     near(dv, dout.reshape(2, 1, G, A // G, 4).sum(axis=3))
-
-
-@of_each_backend
-@pytest.mark.parametrize(("A", "G"), [(2, 2), (4, 2), (3, 1)])
-def test_attention_and_its_backward_equal_torch(name: str, A: int, G: int) -> None:
-    # [Attention eq. 1], [spec 2 attention]
-    r, ops = Inputs(29, float), BACKENDS[name]
-    B, T, C = 2, 67, 6
-    q, k, v = r.joint(B, T, A, G, C)
-    dout, dqkv = r(B, T, A, C), r(B, T, A + 2 * G, C)
-    out, lse = ops.attention(q, k, v)
-    ops.attention_backward(dout, q, k, v, out, lse, *heads(dqkv, A, G))
-
-    torch_q, torch_k, torch_v = tensor(q), tensor(k), tensor(v)
-    torch_out = F.scaled_dot_product_attention(
-        torch_q.transpose(1, 2),
-        torch_k.transpose(1, 2).repeat_interleave(A // G, dim=1),
-        torch_v.transpose(1, 2).repeat_interleave(A // G, dim=1),
-        is_causal=True,
-    ).transpose(1, 2)
-    torch_out.backward(torch.from_numpy(dout))
-    near_torch(out, torch_out)
-    for actual, expected in zip(heads(dqkv, A, G), (torch_q, torch_k, torch_v), strict=True):
-        near_torch(actual, expected.grad)
-
-
-@of_each_backend
-@pytest.mark.parametrize("T", [1, 5, 65])
-def test_attention_of_the_last_positions_equals_torch(name: str, T: int) -> None:
-    q, k, v = Inputs(30, float).joint(2, 70, 4, 2, 6)
-    q = q[:, 70 - T :]
-    visible = torch.ones(T, 70, dtype=torch.bool).tril(70 - T)
-    expected = F.scaled_dot_product_attention(
-        tensor(q).transpose(1, 2),
-        tensor(k).transpose(1, 2).repeat_interleave(2, dim=1),
-        tensor(v).transpose(1, 2).repeat_interleave(2, dim=1),
-        attn_mask=visible,
-    ).transpose(1, 2)
-    near_torch(BACKENDS[name].attention(q, k, v)[0], expected)
 
 
 # ---- special promises ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -93,3 +94,11 @@ def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
         for name in expected:
             same_bits(actual[name], expected[name])
     assert entered == (set(KINDS), {"ExpertsForward", "PackedTiles"})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_loop_shows_the_lines_of_its_task(kind: Any) -> None:
+    """Numba reads them when it keeps the loop, and since Python 3.12 fails on what is not Python."""
+    for loop in LOOPS[kind]:
+        task = loop.py_func.__globals__["TASK"].py_func
+        assert inspect.getsource(loop.py_func) == inspect.getsource(task)

@@ -108,13 +108,13 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 # for a named tuple, whose names it compares, and takes no tuple inside a tuple into a parallel loop.
 # No field's name begins with an underscore.
 SOURCE = {
-    "in_turn": """
+    "in_turn": """\
 def in_turn(_tasks, {fields}):
     _region = without_owners(KIND({fields}))
     for _i in range(_tasks):
         TASK(_i, _region)
 """,
-    "shared_out": """
+    "shared_out": """\
 def shared_out(_workers, _counters, _tasks, {fields}):
     for _worker in prange(_workers):
         _region = without_owners(KIND({fields}))
@@ -130,8 +130,13 @@ def shared_out(_workers, _counters, _tasks, {fields}):
 
 
 def _loop(name: str, function: Any, kind: Any, **names: Any) -> Any:
-    """One loop of a kind. It claims its task's file, beside which Numba then keeps it."""
-    source = SOURCE[name].format(fields=", ".join(kind._fields))
+    """One loop of a kind. It claims to stand where its task does.
+
+    Beside that file Numba keeps it; and it reads the lines there, which must be Python: since 3.12 it
+    fails on those of a docstring.
+    """
+    above = "\n" * (function.__code__.co_firstlineno - 1)
+    source = above + SOURCE[name].format(fields=", ".join(kind._fields))
     scope = {"KIND": kind, "prange": prange, "COUNTER_STRIDE": COUNTER_STRIDE, **names}
     scope |= {"take_number": take_number, "without_owners": without_owners}
     exec(compile(source, function.__code__.co_filename, "exec"), scope)
