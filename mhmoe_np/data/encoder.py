@@ -35,7 +35,7 @@ LEAST_ID_BYTES = 2 / 8  # of a byte of text: a token has two, and stands for eig
 SEGMENT = re.compile(
     rf" [A-Za-z]+(?=[\n -/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
 )
-MOST_SEGMENTS = 200_000  # remembered, some 200 bytes each
+MOST_SEGMENTS = 100_000  # remembered, some 200 bytes each
 MOST_CHARACTERS = 8_000_000  # in all of them
 
 
@@ -95,7 +95,8 @@ class Encoder:
                 except Exception as error:  # The library raises nothing narrower.
                     raise _cannot_encode(error) from None
             others = [segment for segment in new if not segment.isascii()]
-        self._ids_of_segment.update(zip(others, self._encoded(others), strict=True))
+        if others:
+            self._ids_of_segment.update(zip(others, self._encoded(others), strict=True))
         self._characters += sum(map(len, new))
 
     def _encoded(self, texts: Sequence[str]) -> list[bytes]:

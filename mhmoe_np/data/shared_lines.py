@@ -6,7 +6,7 @@ from collections import Counter
 
 import xxhash
 
-MOST_LINES = 500_000  # that are remembered, some 100 bytes each
+MOST_LINES = 200_000  # that are remembered, some 100 bytes each
 
 
 class SharedLines:
