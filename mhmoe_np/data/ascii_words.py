@@ -7,12 +7,14 @@ place. Here a regular expression cuts, and only the library's model, its merges,
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.tokenizer import LONGEST_RUN
 
-MOST_WORDS = 100_000  # remembered, some 200 bytes each
+MOST_WORDS = 200_000  # remembered, some 200 bytes each
+MOST_CHARACTERS = 8_000_000  # in all of them
 # How byte-level tokenizers write ASCII's bytes: those that would not show as characters behind U+0100.
 WRITTEN = {byte: chr(0x100 + byte) for byte in range(33)} | {127: chr(0x121)}
 
@@ -34,15 +36,21 @@ class AsciiWords:
         """pattern: how the tokenizer cuts; width: bytes of an id."""
         self._model, self._pattern, self._width = tokenizer.model, pattern, width
         self._ids_of_word: dict[str, bytes] = {}
+        self._characters = 0
 
     def ids(self, text: str) -> bytes:
         """The ids of a text, little-endian."""
-        if len(self._ids_of_word) > MOST_WORDS:
-            self._ids_of_word.clear()
-        words = self._pattern.findall(text)
         known = self._ids_of_word
-        for word in words:
+        if len(known) > MOST_WORDS or self._characters > MOST_CHARACTERS:
+            known.clear()
+            self._characters = 0
+        words = self._pattern.findall(text)
+        found: list[Any] = list(map(known.get, words))
+        for i in [i for i, ids in enumerate(found) if ids is None]:
+            word = words[i]
             if word not in known:
                 tokens = self._model.tokenize(word.translate(WRITTEN))
+                self._characters += len(word)
                 known[word] = b"".join(token.id.to_bytes(self._width, "little") for token in tokens)
-        return b"".join(map(known.__getitem__, words))
+            found[i] = known[word]
+        return b"".join(found)

@@ -2,7 +2,8 @@
 
 A byte-level BPE of GPT-2's kind never joins what stands before white space with what stands after its
 beginning. So the text is cut there, each different segment is encoded once by the `tokenizers` library,
-and the rest is looking up: some ten times as fast as encoding everything, with the same ids.
+and the rest is looking up: some ten times as fast as encoding everything, with the same ids. A text of
+ASCII alone is cut further, into words (see `ascii_words`).
 """
 
 from __future__ import annotations
@@ -67,7 +68,12 @@ class Encoder:
 
         Raises UserError: the tokenizer cannot encode a text.
         """
-        return self._encoded(texts) if self._cut is None else self._looked_up(texts)
+        if self._cut is None:
+            return self._encoded(texts)
+        if self._ascii is None:
+            return self._looked_up(texts)
+        others = iter(self._looked_up([text for text in texts if not text.isascii()]))
+        return [self._ascii_ids(text) if text.isascii() else next(others) for text in texts]
 
     def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
         known = self._ids_of_segment
@@ -90,14 +96,18 @@ class Encoder:
         others = list(new)
         if self._ascii is not None:
             for segment in filter(str.isascii, new):
-                try:
-                    self._ids_of_segment[segment] = self._ascii.ids(segment)
-                except Exception as error:  # The library raises nothing narrower.
-                    raise _cannot_encode(error) from None
+                self._ids_of_segment[segment] = self._ascii_ids(segment)
             others = [segment for segment in new if not segment.isascii()]
         if others:
             self._ids_of_segment.update(zip(others, self._encoded(others), strict=True))
         self._characters += sum(map(len, new))
+
+    def _ascii_ids(self, text: str) -> bytes:
+        assert self._ascii is not None
+        try:
+            return self._ascii.ids(text)
+        except Exception as error:  # The library raises nothing narrower.
+            raise _cannot_encode(error) from None
 
     def _encoded(self, texts: Sequence[str]) -> list[bytes]:
         # One array of all: thousands of small ones would take longer than the encoding.

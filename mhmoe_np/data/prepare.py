@@ -57,6 +57,7 @@ from mhmoe_np.storage.files import (
     remove_leftovers,
     write_json,
 )
+from mhmoe_np.storage.memory import return_free_memory
 from mhmoe_np.storage.reading import check_regular
 
 
@@ -98,7 +99,9 @@ def prepare_text(
 
     Raises UserError: the text, the tokenizer or a weight is unfit; OSError: the disk refuses.
     """
-    return _Preparation(folder, sources, settings, tokenizer, workers, on_progress).run()
+    header = _Preparation(folder, sources, settings, tokenizer, workers, on_progress).run()
+    return_free_memory()
+    return header
 
 
 class _Measured(NamedTuple):
@@ -141,6 +144,7 @@ class _Preparation:
         sample = self._hold_out(measured)
         tokenizer = self._tokenizer or self._train(sample)
         del sample
+        return_free_memory()
         save_tokenizer(tokenizer, self._folder / TOKENIZER)
         report = self._stage("tokenising")
         domains = [self._encode(part, tokenizer, shards, report) for part in measured]
