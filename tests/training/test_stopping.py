@@ -65,7 +65,7 @@ def test_a_signal_saves_the_step_and_says_so_at_once(tmp_path: Path, kind: signa
 def test_a_second_signal_stops_at_once_and_says_what_is_lost(tmp_path: Path) -> None:
     prepare(tmp_path, steps=STEPS)
     # Large steps: the second signal comes in the middle of one.
-    options = ("--set", "batch_size=4", "--set", "sequence_length=512", "--checkpoint-every", "2")
+    options = ("--set", "batch_size=16", "--set", "sequence_length=512", "--checkpoint-every", "2")
     process = start(tmp_path, *options)
     wait(process, lambda: steps_made(tmp_path) == 3)
     process.send_signal(signal.SIGINT)

@@ -177,7 +177,7 @@ def test_train_then_eval_and_generate(mhmoe: Run, mhmoe_here: Run, tmp_path: Pat
         (["trian"], ["'trian'", "'train'"]),
         (["eval", "missing", "--domain", "a=b"], ["missing"]),
         (["eval", "missing", "--domain", "ab"], ["NAME=PATH"]),
-        (["eval", "missing"], ["--domain"]),
+        (["eval", "missing"], ["missing"]),
         (["init", "missing.json", "--out", "x", "--seed", "0"], ["missing.json"]),
         (["generate", "missing", "--prompt", "x", "--top-p", "2"], ["--top-p"]),
         (["parity", "--heads", "5", "--top-k", "2"], ["heads", "768"]),
