@@ -57,8 +57,7 @@ class Shards:
                 for domain, pieces, shard in found["shards"]
             ]
             for record in records:
-                shard = record.shard
-                for name, wanted in ((shard.file, shard.sha256), (shard.index, shard.index_sha256)):
+                for name, wanted in record.shard.sha256_of_file.items():
                     if sha256_of(self._folder / name) != wanted:
                         return []
         except (UserError, KeyError, TypeError, ValueError):

@@ -49,6 +49,11 @@ class Shard(StrictModel):
         """The name of the index's file."""
         return index_of(self.file)
 
+    @property
+    def sha256_of_file(self) -> dict[str, str]:
+        """The hash of each of its two files, by name."""
+        return {self.file: self.sha256, self.index: self.index_sha256}
+
 
 class StoredDomain(StrictModel):
     """A domain: its training tokens, and what its text was."""
@@ -165,7 +170,7 @@ def check_store(folder: Path, on_progress: OnProgress = unseen) -> StoreHeader:
         folder / DATA / name: wanted
         for domain in header.domains
         for shard in domain.shards
-        for name, wanted in ((shard.file, shard.sha256), (shard.index, shard.index_sha256))
+        for name, wanted in shard.sha256_of_file.items()
     }
     size_of_file = {path: check_regular(path).st_size for path in sha256_of_file}
     stage = f"checking the shards of {folder.absolute().name}"
