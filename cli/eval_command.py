@@ -82,13 +82,21 @@ def command(
     from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
     from mhmoe_np.data.read_file import TEXT_KEY
     from mhmoe_np.data.tokenised_text import tokenise_text
+    from mhmoe_np.errors import UserError
     from mhmoe_np.inference.evaluate import evaluate, scores_as_dict
+    from mhmoe_np.storage.checksums import CHECKSUMS
     from mhmoe_np.training.run_folder import held_out_domains, run_of
 
     path_of_domain = named(domains, option="--domain", value="PATH")
     found = find_checkpoint(checkpoint)
     if not path_of_domain:
-        path_of_domain, text_key = held_out_domains(run_of(found)), TEXT_KEY
+        run = run_of(found)
+        path_of_domain, text_key = held_out_domains(run), TEXT_KEY
+        if not path_of_domain:
+            path = run / CHECKSUMS
+            raise UserError(
+                f"{path}: missing, or without held-out text; name one with --domain NAME=PATH"
+            )
     with progress("bytes") as show:
         tokenizer = load_checkpoint_tokenizer(found, show)
         texts = [

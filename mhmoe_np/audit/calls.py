@@ -192,7 +192,7 @@ def _experts(draw: _Draw) -> Iterator[Call]:
 
 
 def _loss(draw: _Draw) -> Iterator[Call]:
-    # Logits of a few units, as models have: a probability is as many roundings off as its logit is large.
+    # Logits as models have them: a probability is as many roundings off as its logit is large.
     x_ND, w_VD, target_N = draw(N, D), draw(V, D) / 4, draw.rng.integers(0, V, N)
     target_N[::5] = IGNORED
     yield Call("token_nll", (x_ND, w_VD, target_N))

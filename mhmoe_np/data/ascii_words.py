@@ -7,14 +7,13 @@ place. Here a regular expression cuts, and only the library's model, its merges,
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from mhmoe_np.data.known_ids import KnownIds
 from mhmoe_np.data.tokenizer import LONGEST_RUN
 
-MOST_WORDS = 200_000  # remembered, some 200 bytes each
-MOST_CHARACTERS = 8_000_000  # in all of them
+MOST_WORDS = 200_000  # remembered
 # How byte-level tokenizers write ASCII's bytes: those that would not show as characters behind U+0100.
 WRITTEN = {byte: chr(0x100 + byte) for byte in range(33)} | {127: chr(0x121)}
 
@@ -35,22 +34,15 @@ class AsciiWords:
     def __init__(self, tokenizer: Tokenizer, pattern: re.Pattern[str], *, width: int) -> None:
         """pattern: how the tokenizer cuts; width: bytes of an id."""
         self._model, self._pattern, self._width = tokenizer.model, pattern, width
-        self._ids_of_word: dict[str, bytes] = {}
-        self._characters = 0
+        self._known = KnownIds(self._encoded, most=MOST_WORDS)
 
     def ids(self, text: str) -> bytes:
         """The ids of a text, little-endian."""
-        known = self._ids_of_word
-        if len(known) > MOST_WORDS or self._characters > MOST_CHARACTERS:
-            known.clear()
-            self._characters = 0
-        words = self._pattern.findall(text)
-        found: list[Any] = list(map(known.get, words))
-        for i in [i for i, ids in enumerate(found) if ids is None]:
-            word = words[i]
-            if word not in known:
-                tokens = self._model.tokenize(word.translate(WRITTEN))
-                self._characters += len(word)
-                known[word] = b"".join(token.id.to_bytes(self._width, "little") for token in tokens)
-            found[i] = known[word]
-        return b"".join(found)
+        (ids,) = self._known.joined([self._pattern.findall(text)])
+        return ids
+
+    def _encoded(self, words: list[str]) -> list[bytes]:
+        found = (self._model.tokenize(word.translate(WRITTEN)) for word in words)
+        return [
+            b"".join(token.id.to_bytes(self._width, "little") for token in tokens) for tokens in found
+        ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mhmoe_np.data.ascii_words import GPT2_WORDS, TRAINED_WORDS, AsciiWords
 from mhmoe_np.data.interruptible import interruptible
+from mhmoe_np.data.known_ids import KnownIds
 from mhmoe_np.data.pieces import WHITE_SPACE
 from mhmoe_np.data.tokenizer import TRAINED_PATTERN, id_count
 from mhmoe_np.errors import UserError
@@ -36,8 +37,7 @@ LEAST_ID_BYTES = 2 / 8  # of a byte of text: a token has two, and stands for eig
 SEGMENT = re.compile(
     rf" [A-Za-z]+(?=[\n -/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
 )
-MOST_SEGMENTS = 100_000  # remembered, some 200 bytes each
-MOST_CHARACTERS = 8_000_000  # in all of them
+MOST_SEGMENTS = 100_000  # remembered
 
 
 def dtype_name(tokenizer: Tokenizer) -> DtypeName:
@@ -58,8 +58,7 @@ class Encoder:
         self._cut = cut_of(tokenizer)
         words = self._cut and self._cut.ascii_words
         self._ascii = words and AsciiWords(tokenizer, words, width=self.dtype.itemsize)
-        self._ids_of_segment: dict[str, bytes] = {}
-        self._characters = 0
+        self._known = KnownIds(self._segments, most=MOST_SEGMENTS)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, in the bytes of an array of `dtype`.
@@ -76,31 +75,16 @@ class Encoder:
         return [self._ascii_ids(text) if text.isascii() else next(others) for text in texts]
 
     def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
-        known = self._ids_of_segment
-        if len(known) > MOST_SEGMENTS or self._characters > MOST_CHARACTERS:
-            known.clear()
-            self._characters = 0
-        cut = [SEGMENT.findall(text) for text in texts]
-        found: list[list[Any]] = [list(map(known.get, segments)) for segments in cut]
-        places = [[i for i, ids in enumerate(each) if ids is None] for each in found]
-        self._learn(
-            {segments[i]: None for segments, here in zip(cut, places, strict=True) for i in here}
-        )
-        for each, segments, here in zip(found, cut, places, strict=True):
-            for i in here:
-                each[i] = known[segments[i]]
-        return [b"".join(each) for each in found]
+        return self._known.joined([SEGMENT.findall(text) for text in texts])
 
-    def _learn(self, new: Collection[str]) -> None:
-        """Encode segments that are not known yet."""
-        others = list(new)
-        if self._ascii is not None:
-            for segment in filter(str.isascii, new):
-                self._ids_of_segment[segment] = self._ascii_ids(segment)
-            others = [segment for segment in new if not segment.isascii()]
-        if others:
-            self._ids_of_segment.update(zip(others, self._encoded(others), strict=True))
-        self._characters += sum(map(len, new))
+    def _segments(self, segments: list[str]) -> list[bytes]:
+        """The ids of segments: of ASCII by the words in them, of others all at once by the library."""
+        others = [s for s in segments if self._ascii is None or not s.isascii()]
+        rest = iter(self._encoded(others) if others else ())
+        return [
+            self._ascii_ids(s) if self._ascii is not None and s.isascii() else next(rest)
+            for s in segments
+        ]
 
     def _ascii_ids(self, text: str) -> bytes:
         assert self._ascii is not None

@@ -191,6 +191,19 @@ def test_eval_sees_that_the_held_out_text_is_damaged(
     assert f"{file}: damaged: its checksum is not that of" in refused.stderr
 
 
+def test_eval_says_when_it_cannot_tell_which_text_is_held_out(
+    straight: Path, mhmoe_here: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checksums.json").unlink()
+    refused = mhmoe_here("eval", run, "--backend", "numpy", code=2)
+    assert refused.stderr == (
+        f"mhmoe-np: {run / 'checksums.json'}: missing, or without held-out text;"
+        " name one with --domain NAME=PATH\n"
+    )
+
+
 def test_no_step_is_scored_twice(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
