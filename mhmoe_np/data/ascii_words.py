@@ -33,16 +33,23 @@ class AsciiWords:
 
     def __init__(self, tokenizer: Tokenizer, pattern: re.Pattern[str], *, width: int) -> None:
         """pattern: how the tokenizer cuts; width: bytes of an id."""
-        self._model, self._pattern, self._width = tokenizer.model, pattern, width
-        self._known = KnownIds(self._encoded, most=MOST_WORDS)
+        self._pattern, self._known = pattern, _IdsOfWords(tokenizer, width)
 
     def ids(self, text: str) -> bytes:
         """The ids of a text, little-endian."""
-        (ids,) = self._known.joined([self._pattern.findall(text)])
-        return ids
+        self._known.make_room()
+        return b"".join(map(self._known.__getitem__, self._pattern.findall(text)))
 
-    def _encoded(self, words: list[str]) -> list[bytes]:
-        found = (self._model.tokenize(word.translate(WRITTEN)) for word in words)
-        return [
-            b"".join(token.id.to_bytes(self._width, "little") for token in tokens) for tokens in found
-        ]
+
+class _IdsOfWords(KnownIds):
+    """The model is asked for a word that is not known: no loop over those that are."""
+
+    def __init__(self, tokenizer: Tokenizer, width: int) -> None:
+        super().__init__(MOST_WORDS)
+        self._model, self._width = tokenizer.model, width
+
+    def __missing__(self, word: str) -> bytes:
+        tokens = self._model.tokenize(word.translate(WRITTEN))
+        ids = b"".join(token.id.to_bytes(self._width, "little") for token in tokens)
+        self.learn(word, ids)
+        return ids

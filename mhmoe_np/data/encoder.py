@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -58,7 +58,7 @@ class Encoder:
         self._cut = cut_of(tokenizer)
         words = self._cut and self._cut.ascii_words
         self._ascii = words and AsciiWords(tokenizer, words, width=self.dtype.itemsize)
-        self._known = KnownIds(self._segments, most=MOST_SEGMENTS)
+        self._known = KnownIds(MOST_SEGMENTS)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, in the bytes of an array of `dtype`.
@@ -75,16 +75,22 @@ class Encoder:
         return [self._ascii_ids(text) if text.isascii() else next(others) for text in texts]
 
     def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
-        return self._known.joined([SEGMENT.findall(text) for text in texts])
+        known = self._known
+        known.make_room()
+        cut = [SEGMENT.findall(text) for text in texts]
+        self._learn({segment: None for segments in cut for segment in segments if segment not in known})
+        return [b"".join(map(known.__getitem__, segments)) for segments in cut]
 
-    def _segments(self, segments: list[str]) -> list[bytes]:
-        """The ids of segments: of ASCII by the words in them, of others all at once by the library."""
-        others = [s for s in segments if self._ascii is None or not s.isascii()]
-        rest = iter(self._encoded(others) if others else ())
-        return [
-            self._ascii_ids(s) if self._ascii is not None and s.isascii() else next(rest)
-            for s in segments
-        ]
+    def _learn(self, new: Collection[str]) -> None:
+        """Encode segments that are not known yet."""
+        others = list(new)
+        if self._ascii is not None:
+            for segment in filter(str.isascii, new):
+                self._known.learn(segment, self._ascii_ids(segment))
+            others = [segment for segment in new if not segment.isascii()]
+        if others:
+            for segment, ids in zip(others, self._encoded(others), strict=True):
+                self._known.learn(segment, ids)
 
     def _ascii_ids(self, text: str) -> bytes:
         assert self._ascii is not None

@@ -96,12 +96,12 @@ def test_words_that_are_remembered_are_forgotten_without_a_mark(documents, token
     texts = [text for text in documents if text.isascii()]
     for text in texts:
         assert np.frombuffer(forgetful.ids(text), "<u4").tolist() == tokenizer.encode(text).ids
-    assert len(forgetful._known._ids_of_piece) < len(set(" ".join(texts).split())) / 2
+    assert len(forgetful._known) < len(set(" ".join(texts).split())) / 2
     monkeypatch.setattr(known_ids, "MOST_CHARACTERS", 5)
     assert [len(forgetful.ids(text)) for text in ("abcdef", "abcdef")] == [
         4 * len(tokenizer.encode("abcdef").ids)
     ] * 2
-    assert len(forgetful._known._ids_of_piece) == 1
+    assert len(forgetful._known) == 1
 
 
 def with_digits_apart(tokenizer: Tokenizer) -> None:
@@ -146,7 +146,7 @@ def test_what_is_remembered_is_bounded_and_forgotten_without_a_mark(documents, t
     monkeypatch.setattr(encoder_module, "MOST_SEGMENTS", 50)
     forgetful = Encoder(tokenizer)
     assert [forgetful.encode([text])[0] for text in documents] == expected
-    assert len(forgetful._known._ids_of_piece) < sum(len(text.split()) for text in documents) / 4
+    assert len(forgetful._known) < sum(len(text.split()) for text in documents) / 4
 
 
 def prefixed(tokenizer: Tokenizer) -> None:
