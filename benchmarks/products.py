@@ -24,8 +24,9 @@ from benchmarks.packed import fastest
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
     Form,
     Library,
+    load_mkl,
     mkl,
-    mkl_path,
+    mkl_libraries,
     openblas,
     product,
 )
@@ -115,9 +116,8 @@ def measure(shape: Shape, libraries: list[Library], seconds: float) -> dict[str,
     calls: dict[str, Call] = {
         library.name: product(library, shape.form, *given) for library in libraries
     }
-    path = mkl_path()
-    if "mkl" in calls and path is not None:
-        pack, compute = packed_calls(ctypes.CDLL(str(path)), shape, given)
+    if "mkl" in calls:
+        pack, compute = packed_calls(load_mkl(mkl_libraries()), shape, given)
         pack()
         calls |= {"mkl_packed": compute, "packing": pack}
     a, b = (
@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    path = mkl_path()
-    libraries = [openblas()] + ([mkl(path)] if path else [])
+    installed = mkl_libraries()
+    libraries = [openblas(), *([mkl(installed)] if installed else [])]
     names = {library.name: described(library.blas()._asdict()) for library in libraries}
     rows = []
     with threadpool_limits(1, user_api="blas"):

@@ -22,7 +22,7 @@ from mhmoe_np.operations.numba_cpu.blas_choice import choose, faster
 from mhmoe_np.operations.numba_cpu.blas_libraries import Library, openblas, product
 
 ROOT = Path(__file__).parents[2]
-SOMEWHERE = Path("/somewhere/libmkl_rt.so.2")
+SOMEWHERE = (Path("/somewhere/libmkl_core.so.2"),)
 MKL = Library("mkl", 1, 2)
 INTEL, AMD, ANOTHER = "GenuineIntel", "AuthenticAMD", "CentaurHauls"
 
@@ -55,8 +55,8 @@ class Surroundings:
             self._patch.delenv(VARIABLE, raising=False)
         else:
             self._patch.setenv(VARIABLE, wanted)
-        self._patch.setattr(blas_choice, "mkl_path", lambda: SOMEWHERE if installed else None)
-        self._patch.setattr(blas_choice, "mkl", lambda path: MKL if path == SOMEWHERE else None)
+        self._patch.setattr(blas_choice, "mkl_libraries", lambda: SOMEWHERE if installed else ())
+        self._patch.setattr(blas_choice, "mkl", lambda paths: MKL if paths == SOMEWHERE else None)
         self._patch.setattr(blas_choice, "processor_facts", lambda: {"vendor_id": vendor})
 
 
@@ -154,8 +154,8 @@ def test_a_blas_that_is_not_there_is_refused(
 def test_an_mkl_that_cannot_be_loaded_is_refused_where_it_is_asked_for(
     surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Path) -> Library:
-        raise OSError("libmkl_rt.so.2: file too short")
+    def broken(_: object) -> Library:
+        raise OSError("libmkl_core.so.2: file too short")
 
     for wanted in (None, "mkl"):
         surroundings.set(wanted, installed=True, vendor=INTEL)
@@ -164,7 +164,7 @@ def test_an_mkl_that_cannot_be_loaded_is_refused_where_it_is_asked_for(
             assert choose() == openblas()
         else:
             with pytest.raises(
-                UserError, match=r"mkl: libmkl_rt.so.2: file too short; install mkl again"
+                UserError, match=r"mkl: libmkl_core.so.2: file too short; install mkl again"
             ):
                 choose()
 
@@ -186,8 +186,8 @@ def test_a_product_to_be_measured_is_one(form: Any) -> None:
 
 # A library that is none: twice the product, by the definition.
 PLANTED = """
-static int layer = -1, branch = -1;
-int MKL_Set_Threading_Layer(int wanted) { return layer = wanted < 0 ? layer : wanted; }  /* -1 asks */
+extern int factor(void);  /* of the library that this one needs and does not name */
+static int branch = -1;
 int MKL_CBWR_Set(int wanted) { branch = wanted; return 0; }
 #define GEMM(name, number) \\
     void name(const char *ta, const char *tb, const int *m, const int *n, const int *k, \\
@@ -200,7 +200,7 @@ int MKL_CBWR_Set(int wanted) { branch = wanted; return 0; }
                     sum += (*ta == 't' ? a[p + i * *lda] : a[i + p * *lda]) \\
                          * (*tb == 't' ? b[j + p * *ldb] : b[p + j * *ldb]); \\
                 number *to = c + i + j * *ldc; \\
-                sum *= layer == 1 && branch == 2 ? 2 : -1; \\
+                sum *= branch == 2 ? factor() : -1; \\
                 *to = *alpha * sum + (*beta ? *beta * *to : 0); \\
             } \\
     }
@@ -209,6 +209,7 @@ GEMM(dgemm_, double)
 """
 
 COMPUTE = """
+import ctypes
 import json
 import numpy as np
 from numba.core import event
@@ -222,7 +223,8 @@ with event.install_recorder("numba:compile") as compiled:
         a, b, c = (np.arange(size, dtype=dtype).reshape(-1, 3) for size in (6, 12, 12))
         gemm_nt(1.0, a, b, 0.0, c.reshape(2, 6)[:, :4])
         results.append(c.reshape(2, 6)[:, :4].tolist())
-print(json.dumps({"results": results, "blas": blas, "compiled": len(compiled.buffer)}))
+seen = hasattr(ctypes.CDLL(None), "MKL_CBWR_Set")
+print(json.dumps({"results": results, "blas": blas, "compiled": len(compiled.buffer), "seen": seen}))
 """
 
 
@@ -233,14 +235,15 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C compiler is installed")
     folder = tmp_path_factory.mktemp("packages")
-    source, library = folder / "planted.c", folder / "libmkl_rt.so.2"
-    source.write_text(PLANTED)
-    program = [compiler, "-x", "c", "-shared", "-fPIC", "-O1", str(source), "-o", str(library)]
-    subprocess.run(program, check=True)
+    sources = {"intel_lp64": PLANTED, "sequential": "", "core": "int factor(void) { return 2; }"}
+    names = {part: f"libmkl_{part}.so.2" for part in sources}
+    for part, source in sources.items():
+        program = [compiler, "-x", "c", "-shared", "-fPIC", "-O1", "-", "-o", str(folder / names[part])]
+        subprocess.run(program, input=source, text=True, check=True)
     information = folder / "mkl-1.5.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mkl\nVersion: 1.5\n")
-    (information / "RECORD").write_text("libmkl_rt.so.2,,\nmkl-1.5.dist-info/METADATA,,\n")
+    (information / "RECORD").write_text("".join(f"{name},,\n" for name in names.values()))
     return folder
 
 
@@ -264,5 +267,6 @@ def test_compiled_kernels_call_the_library_that_was_chosen(planted: Path) -> Non
     twice = [[2 * number for number in row] for row in product]
     assert other["results"] == [twice, twice]
     assert other["blas"] == ["mkl", "1.5", None]
+    assert not other["seen"]  # another library of the process does not find its names
     # Kernels of either process are those of the other.
     assert compute(planted, "openblas")["compiled"] == other["compiled"] == 0

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mhmoe_np.operations.blas import VARIABLE, BlasName
-from mhmoe_np.operations.numba_cpu.blas_libraries import mkl_path
+from mhmoe_np.operations.numba_cpu.blas_libraries import mkl_libraries
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import BLAS, gemm_nn, gemm_nt, gemm_tn
 from tests.operations.cases import SEEDS, of_each_dtype, quick
@@ -101,7 +101,7 @@ def test_a_single_row_may_have_any_stride(dtype: Any) -> None:
 
 def others() -> list[Any]:
     """The libraries that this process does not multiply with."""
-    missing = mkl_path() is None
+    missing = not mkl_libraries()
     return [
         pytest.param(
             name,

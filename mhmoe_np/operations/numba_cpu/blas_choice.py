@@ -20,7 +20,13 @@ from threadpoolctl import threadpool_limits
 from mhmoe_np.errors import UserError
 from mhmoe_np.extras import missing
 from mhmoe_np.operations.blas import VARIABLE, BlasName
-from mhmoe_np.operations.numba_cpu.blas_libraries import Library, mkl, mkl_path, openblas, product
+from mhmoe_np.operations.numba_cpu.blas_libraries import (
+    Library,
+    mkl,
+    mkl_libraries,
+    openblas,
+    product,
+)
 from mhmoe_np.operations.numba_cpu.kernel_cache import ROOT
 from mhmoe_np.operations.processor import processor, processor_facts
 from mhmoe_np.storage.files import write_atomically, write_json
@@ -36,17 +42,17 @@ def choose() -> Library:
 
     Raises UserError: the variable names none, or one that is not installed or cannot be loaded.
     """
-    wanted, path = os.environ.get(VARIABLE), mkl_path()
+    wanted, installed = os.environ.get(VARIABLE), mkl_libraries()
     if wanted not in (None, "", "openblas", "mkl"):
         raise UserError(f"{VARIABLE}={wanted[:60]}: must be openblas or mkl; unset it")
-    if wanted == "openblas" or (not wanted and path is None):
+    if wanted == "openblas" or (not wanted and not installed):
         return openblas()
-    if path is None:
+    if not installed:
         raise missing("mkl", extra="mkl", needed_by=f"{VARIABLE}=mkl", otherwise=", or unset it")
     if not wanted and FASTER_ON.get(processor_facts().get("vendor_id", "")) == "openblas":
         return openblas()
     try:
-        library = mkl(path)
+        library = mkl(installed)
     except OSError as error:
         if wanted:
             raise UserError(f"{VARIABLE}=mkl: {error}; install mkl again, or unset it") from None

@@ -17,15 +17,16 @@ import numpy as np
 from numba.extending import get_cython_function_address
 
 from mhmoe_np.operations.blas import BlasName, blas_of
+from mhmoe_np.operations.numba_cpu.private_library import load_privately
 from mhmoe_np.operations.table import Blas
 from mhmoe_np.types import FloatArray
 
 Form = Literal["nt", "nn", "tn"]
 """Which of two factors is transposed."""
 
-# Of MKL's headers.
-MKL_THREADING_SEQUENTIAL = 1
-MKL_CBWR_AUTO = 2  # the fastest kernels whose sums do not depend on how operands are aligned
+# Its Fortran calls with integers of 32 bits, no threads of its own, and what both stand on.
+MKL_LIBRARIES = ("libmkl_intel_lp64", "libmkl_sequential", "libmkl_core")
+MKL_CBWR_AUTO = 2  # of its headers: the fastest kernels whose sums do not depend on alignment
 
 
 class Library(NamedTuple):
@@ -49,27 +50,36 @@ def openblas() -> Library:
     return Library("openblas", sgemm, dgemm)
 
 
-def mkl_path() -> Path | None:
-    """Where the package `mkl` has its library; None: it is not installed."""
+def mkl_libraries() -> tuple[Path, ...]:
+    """The libraries of the package `mkl` that multiply on one thread; empty: it is not installed."""
     try:
         files = distribution("mkl").files or []
     except PackageNotFoundError:
-        return None
-    paths = [Path(str(file.locate())) for file in files if file.name.startswith("libmkl_rt.so")]
-    return paths[0] if paths else None
+        return ()
+    found = [
+        [Path(str(file.locate())) for file in files if file.name.startswith(f"{name}.so")]
+        for name in MKL_LIBRARIES
+    ]
+    return tuple(paths[0] for paths in found) if all(found) else ()
 
 
 @cache
-def mkl(path: Path) -> Library:
-    """MKL at `path`, told to stay on one thread and to give the same bits wherever operands lie.
-
-    Its names stay its own (RTLD_LOCAL), as another library of the process may use them.
+def load_mkl(libraries: tuple[Path, ...]) -> ctypes.CDLL:
+    """MKL, told to give the same bits wherever operands lie.
 
     Raises OSError: it cannot be loaded.
     """
-    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
-    library.MKL_Set_Threading_Layer(MKL_THREADING_SEQUENTIAL)
+    library = load_privately(libraries)
     library.MKL_CBWR_Set(MKL_CBWR_AUTO)
+    return library
+
+
+def mkl(libraries: tuple[Path, ...]) -> Library:
+    """MKL's products.
+
+    Raises OSError: see `load_mkl`.
+    """
+    library = load_mkl(libraries)
     return Library("mkl", _address(library.sgemm_), _address(library.dgemm_))
 
 
@@ -94,7 +104,7 @@ def product(
         np.array([size], np.int64) for size in (c.shape[1], len(c), inputs, a.shape[1], b.shape[1])
     )
     # Row-major arrays are their own transposes to Fortran: the other order, and c's rows are n long.
-    arrays = [trans_b, trans_a, n, m, k, one, b, ldb, a, lda, zero, c, n]
+    arrays: list[Any] = [trans_b, trans_a, n, m, k, one, b, ldb, a, lda, zero, c, n]
     pointers = [array.ctypes.data for array in arrays]
 
     def call(kept: object = arrays) -> None:

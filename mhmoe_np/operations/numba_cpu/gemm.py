@@ -52,12 +52,13 @@ def _fortran_gemm(
         pointers = [
             context.make_array(kind)(context, builder, value).data
             if isinstance(kind, types.Array)
-            else cgutils.alloca_once_value(builder, value)
+            else cgutils.alloca_once_value(builder, value)  # type: ignore[no-untyped-call]
             for kind, value in zip(signature.args, values, strict=True)
         ]
         pointers = [builder.bitcast(pointer, cgutils.voidptr_t) for pointer in pointers]
         kind = ir.FunctionType(ir.VoidType(), [pointer.type for pointer in pointers])
-        gemm = cgutils.get_or_insert_function(builder.module, kind, SYMBOLS[number])
+        name = SYMBOLS[number]
+        gemm = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
         builder.call(gemm, pointers)
         return context.get_dummy_value()
 
