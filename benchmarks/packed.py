@@ -58,8 +58,10 @@ Row = dict[str, Any]
 Call = Callable[[], object]
 
 
-def fastest(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """The shortest time of each call, in bursts by turns, for about `seconds` each."""
+def fastest(
+    calls: dict[str, Call], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The shortest time of each call by `clock`, in bursts by turns, for about `seconds` each."""
     for call in calls.values():
         call()
     best = dict.fromkeys(calls, float("inf"))
@@ -68,11 +70,12 @@ def fastest(calls: dict[str, Call], seconds: float) -> dict[str, float]:
     while rounds < 3 or time.perf_counter() < end:
         for name, call in calls.items():
             burst = time.perf_counter() + BURST_SECONDS
-            before = 0.0
-            while before < burst:
-                before = time.perf_counter()
+            while time.perf_counter() < burst:
+                before = clock()
                 call()
-                best[name] = min(best[name], time.perf_counter() - before)
+                spent = clock() - before
+                if spent > 0:  # a clock that stood still says nothing
+                    best[name] = min(best[name], spent)
         rounds += 1
     return best
 

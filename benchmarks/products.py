@@ -2,7 +2,8 @@
 
     python -m benchmarks.products [--seconds 0.5] [--json]
 
-Float32, by turns in short bursts, the fastest call of each. With MKL also its packed operands, that is
+Float32, by turns in short bursts, the fastest call of each, by the processor time of the thread: what
+others take of the machine in between is not counted. With MKL also its packed operands, that is
 `cblas_sgemm_pack` and `compute`: the second matrix, a weight, is packed once, outside the time that is
 measured, and what packing takes is measured by itself. Writes `products.json` into the folder of the
 machine.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,7 +131,7 @@ def measure(shape: Shape, libraries: list[Library], seconds: float) -> dict[str,
         call()
         if name != "packing" and not np.allclose(given.c, expected, rtol=0, atol=1e-3):
             raise SystemExit(f"{name} does not compute {shape.name}")
-    best = fastest(dict(calls), seconds)
+    best = fastest(dict(calls), seconds, time.thread_time)
     operations = 2e-9 * shape.rows * shape.outputs * shape.inputs
     rates = {name: round(operations / spent, 1) for name, spent in best.items() if name != "packing"}
     packing = {"packing_us": round(1e6 * best["packing"], 1)} if "packing" in best else {}

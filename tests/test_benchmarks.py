@@ -183,7 +183,7 @@ def test_a_file_of_results_says_a_blas_that_is_not_openblas() -> None:
 def test_products_has_a_row_for_each_shape_and_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def known_times(calls: dict[str, packed.Call], _seconds: float) -> dict[str, float]:
+    def known_times(calls: dict[str, packed.Call], *_: object) -> dict[str, float]:
         return dict.fromkeys(calls, 1e-3)
 
     monkeypatch.setattr(products, "fastest", known_times)
