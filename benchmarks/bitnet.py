@@ -1,6 +1,7 @@
 """What ternary weights cost in perplexity: the paper's five models, float32 and BitNet, side by side.
 
-    python -m benchmarks.bitnet [--steps 450] [--threads N] [--out runs/bitnet] [--json]
+    python -m benchmarks.bitnet [--steps 450] [--threads N] [--out runs/bitnet] [--blas openblas|mkl]
+                                [--json]
 
 Trains each `small-...` preset and its `-bitnet` sibling on the embedded corpus for the same number of
 steps, each with its own recipe, scores the held-out text, packs every ternary model and checks what is
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machines import add_blas_option, use_blas
 from mhmoe_np.settings.presets import PAPER_MODELS
 
 COMMAND = [sys.executable, "-c", "from mhmoe_cli.main import main; main()"]
@@ -65,7 +67,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/bitnet"))
     parser.add_argument("--json", action="store_true")
+    add_blas_option(parser)
     arguments = parser.parse_args()
+    use_blas(arguments.blas)
     rows = []
     for model in PAPER_MODELS:
         scores = {
@@ -77,7 +81,9 @@ def main() -> None:
             for weights, domains in scores.items()
         }
         packed = packed_values(f"small-{model}-bitnet", arguments.out)
-        rows.append({"model": model, "steps": arguments.steps, "token_ppl": perplexity, **packed})
+        started = json.loads((arguments.out / f"small-{model}" / "environment.json").read_text())
+        row = {"model": model, "steps": arguments.steps, "token_ppl": perplexity, **packed}
+        rows.append({**row, "blas": started["blas"]})
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return

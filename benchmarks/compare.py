@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import psutil
 
+from benchmarks.machines import machine
 from benchmarks.sizes import BITNET, SIZES, benchmark_config
 from mhmoe_np.costs.model import macs_per_token
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.storage.tensors import save_tensors
-from mhmoe_np.training.environment import processor
 
 Work = Literal["train", "evaluate"]
 PEERS = {
@@ -73,12 +73,16 @@ class Process:
             raise SystemExit(f"{self._name} ended early")
         return line.strip()
 
-    def ask(self, line: str) -> list[float]:
-        """The numbers that answer a request."""
+    def say(self, line: str) -> str:
+        """The answer to a request."""
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        return [float(number) for number in self._answer().split()]
+        return self._answer()
+
+    def ask(self, line: str) -> list[float]:
+        """The numbers that answer a request."""
+        return [float(number) for number in self.say(line).split()]
 
     def processor_seconds(self) -> float:
         times = self._usage.cpu_times()
@@ -188,6 +192,7 @@ def compare(
             [ours, other], work, batches + 1, repeats, disturbed
         )
         memory = ours.ask("memory")[0], other.ask("memory")[0]
+        blas, peer_blas = (json.loads(side.say("blas")) for side in (ours, other))
         sgemm = max(ours.ask("sgemm")[0], other.ask("sgemm")[0])
         ours.end(), other.end()
         parts = json.loads(
@@ -224,16 +229,7 @@ def compare(
         "rounds": repeats,
         "disturbed_rounds": dropped,
         "parts_ms": parts,
+        "blas": blas,
+        "peer_blas": peer_blas,
         "machine": machine(),
     }
-
-
-def machine() -> str:
-    """The processor, as its maker and its family name it."""
-    facts: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    widest = "AVX-512" if "avx512f" in facts.get("flags", "") else "AVX2"
-    family, kind = facts.get("cpu family", "?"), facts.get("model", "?")
-    return f"{processor()} (family {family} model {kind}, {widest}, {os.cpu_count()} cores)"

@@ -1,6 +1,6 @@
 """Does a generated token cost more the more was generated before it?
 
-    python -m benchmarks.decode [--positions 2048] [--threads N]
+    python -m benchmarks.decode [--positions 2048] [--threads N] [--blas openblas|mkl]
 
 Decodes token by token with the key-value cache and prints the median milliseconds of a token,
 and of its attention alone, in windows along the way. Everything but attention should stay level.
@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from benchmarks.machines import add_blas_option, described, machine, use_blas
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -27,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--threads", type=int)
+    add_blas_option(parser)
     arguments = parser.parse_args()
+    use_blas(arguments.blas)
     settings = MODEL_PRESETS["small-mh-moe-2"].model_dump()
     settings["max_position_embeddings"] = arguments.positions
     parameters = Parameters(ModelConfig.model_validate(settings), np.float32)
@@ -52,6 +55,9 @@ def main() -> None:
         cache.extend(np.array([[token]]))
         total_ms.append((time.perf_counter() - start) * 1e3)
         attention_ms.append(spent[0] * 1e3)
+    blas = ops.blas()
+    assert blas is not None
+    print(f"{machine()}, {described(blas._asdict())}")
     print("position   token ms   attention ms   rest ms")
     for first in [
         WINDOW,

@@ -1,10 +1,11 @@
 """How cost grows: tokens/s and memory of training against one size at a time.
 
     python -m benchmarks.growth [--only sequence|experts|vocabulary|layers|threads]
+                                [--blas openblas|mkl]
 
-Starts from size A's MH-MoE. Writes `results/growth.json` and a plot of each curve; `benchmarks.readme`
-makes the page. Memory is what the model and the step take beyond the program itself: parameters,
-gradient, moments, and the buffers of the step.
+Starts from size A's MH-MoE. Writes `growth.json` and a plot of each curve into the machine's folder;
+`benchmarks.readme` makes the page. Memory is what the model and the step take beyond the program
+itself: parameters, gradient, moments, and the buffers of the step.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from benchmarks.compare import environment_of_sides, machine
+from benchmarks.compare import environment_of_sides
+from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas
 from benchmarks.numpy_side import SETTINGS
 from benchmarks.parts import Stopwatch, breakdown
-from benchmarks.report import RESULTS, draw_curve
+from benchmarks.report import draw_curve
 from benchmarks.sizes import benchmark_config
 from mhmoe_np.model.loss import Batch
 from mhmoe_np.model.moments import Moments
@@ -30,7 +32,7 @@ from mhmoe_np.operations.table import Operations
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.training.step import Learner
 
-GROWTH = RESULTS / "growth.json"
+GROWTH = "growth"  # the file's name; behind it a BLAS
 STEPS = 3
 
 
@@ -78,7 +80,9 @@ def measure(curve: Curve, value: int) -> dict[str, Any]:
 
     step()
     parts = min((breakdown(step, stopwatch, 1) for _ in range(STEPS)), key=lambda p: sum(p.values()))
+    blas = ops.blas()
     return {
+        "blas": None if blas is None else blas._asdict(),
         "value": value,
         "tokens_per_s": round(batch.input_BT.size / sum(parts.values()) * 1e3),
         "parts_ms": parts,
@@ -91,11 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=CURVES, action="append")
     parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
+    add_blas_option(parser)
     options = parser.parse_args()
+    use_blas(options.blas)
     if options.point is not None:
         print(json.dumps(measure(CURVES[options.only[0]], options.point)))
         return
-    results = json.loads(GROWTH.read_text("utf-8")) if GROWTH.exists() else {}
+    folder = folder_of(machine())
+    folder.mkdir(parents=True, exist_ok=True)
     for name in options.only or CURVES:
         points = []
         for value in CURVES[name].values:
@@ -106,16 +113,19 @@ def main() -> None:
                 check=True,
             ).stdout
             points.append(json.loads(output))
+            blas = points[-1].pop("blas")
             print(name, json.dumps(points[-1]), flush=True)
+        path = folder / f"{GROWTH}{tag(blas)}.json"
+        results = json.loads(path.read_text("utf-8")) if path.exists() else {}
         results[name] = {
             "key": CURVES[name].key,
             "tokens": CURVES[name].tokens,
             "machine": machine(),
+            "blas": blas,
             "points": points,
         }
-        draw_curve(name, results[name])
-        RESULTS.mkdir(exist_ok=True)
-        GROWTH.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        draw_curve(name, results[name], folder / f"growth-{name}{tag(blas)}.png")
+        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
 from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import Blas, Operations
 from mhmoe_np.storage.tensors import read_into
 from mhmoe_np.training.schedule import adamw_settings
 from mhmoe_np.training.step import Learner
@@ -64,6 +64,11 @@ class NumpySide:
         threadpool_limits(self._threads, user_api="blas")
         x, out = np.ones((SGEMM, SGEMM), np.float32), np.empty((SGEMM, SGEMM), np.float32)
         return lambda: np.matmul(x, x, out=out), 2.0 * SGEMM**3
+
+    def blas(self) -> Blas:
+        found = self._ops.blas()
+        assert found is not None
+        return found
 
 
 def main() -> None:

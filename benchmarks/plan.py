@@ -1,10 +1,10 @@
 """Does `mhmoe-np plan` tell what `mhmoe-np train` then takes?
 
-    python -m benchmarks.plan [--only small|paper] [--json]
+    python -m benchmarks.plan [--only small|paper] [--blas openblas|mkl] [--json]
 
 For each of the paper's five models, at a quarter of its width and at the paper's, a forecast and then a
 short run with the same settings: peak memory of the whole process, and the time of a step. All ten
-together are written into `results/plan.json`.
+together are written into `plan.json` in the machine's folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import environment_of_sides, machine
+from benchmarks.compare import environment_of_sides
+from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas
 from mhmoe_np.settings.presets import PAPER_MODELS
 from mhmoe_np.training.run_folder import METRICS
 
-FORECASTS = Path(__file__).parent / "results" / "plan.json"
+FORECASTS = "plan"  # the file's name; behind it a BLAS
 COMMAND = (str(Path(sys.executable).with_name("mhmoe-np")),)
 SETTINGS = {
     "small": ("--steps", "12"),
@@ -68,7 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=SETTINGS)
     parser.add_argument("--json", action="store_true")
+    add_blas_option(parser)
     options = parser.parse_args()
+    use_blas(options.blas)
     rows = []
     for family in [options.only] if options.only else list(SETTINGS):
         for model in PAPER_MODELS:
@@ -89,8 +92,11 @@ def main() -> None:
             if not options.json:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if not options.only:
-        found = {"machine": machine(), "rows": rows}
-        FORECASTS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        found = {"machine": machine(), "blas": plan["blas"], "rows": rows}
+        folder = folder_of(machine())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{FORECASTS}{tag(plan['blas'])}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if options.json:
         print(json.dumps(rows))
 

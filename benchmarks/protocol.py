@@ -4,13 +4,15 @@
 
 `ready` comes once, when it has loaded. Then `loss` -> the mean NLL and the loss of the first batch;
 `train N` and `evaluate N` -> the seconds that N steps, or N batches forward, took; `memory` -> the
-process's peak in bytes; `sgemm` -> its best GFLOP/s of a large product; `quit` ends it. The tokens are
-an integer array [batches, B, T+1], used in turn; the weights have the names of a checkpoint.
+process's peak in bytes; `sgemm` -> its best GFLOP/s of a large product; `blas` -> the library of its
+products, as JSON; `quit` ends it. The tokens are an integer array [batches, B, T+1], used in turn; the
+weights have the names of a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from benchmarks.sizes import MODELS, SIZES
+from mhmoe_np.operations.table import Blas
 from mhmoe_np.settings.run import OptimizerConfig
 
 SGEMM = 2048  # rows and columns of the large product
@@ -39,6 +42,8 @@ class Side(Protocol):
     def product(self) -> tuple[Callable[[], object], float]:
         """A large float32 product, and its floating-point operations."""
         ...
+
+    def blas(self) -> Blas: ...
 
 
 class Options(argparse.Namespace):
@@ -91,6 +96,8 @@ def _answer(side: Side, request: str) -> str:
         case ["sgemm"]:
             call, operations = side.product()
             return repr(operations / _fastest(call) / 1e9)
+        case ["blas"]:
+            return json.dumps(side.blas()._asdict())
         case _:
             raise SystemExit(f"unknown request {request!r}")
 

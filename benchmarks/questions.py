@@ -2,7 +2,7 @@
 
     python -m benchmarks.questions [--only residual gates biases precision dropping] [--presets ...]
                                    [--seeds 0 1 2] [--steps N] [--threads N] [--out runs/questions]
-                                   [--json]
+                                   [--blas openblas|mkl] [--json]
 
 Trains each preset on the embedded corpus as it is and changed, and scores the held-out text. Both runs
 of a pair have the same seed: the same text is held out, the batches are the same, and tensors of one
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.bitnet import mhmoe
-from benchmarks.compare import machine
+from benchmarks.machines import add_blas_option, machine, use_blas
 from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
 from mhmoe_np.inference.evaluate import check_scores
 from mhmoe_np.model.language_model import Model
@@ -144,7 +144,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/questions"))
     parser.add_argument("--json", action="store_true")
+    add_blas_option(parser)
     arguments = parser.parse_args()
+    use_blas(arguments.blas)
     runs = Runs(arguments.out, arguments.steps, arguments.threads)
     rows: list[dict[str, Any]] = []
     for name in arguments.only:
@@ -159,7 +161,9 @@ def main() -> None:
                     ]
                 steps = arguments.steps or RUN_PRESETS[preset]["training"]["steps"]
                 rows.append({**row, "steps": steps, "seeds": arguments.seeds})
-    results = {"machine": machine(), "results": rows}
+    blas = load_operations("numba").blas()
+    assert blas is not None
+    results = {"machine": machine(), "blas": blas._asdict(), "results": rows}
     write_atomically(arguments.out / "questions.json", partial(write_json, value=results))
     if arguments.json:
         print(json.dumps(results, indent=2))

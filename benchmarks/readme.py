@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.growth import GROWTH
+from benchmarks.machines import RESULTS, described
 from benchmarks.parts import PARTS
 from benchmarks.plan import FORECASTS
-from benchmarks.report import RESULTS
+from benchmarks.products import FILE as PRODUCTS
 from benchmarks.sizes import benchmark_config
 
 Point = dict[str, Any]
@@ -21,13 +23,16 @@ PAGE = RESULTS.parent / "README.md"
 
 HEAD = """# Benchmarks
 
-This page is made by `python -m benchmarks.readme` of what the benchmarks wrote into `results/`; nothing in
-it is typed by hand. Install the peers with `pip install torch==2.13.0 && pip install -e '.[test]'`.
+This page is made by `python -m benchmarks.readme` of what the benchmarks wrote into `results/`, a folder for
+each machine; nothing in it is typed by hand. `--blas openblas|mkl` chooses the library of our products, and
+results say which it was. Install the peers with `pip install torch==2.13.0 && pip install -e '.[test]'`.
 
     python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
-                               [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]
+                               [--peer torch|torch-compile|hf-mixtral] [--threads N]
+                               [--blas openblas|mkl] [--json]
     python -m benchmarks.evaluate      the same, forward and loss alone
     python -m benchmarks.growth        how cost grows
+    python -m benchmarks.products      single matrix products, OpenBLAS and MKL
     python -m benchmarks.plan          whether `mhmoe-np plan` is right
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
@@ -57,29 +62,32 @@ has 2 heads and 16 experts of 176 (B: 40 of 768), two chosen.
 
 
 def comparisons() -> Iterator[str]:
-    rows = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*-threads.json"))]
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*/*-threads.json"))]
     yield COMPARISON
+    if not any("intel" in row["machine"].lower() for row in rows):
+        yield "There are no results of an Intel processor, where MKL is the faster library.\n"
     for name in sorted({row["machine"] for row in rows}):
         yield f"**{name}**\n"
-        yield "| | size | model | peer | threads | tokens/s | peer's | ratio | median | MFU | peer's | memory |"
-        yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+        yield "| | size | model | peer | threads | BLAS | tokens/s | peer's | ratio | median | MFU | peer's | memory |"
+        yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
         for row in sorted(rows, key=lambda row: (row["work"] != "train", row["size"], row["model"])):
             if row["machine"] == name:
                 keys = ("work", "size", "model", "peer", "threads")
                 figures = ("ratio", "median_ratio", "mfu", "peer_mfu", "rss_ratio")
                 cells = [
                     *(row[key] for key in keys),
+                    row["blas"]["name"],
                     f"{row['ours_tokens_per_s']:,}",
                     f"{row['peer_tokens_per_s']:,}",
                     *(f"{row[key]:.2f}" for key in figures),
                 ]
                 yield f"| {' | '.join(map(str, cells))} |"
         yield "\nOur step by part, in milliseconds:\n"
-        yield f"| | size | model | {' | '.join(PARTS)} |"
-        yield "|---" * (3 + len(PARTS)) + "|"
+        yield f"| | size | model | BLAS | {' | '.join(PARTS)} |"
+        yield "|---" * (4 + len(PARTS)) + "|"
         seen = set()
         for row in sorted(rows, key=lambda row: (row["work"] != "train", row["size"], row["model"])):
-            case = row["work"], row["size"], row["model"]
+            case = row["work"], row["size"], row["model"], row["blas"]["name"]
             if row["machine"] == name and case not in seen:
                 seen.add(case)
                 yield f"| {' | '.join(map(str, (*case, *(row['parts_ms'][part] for part in PARTS))))} |"
@@ -186,18 +194,53 @@ ABOUT: dict[str, Callable[[Points], str]] = {
 }
 
 
+def results_of(name: str) -> Iterator[tuple[Path, Any]]:
+    """What one benchmark left, of every machine and BLAS, with the place."""
+    for path in sorted(RESULTS.glob(f"*/{name}.json")) + sorted(RESULTS.glob(f"*/{name}-*.json")):
+        yield path, json.loads(path.read_text("utf-8"))
+
+
+def products() -> Iterator[str]:
+    yield "\n## Matrix products\n"
+    yield "One thread, float32, GFLOP/s of each library; `packed` is MKL's with the second matrix packed once,"
+    yield "outside the time that is given, and `packing` the microseconds that this takes. N rows of I numbers"
+    yield "make N of O; `nt`, `nn` and `tn` say which factor is transposed.\n"
+    for _, found in results_of(PRODUCTS):
+        yield f"**{found['machine']}**: {', '.join(found['libraries'].values())}\n"
+        yield "| product | | N | O | I | OpenBLAS | MKL | MKL / OpenBLAS | packed | packing |"
+        yield "|---|---|---|---|---|---|---|---|---|---|"
+        for row in found["rows"]:
+            cells = [*(row[key] for key in ("name", "form", "rows", "outputs", "inputs", "openblas"))]
+            if "mkl" in row:
+                ratio = f"{row['mkl'] / row['openblas']:.2f}"
+                cells += [row["mkl"], ratio, row["mkl_packed"], row["packing_us"]]
+            else:
+                cells += [""] * 4
+            yield f"| {' | '.join(map(str, cells))} |"
+        gains = [row["mkl_packed"] / row["mkl"] - 1 for row in found["rows"] if "mkl" in row]
+        if gains:
+            yield f"\nPacking changes MKL's speed by {min(gains):+.0%} to {max(gains):+.0%}, what packing takes not counted;"
+            yield "our kernels do not use it."
+        yield ""
+
+
 def growth() -> Iterator[str]:
-    curves = json.loads(GROWTH.read_text("utf-8"))
     yield "\n## How cost grows\n"
     yield "Training size A's MH-MoE, one size changed at a time. `model` is parameters, gradient and"
     yield "moments; `step` what a step needs beside them; the program itself is not counted.\n"
+    for path, curves in results_of(GROWTH):
+        yield from growth_of(path, curves)
+
+
+def growth_of(path: Path, curves: Any) -> Iterator[str]:
+    suffix = path.stem.removeprefix(GROWTH)
     for name, curve in curves.items():
         points = [{**point, "tokens": curve["tokens"]} for point in curve["points"]]
         if name == "experts":
             assert points[0]["tokens"] == 8192  # the paragraph counts rows for H = K = 2
         yield f"### {curve['key']}\n"
-        yield f"{curve['tokens']:,} tokens a step; {curve['machine']}.\n"
-        yield f"![{name}](results/growth-{name}.png)\n"
+        yield f"{curve['tokens']:,} tokens a step; {curve['machine']}, {described(curve['blas'])}.\n"
+        yield f"![{name}](results/{path.parent.name}/growth-{name}{suffix}.png)\n"
         yield f"| {curve['key']} | tokens/s | model MB | step MB | {' | '.join(PARTS)} |"
         yield "|---" * (4 + len(PARTS)) + "|"
         for point in points:
@@ -212,22 +255,23 @@ def growth() -> Iterator[str]:
 
 
 def forecasts() -> Iterator[str]:
-    found = json.loads(FORECASTS.read_text("utf-8"))
-    rows = found["rows"]
     yield "\n## `mhmoe-np plan`\n"
-    yield f"Forecast and what the run then took; {found['machine']}. Memory is the whole process's peak.\n"
-    yield "| model | planned MB | MB | error | planned s a step | s a step | error |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in rows:
-        yield (
-            f"| {row['model']} | {row['planned_peak_mb']:,} | {row['peak_mb']:,} | {row['memory_error']:+.1%} "
-            f"| {row['planned_step_s']} | {row['step_s']} | {row['time_error']:+.1%} |"
-        )
+    yield "Forecast and what the run then took. Memory is the whole process's peak.\n"
+    for _, found in results_of(FORECASTS):
+        yield f"**{found['machine']}, {described(found['blas'])}**\n"
+        yield "| model | planned MB | MB | error | planned s a step | s a step | error |"
+        yield "|---|---|---|---|---|---|---|"
+        for row in found["rows"]:
+            yield (
+                f"| {row['model']} | {row['planned_peak_mb']:,} | {row['peak_mb']:,} | {row['memory_error']:+.1%} "
+                f"| {row['planned_step_s']} | {row['step_s']} | {row['time_error']:+.1%} |"
+            )
+        yield ""
 
 
 def page() -> str:
     """The whole page."""
-    lines = [HEAD, *comparisons(), *growth(), *forecasts()]
+    lines = [HEAD, *comparisons(), *products(), *growth(), *forecasts()]
     return "\n".join(lines).rstrip() + "\n"
 
 

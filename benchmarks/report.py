@@ -13,11 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.compare import PEERS, Work, compare
+from benchmarks.machines import add_blas_option, described, folder_of, tag, use_blas
 from benchmarks.parts import PARTS
 from benchmarks.sizes import MODELS, SIZES
 from mhmoe_np.operations.load import cores
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(work: Work, description: str) -> None:
@@ -33,12 +32,16 @@ def main(work: Work, description: str) -> None:
     parser.add_argument(
         "--disturbed", type=float, default=0.05, help="share of others that spoils a turn"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where row and plot are written")
+    parser.add_argument(
+        "--results", type=Path, help="where row and plot are written; default: the machine's folder"
+    )
+    add_blas_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     model = options.model or ("mixtral" if options.peer == "hf-mixtral" else "mhmoe")
     if (options.peer == "hf-mixtral") != (model == "mixtral"):
         parser.error("--peer hf-mixtral goes with --model mixtral, and only with it")
+    use_blas(options.blas)
     row = compare(
         options.size,
         model,
@@ -49,11 +52,12 @@ def main(work: Work, description: str) -> None:
         repeats=options.repeats,
         disturbed=options.disturbed,
     )
-    options.results.mkdir(exist_ok=True)
+    folder = options.results or folder_of(row["machine"])
+    folder.mkdir(parents=True, exist_ok=True)
     keys = ("work", "size", "model", "peer")
-    name = "-".join([*(row[key] for key in keys), f"{row['threads']}-threads"])
-    (options.results / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n", "utf-8")
-    draw(row, options.results / f"{name}.png")
+    name = "-".join(row[key] for key in keys) + f"{tag(row['blas'])}-{row['threads']}-threads"
+    (folder / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n", "utf-8")
+    draw(row, folder / f"{name}.png")
     if options.json:
         print(json.dumps(row))
     else:
@@ -72,14 +76,16 @@ def draw(row: dict[str, Any], path: Path) -> None:
     parts.barh(PARTS[::-1], milliseconds[::-1], color="tab:blue")
     parts.set_xlabel("milliseconds of our step")
     figure.suptitle(
-        f"size {row['size']}, {row['model']}, {row['threads']} threads; {row['machine']}", fontsize=9
+        f"size {row['size']}, {row['model']}, {row['threads']} threads; {row['machine']}, "
+        f"{described(row['blas'])}",
+        fontsize=9,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def draw_curve(name: str, curve: dict[str, Any]) -> None:
+def draw_curve(name: str, curve: dict[str, Any], path: Path) -> None:
     """Tokens/s, and milliseconds of each part for a thousand tokens, against the size that grows."""
     points = curve["points"]
     values = [point["value"] for point in points]
@@ -99,8 +105,8 @@ def draw_curve(name: str, curve: dict[str, Any]) -> None:
         axes.set_xlabel(curve["key"])
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [str(value) for value in values], fontsize=7, rotation=30)
-    figure.suptitle(f"training against {name}; {curve['machine']}", fontsize=9)
+    where = f"{curve['machine']}, {described(curve['blas'])}"
+    figure.suptitle(f"training against {name}; {where}", fontsize=9)
     figure.tight_layout()
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"growth-{name}.png", dpi=90)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.protocol import OPTIMIZER, SGEMM, Options, read_options, serve
 from benchmarks.sizes import benchmark_config
+from mhmoe_np.operations.table import Blas
 from mhmoe_np.settings.model import ModelConfig
 
 
@@ -280,6 +282,12 @@ class TorchSide:
     def product(self) -> tuple[Callable[[], object], float]:
         x, out = torch.ones(SGEMM, SGEMM), torch.empty(SGEMM, SGEMM)
         return lambda: torch.mm(x, x, out=out), 2.0 * SGEMM**3
+
+    def blas(self) -> Blas:
+        built = torch.__config__.show()
+        name = re.search(r"BLAS_INFO=(\w+)", built)
+        version = re.search(r"Math Kernel Library Version (\d[\d.]*)", built)
+        return Blas(name[1] if name else "unknown", version[1] if version else "", None)
 
 
 def batches_of(options: Options) -> Tensor:

@@ -1,9 +1,11 @@
 """Training speed beside a peer: the same weights, batches and optimiser.
 
     python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
-                            [--peer torch|torch-compile|hf-mixtral] [--threads N] [--json]
+                            [--peer torch|torch-compile|hf-mixtral] [--threads N]
+                            [--blas openblas|mkl] [--json]
 
-See `compare` for how it is measured. Writes the row and a plot into benchmarks/results.
+See `compare` for how it is measured. Writes the row and a plot into the machine's folder
+of benchmarks/results.
 """
 
 from benchmarks.report import main

@@ -69,6 +69,7 @@ def _as_dict(plan: Plan) -> dict[str, object]:
         "parameters": plan.parameters._asdict(),
         "memory": {**plan.memory._asdict(), "peak": plan.memory.peak},
         "device": None if plan.device is None else plan.device._asdict(),
+        "blas": None if plan.blas is None else plan.blas._asdict(),
     }
 
 
@@ -92,6 +93,8 @@ def _print(plan: Plan) -> None:
         table.add_row(f"  of {plan.device.name}", decimal(plan.device.total_bytes, precision=2))
         if plan.memory.peak > plan.device.total_bytes:
             table.add_row("", "it does not fit: a smaller batch, or more gradient_accumulation_steps")
+    if plan.blas is not None:
+        table.add_row("products by", " ".join(filter(None, plan.blas)))
     table.add_row("tokens/s", f"{plan.tokens_per_s:,.0f}")
     table.add_row("a step", f"{plan.step_seconds:.3g} s")
     table.add_row("all steps", duration(plan.training_seconds))

@@ -15,7 +15,12 @@ def check_installed(library: str, *, extra: str, needed_by: str, otherwise: str 
     Raises UserError: it is missing; the line says how to install it.
     """
     if importlib.util.find_spec(library) is None:
-        raise UserError(
-            f"{needed_by}: needs {library}, which is not installed; install it with: "
-            f"pip install 'mhmoe-np[{extra}]'{otherwise}"
-        )
+        raise missing(library, extra=extra, needed_by=needed_by, otherwise=otherwise)
+
+
+def missing(library: str, *, extra: str, needed_by: str, otherwise: str = "") -> UserError:
+    """The error of a library that is not there; see `check_installed`."""
+    return UserError(
+        f"{needed_by}: needs {library}, which is not installed; install it with: "
+        f"pip install 'mhmoe-np[{extra}]'{otherwise}"
+    )

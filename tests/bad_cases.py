@@ -365,6 +365,7 @@ def environments(rng: Random, folder: Path, material: Path) -> Case:
     name = rng.choice(
         [
             *("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_OPT", "MHMOE_NP_ISA"),
+            "MHMOE_NP_BLAS",
             *(
                 "COLUMNS",
                 "LINES",

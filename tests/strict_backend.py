@@ -218,6 +218,9 @@ class StrictOperations:
     def device(self) -> None:
         return None
 
+    def blas(self) -> None:
+        return None
+
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return lambda fixed, *arrays: work(fixed, *map(self.to_device, arrays))
 

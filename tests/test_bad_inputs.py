@@ -451,6 +451,7 @@ def test_a_closed_pipe_is_no_failure(folder: Path, arguments: list[str]) -> None
         ("NUMBA_CPU_FEATURES", "bogus", "NUMBA_CPU_FEATURES=bogus: must be"),
         ("NUMBA_OPT", "x", "'NUMBA_OPT'"),
         ("MHMOE_NP_ISA", "x", "MHMOE_NP_ISA=x: this processor offers"),
+        ("MHMOE_NP_BLAS", "x", "MHMOE_NP_BLAS=x: must be openblas or mkl; unset it"),
     ],
 )
 def test_a_variable_of_the_environment_is_refused(
@@ -469,7 +470,12 @@ def test_a_variable_of_the_environment_is_refused(
     [
         {"COLUMNS": "x", "LINES": "²", "TMPDIR": "/nonexistent"},
         {"COLUMNS": "0", "TERM": "", "HOME": "/nonexistent", "XDG_CACHE_HOME": "/dev/null"},
-        {"MHMOE_NP_ISA": "", "NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"},
+        {
+            "MHMOE_NP_ISA": "",
+            "MHMOE_NP_BLAS": "",
+            "NUMBA_THREADING_LAYER": "workqueue",
+            "NUMBA_NUM_THREADS": "1",
+        },
     ],
 )
 def test_odd_surroundings_do_not_matter(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, packed, parts, questions, readme
+from benchmarks import compare, machines, packed, parts, products, questions, readme
 from benchmarks.sizes import benchmark_config
 from mhmoe_cli.run_settings import option_tables, resolved_config
 from mhmoe_np.costs.model import macs_per_token, parameter_count
+from mhmoe_np.operations.blas import blas_of
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import choose
 from mhmoe_np.operations.packing import FORMATS
@@ -35,8 +36,10 @@ def benchmark(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str
 def test_packed_prints_a_row_for_every_case() -> None:
     options = ("--only", "experts", "--threads", "1", "--seconds", "0.01", "--json")
     rows = json.loads(benchmark("benchmarks.packed", *options).stdout)
-    keys = {"case", "rows", "threads", "isa", "format", "ratio_to_sgemm", "gops"}
+    keys = {"case", "rows", "threads", "isa", "format", "ratio_to_sgemm", "gops", "blas"}
     assert all(set(row) == keys for row in rows)
+    numpys = blas_of("numpy")
+    assert {row["blas"] for row in rows} == {machines.described(numpys._asdict())}
     cases = [(row["case"], row["rows"], row["format"], row["isa"], row["threads"]) for row in rows]
     assert sorted(cases) == sorted(
         (f"experts {shape}", count, format, choose(), 1)
@@ -66,6 +69,7 @@ def test_packed_counts_operations_and_compares_times(monkeypatch: pytest.MonkeyP
 )
 def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, tmp_path: Path) -> None:
     options = ("--size", "A", "--model", model, "--peer", "torch", "--repeats", "1", "--json")
+    options += ("--blas", "openblas")
     options += ("--batches", "1", "--results", str(tmp_path), "--disturbed", "1")
     row = json.loads(benchmark(f"benchmarks.{work}", *options).stdout)
     name = f"{work}-A-{model}-torch-{row['threads']}-threads"
@@ -93,6 +97,8 @@ def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, t
     nats = 10  # a loss of random weights is below: ln 8192 = 9.01
     assert 0 <= row["loss_difference"] <= compare.tolerance_of(model) * nats
     assert (row["rounds"], row["disturbed_rounds"]) == (1, 0)
+    assert row["blas"] == blas_of("scipy")._asdict()
+    assert row["peer_blas"]["name"] == "mkl"  # as PyTorch's wheels for this processor are built
     idle = {"feed-forward"} | ({"optimiser"} if work == "evaluate" else set())
     assert tuple(row["parts_ms"]) == parts.PARTS
     assert {part for part, spent in row["parts_ms"].items() if not spent > 0} == idle
@@ -144,6 +150,59 @@ def test_the_stopwatch_knows_only_operations_of_the_table() -> None:
 
 def test_the_page_is_made_of_the_results() -> None:
     assert readme.PAGE.read_text(encoding="utf-8") == readme.page()
+
+
+@pytest.mark.parametrize(
+    ("machine", "folder"),
+    [
+        ("AMD EPYC (family 26 model 2, AVX-512, 2 cores)", "amd-epyc-family-26-model-2-avx512"),
+        (
+            "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz (family 6 model 143, AVX-512, 48 cores)",
+            "intel-xeon-platinum-8488c-family-6-model-143-avx512",
+        ),
+        ("AMD EPYC 7B13 64-Core Processor (family 25 model 1, AVX2, 2 cores)",
+         "amd-epyc-7b13-family-25-model-1-avx2"),
+    ],
+)  # fmt: skip
+def test_a_machine_has_a_folder_whatever_its_cores(machine: str, folder: str) -> None:
+    assert machines.folder_of(machine) == machines.RESULTS / folder
+
+
+def test_results_lie_in_the_folder_of_the_machine_that_they_name() -> None:
+    for path in machines.RESULTS.glob("*/*.json"):
+        found = json.loads(path.read_text())
+        named = [found] if "machine" in found else found.values() if isinstance(found, dict) else []
+        for result in named:
+            assert machines.folder_of(result["machine"]) == path.parent, path
+
+
+def test_a_file_of_results_says_a_blas_that_is_not_openblas() -> None:
+    assert [machines.tag({"name": name}) for name in ("openblas", "mkl")] == ["", "-mkl"]
+
+
+def test_products_has_a_row_for_each_shape_and_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def known_times(calls: dict[str, packed.Call], *_: object) -> dict[str, float]:
+        return dict.fromkeys(calls, 1e-3)
+
+    monkeypatch.setattr(products, "fastest", known_times)
+    monkeypatch.setattr(products, "folder_of", lambda _: tmp_path / "machine")
+    monkeypatch.setattr("sys.argv", ["products", "--json"])
+    products.main()
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "machine" / "products.json").read_text()) == found
+    assert [row["name"] for row in found["rows"]] == [shape.name for shape in products.SHAPES]
+    for row in found["rows"]:
+        operations = 2 * row["rows"] * row["outputs"] * row["inputs"]
+        for name in found["libraries"]:
+            assert row[name] == pytest.approx(operations / 1e-3 / 1e9, abs=0.05)
+
+
+def test_a_product_that_is_wrong_gives_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "product", lambda *_: lambda: None)
+    with pytest.raises(SystemExit, match="openblas does not compute A: expert, gate and up"):
+        products.measure(products.SHAPES[0], [products.openblas()], 0.0)
 
 
 def test_a_peer_of_another_architecture_is_refused() -> None:

@@ -54,6 +54,9 @@ RUN_BY = {
     "python -m benchmarks.train --size A --model mhmoe --peer torch": (
         "tests/test_benchmarks.py::test_a_comparison_reports_both_sides_and_draws_them"
     ),
+    "python -m benchmarks.products": (
+        "tests/test_benchmarks.py::test_products_has_a_row_for_each_shape_and_library"
+    ),
     "python -m benchmarks.questions": "tests/test_benchmarks.py::test_a_question_compares_seed_by_seed",
     "python -m mhmoe_np.harness run --model mhmoe-np --model_args checkpoint=runs/mine --tasks wikitext"
     " --batch_size 16": "tests/harness/test_lm_eval.py::test_the_harnesss_command_line_knows_the_model",

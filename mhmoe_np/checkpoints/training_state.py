@@ -35,7 +35,7 @@ class LogMark(StrictModel):
 
 
 class Change(StrictModel):
-    """A setting, or the backend, that another sitting changed: from `step` updates on it was `now`."""
+    """What another sitting changed after `step` updates: a setting, the backend or its BLAS."""
 
     step: Natural
     key: str
@@ -53,6 +53,7 @@ class TrainerState(StrictModel):
     step: Natural  # updates made
     config: RunConfig  # as it stands now
     backend: str | None = None  # that it was trained on last; None: not said
+    blas: str | None = None  # the library of its products then; None: not said, or a device's
     changes: list[Change] = Field(default_factory=list)
     logs: dict[str, LogMark] | None = None  # None: from an older release, which kept no marks
 

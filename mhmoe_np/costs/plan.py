@@ -23,7 +23,7 @@ from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.room import check_batch_room, check_room
 from mhmoe_np.model.sums import StepSums
 from mhmoe_np.model.weights import Weights
-from mhmoe_np.operations.table import AdamWSettings, BitWeight, Device, Operations
+from mhmoe_np.operations.table import AdamWSettings, BitWeight, Blas, Device, Operations
 from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.run import RunConfig
 from mhmoe_np.training.step import Learner
@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     flops_per_token: dict[str, int]  # of training, by part: 6 times the multiply-adds of a forward
     memory: Memory
     device: Device | None  # whose memory it is; None: the host's
+    blas: Blas | None  # the library of the products; None: a device's
     tokens_per_s: float
     step_seconds: float
     training_seconds: float  # all steps, without preparation, checkpoints and evaluation
@@ -134,6 +135,7 @@ def make_plan(
         flops_per_token={part: 6 * number for part, number in macs.items()},
         memory=memory,
         device=device,
+        blas=ops.blas(),
         tokens_per_s=training.batch_size * training.sequence_length / seconds,
         step_seconds=seconds,
         training_seconds=training.steps * seconds,

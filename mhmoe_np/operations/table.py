@@ -176,6 +176,14 @@ class Device(NamedTuple):
     total_bytes: int
 
 
+class Blas(NamedTuple):
+    """The library that multiplies a backend's matrices on the host."""
+
+    name: str  # as threadpoolctl calls it: openblas, mkl, ...
+    version: str
+    architecture: str | None  # that its kernels are for, where it says so
+
+
 class Operations(Protocol):
     """One backend: every operation of the table.
 
@@ -211,6 +219,9 @@ class Operations(Protocol):
 
     def device(self) -> Device | None:
         """Where it computes, as it stands now; None: on the host."""
+
+    def blas(self) -> Blas | None:
+        """The library of its matrix products; None: they are computed on a device."""
 
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, which computes on the device, as a function of the host's arrays.

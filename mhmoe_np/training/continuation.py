@@ -15,7 +15,7 @@ from mhmoe_np.checkpoints.training_state import (
 )
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.room import check_batch_room, check_room
-from mhmoe_np.operations.table import BackendName
+from mhmoe_np.operations.table import Operations
 from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.run import (
     COMMAND_LINE,
@@ -224,15 +224,21 @@ def _without(tables: Tables, keys: Iterable[str]) -> Tables:
     }
 
 
-def changes(opened: OpenRun, now: RunConfig, backend: BackendName) -> list[Change]:
-    """The settings that another sitting changes, and the backend, for the run's own record."""
+def changes(opened: OpenRun, now: RunConfig, ops: Operations) -> list[Change]:
+    """The settings that another sitting changes, the backend and its BLAS, for the run's own record."""
     state = opened.checkpoint.state if opened.checkpoint else None
-    step, before = (state.step, state.backend) if state else (0, None)
+    step = state.step if state else 0
     found = [
         Change(step=step, key=key, before=old, now=new)
         for key, (old, new) in differences(opened.config, now).items()
         if key not in FREE_KEYS
     ]
-    if before not in (None, backend):
-        found.append(Change(step=step, key="the backend", before=before, now=backend))
+    if state is not None:
+        blas = ops.blas()
+        for key, before, after in (
+            ("the backend", state.backend, ops.name),
+            ("the BLAS", state.blas, blas and blas.name),
+        ):
+            if before is not None and after not in (None, before):
+                found.append(Change(step=step, key=key, before=before, now=after))
     return found

@@ -1,4 +1,4 @@
-"""What a run was started with: versions, processor, threads."""
+"""What a run was started with: versions, processor, threads, BLAS."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mhmoe_np.operations.processor import processor
 from mhmoe_np.operations.table import Operations
 
 PACKAGES = ("mhmoe-np", "numpy", "numba", "scipy", "tokenizers", "safetensors")
@@ -20,7 +21,7 @@ def environment(*, threads: int, ops: Operations, init: Path | None = None) -> d
     ops: the backend.
     init: the checkpoint whose weights it starts from.
     """
-    device = ops.device()
+    device, blas = ops.device(), ops.blas()
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -29,17 +30,7 @@ def environment(*, threads: int, ops: Operations, init: Path | None = None) -> d
         "threads": threads,
         "backend": ops.name,
         "device": None if device is None else device._asdict(),
+        "blas": None if blas is None else blas._asdict(),
         "init": None if init is None else os.fsencode(init).decode(errors="backslashreplace"),
         "packages": {name: version(name) for name in PACKAGES},
     }
-
-
-def processor() -> str:
-    """The processor, as it names itself."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

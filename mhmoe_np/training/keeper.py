@@ -150,10 +150,12 @@ class Keeper:
         self._write_pending()
         for log in self._logs.values():
             log.flush()
+        blas = self._ops.blas()
         state = TrainerState(
             step=step,
             config=self._config,
             backend=self._ops.name,
+            blas=blas and blas.name,
             changes=self._changes,
             logs={name: log.mark for name, log in self._logs.items()},
         )

@@ -143,7 +143,7 @@ class Trainer:
         self._batches = batches_of(training_tokens(run, on_progress), config)
         start = opened.checkpoint or _beginning(config, on_progress)
         self.learner = Learner(start.parameters, start.moments, updates=start.state.step, ops=ops)
-        changed = changes(opened, config, ops.name)
+        changed = changes(opened, config, ops)
         self.tokenizer = load_tokenizer(run / TOKENIZER)
         self.keeper = Keeper(run, config, start.state, changed, self.tokenizer, self.learner, ops)
         self.held_out = HeldOutText(run, self.tokenizer)

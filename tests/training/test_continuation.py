@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from mhmoe_np.checkpoints.training_state import Change
+from mhmoe_np.checkpoints.training_state import Change, TrainerState, TrainingCheckpoint
 from mhmoe_np.errors import Damaged, UserError
+from mhmoe_np.model.moments import Moments
+from mhmoe_np.model.parameters import Parameters
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.settings.run import Layer, RunConfig, merge, parse_run_config, read_toml
 from mhmoe_np.storage.lock import lock_folder
@@ -81,16 +84,34 @@ def test_the_configuration_of_a_run_reads_back_as_it_was(folder: Path) -> None:
     assert resumed_config(open_run(run), {}) == config
 
 
+def test_a_library_of_products_that_is_another_one_is_noted(folder: Path) -> None:
+    run, config = started(folder)
+    opened, ops = open_run(run), load_operations("numpy")
+    blas = ops.blas()
+    assert blas is not None
+
+    def noted(before: str | None) -> list[Change]:
+        state = TrainerState(step=3, config=config, backend="numpy", blas=before)
+        parameters = Parameters(config.model, np.float32)
+        moments = Moments.zeros(config.model, np.float32)
+        checkpoint = TrainingCheckpoint(parameters, moments, state)
+        return changes(opened._replace(checkpoint=checkpoint), config, ops)
+
+    assert noted(None) == noted(blas.name) == []  # None: of an older release, or of a GPU
+    assert noted("mkl") == [Change(step=3, key="the BLAS", before="mkl", now=blas.name)]
+
+
 def test_what_shapes_batches_and_weights_may_not_change(folder: Path) -> None:
     run, config = started(folder)
     opened = open_run(run)
     longer = resumed_config(opened, {"training": {"steps": 20, "log_every": 1}})
     assert (longer.training.steps, longer.training.log_every) == (20, 1)
     assert longer.identity() == config.identity()
-    assert changes(opened, longer, "numpy") == []
+    ops = load_operations("numpy")
+    assert changes(opened, longer, ops) == []
     lower = resumed_config(opened, {"optimizer": {"learning_rate": 1e-5}})
     key = "optimizer.learning_rate"
-    assert changes(opened, lower, "numpy") == [Change(step=0, key=key, before=6e-4, now=1e-5)]
+    assert changes(opened, lower, ops) == [Change(step=0, key=key, before=6e-4, now=1e-5)]
     with pytest.raises(UserError, match=r"run: was started with training.seed = 0, now 1 is given"):
         resumed_config(opened, {"training": {"seed": 1}})
     base = [Layer(read_toml(Path("config.toml")), "config.toml")]

@@ -82,6 +82,10 @@ class Memory:
             total,
         )
 
+    def blas(self) -> None:
+        """See `Operations.blas`."""
+        return None
+
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """See `Operations.repeated`: recorded as a CUDA graph, where there is a workspace."""
         return Repeated(work, self._stream, self._workspace, _allocated)

@@ -8,7 +8,7 @@ from mhmoe_np.operations.numba_cpu.attention import Attention
 from mhmoe_np.operations.numba_cpu.dispatch import DispatchOperations
 from mhmoe_np.operations.numba_cpu.experts import Experts
 from mhmoe_np.operations.numba_cpu.feed_forward import FeedForward
-from mhmoe_np.operations.numba_cpu.gemm import limit_blas
+from mhmoe_np.operations.numba_cpu.gemm import BLAS, limit_blas
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet, choose
 from mhmoe_np.operations.numba_cpu.linear import Linear
 from mhmoe_np.operations.numba_cpu.loss import Loss
@@ -18,7 +18,7 @@ from mhmoe_np.operations.numba_cpu.pack import Pack
 from mhmoe_np.operations.numba_cpu.quantise_weight import QuantiseWeight
 from mhmoe_np.operations.numba_cpu.router import Router
 from mhmoe_np.operations.numba_cpu.sums import Sums
-from mhmoe_np.operations.table import BackendName
+from mhmoe_np.operations.table import BackendName, Blas
 
 
 class NumbaOperations(
@@ -64,3 +64,7 @@ class NumbaOperations(
         limit_blas()
         if threads is not None:
             set_num_threads(threads)
+
+    def blas(self) -> Blas:
+        """See `Operations.blas`: the one that kernels are bound to."""
+        return BLAS.blas()

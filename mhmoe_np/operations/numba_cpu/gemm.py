@@ -1,22 +1,29 @@
 """Single-threaded matrix products inside compiled code, on any row strides.
 
-Numba reaches BLAS through `numba_xxgemm`, the function behind its own `np.dot`; called directly it
-takes strided blocks and accumulates, where `np.dot` would copy and overwrite. `limit_blas` keeps BLAS
-itself on one thread: the tasks are the parallelism.
+Kernels call BLAS by two symbols of ours, which are bound to the chosen library's functions when this
+module is imported, before any kernel is loaded: what was compiled once runs with every library. Called
+directly, BLAS takes strided blocks and accumulates, where Numba's `np.dot` would copy and overwrite.
+`limit_blas` keeps BLAS itself on one thread: the tasks are the parallelism.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  where Numba finds BLAS
+from llvmlite import ir
+from llvmlite.binding import add_symbol
 from numba import types
-from numba.extending import overload
+from numba.core import cgutils
 from threadpoolctl import ThreadpoolController
 
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
-from mhmoe_np.operations.numba_cpu.compiling import reduction, task
+from mhmoe_np.operations.numba_cpu.blas_choice import choose
+from mhmoe_np.operations.numba_cpu.compiling import reduction, task, typed_intrinsic
+
+BLAS = choose()
+SYMBOLS = {types.float32: "mhmoe_np_sgemm", types.float64: "mhmoe_np_dgemm"}
+add_symbol(SYMBOLS[types.float32], BLAS.sgemm)
+add_symbol(SYMBOLS[types.float64], BLAS.dgemm)
 
 
 def limit_blas() -> None:
@@ -25,61 +32,52 @@ def limit_blas() -> None:
         library.set_num_threads(1)
 
 
-def _external(dtype: Any) -> Any:
-    """Numba's door to BLAS's product of two matrices."""
-    pointer = types.CPointer(dtype)  # type: ignore[no-untyped-call]
-    signature: Any = types.intc
-    return types.ExternalFunction(
-        "numba_xxgemm",
-        signature(
-            types.char,  # kind: s or d
-            types.char,  # n or t, first matrix
-            types.char,  # n or t, second matrix
-            types.intp,  # m
-            types.intp,  # n
-            types.intp,  # k
-            pointer,  # alpha
-            pointer,  # a
-            types.intp,  # lda
-            pointer,  # b
-            types.intp,  # ldb
-            pointer,  # beta
-            pointer,  # c
-            types.intp,  # ldc
-        ),
-    )
+@typed_intrinsic
+def _fortran_gemm(
+    _typing: Any,
+    trans_a: Any, trans_b: Any, m: Any, n: Any, k: Any,
+    alpha: Any, a: Any, lda: Any, b: Any, ldb: Any, beta: Any, c: Any, ldc: Any,
+) -> Any:  # fmt: skip
+    """BLAS's own call, column-major: every argument by its address.
+
+    Integers go as 64 bits, whose lower half is what a library with integers of 32 reads: both are
+    the same number on a little-endian processor.
+    """
+    letter, size, number = types.uint8, types.int64, c.dtype
+    signature = types.void(
+        letter, letter, size, size, size, number, a, size, b, size, number, c, size
+    )  # fmt: skip
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointers = [
+            context.make_array(kind)(context, builder, value).data
+            if isinstance(kind, types.Array)
+            else cgutils.alloca_once_value(builder, value)  # type: ignore[no-untyped-call]
+            for kind, value in zip(signature.args, values, strict=True)
+        ]
+        pointers = [builder.bitcast(pointer, cgutils.voidptr_t) for pointer in pointers]
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type for pointer in pointers])
+        name = SYMBOLS[number]
+        gemm = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        builder.call(gemm, pointers)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
-_GEMM = {types.float32: (ord("s"), _external(types.float32)),
-         types.float64: (ord("d"), _external(types.float64))}  # fmt: skip
-
-
-def _xxgemm(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> None:
+@task
+def _gemm(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> None:
     """c = alpha op(a) op(b) + beta c, where op transposes or not."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_xxgemm)
-def _compiled_xxgemm(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> Any:
-    kind, external = _GEMM[a.dtype]
-
-    def call(trans_a: Any, trans_b: Any, alpha: Any, a: Any, b: Any, beta: Any, c: Any) -> None:
-        m, n = c.shape
-        k = a.shape[0] if trans_a == _T else a.shape[1]
-        alpha_1 = np.full(1, alpha, a.dtype)
-        beta_1 = np.full(1, beta, a.dtype)
-        # A row-major product is a column-major one of the transposes, in the other order. The stride
-        # of a single row is arbitrary in NumPy; BLAS wants at least the row's length.
-        external(
-            kind, trans_b, trans_a, n, m, k,
-            alpha_1.ctypes,
-            b.ctypes, max(b.strides[0] // b.itemsize, b.shape[1]),
-            a.ctypes, max(a.strides[0] // a.itemsize, a.shape[1]),
-            beta_1.ctypes,
-            c.ctypes, max(c.strides[0] // c.itemsize, c.shape[1]),
-        )  # fmt: skip
-
-    return call
+    m, n = c.shape
+    k = a.shape[0] if trans_a == _T else a.shape[1]
+    # A row-major product is a column-major one of the transposes, in the other order. The stride
+    # of a single row is arbitrary in NumPy; BLAS wants at least the row's length, and at least 1.
+    _fortran_gemm(
+        trans_b, trans_a, n, m, k,
+        alpha, b, max(b.strides[0] // b.itemsize, b.shape[1], 1),
+        a, max(a.strides[0] // a.itemsize, a.shape[1], 1),
+        beta, c, max(c.strides[0] // c.itemsize, c.shape[1], 1),
+    )  # fmt: skip
 
 
 _N, _T = ord("n"), ord("t")
@@ -88,19 +86,19 @@ _N, _T = ord("n"), ord("t")
 @task
 def gemm_nt(alpha: Any, a_NI: Any, b_OI: Any, beta: Any, c_NO: Any) -> None:
     """c = alpha a b^T + beta c; with beta = 0, c may hold anything."""
-    _xxgemm(_N, _T, alpha, a_NI, b_OI, beta, c_NO)
+    _gemm(_N, _T, alpha, a_NI, b_OI, beta, c_NO)
 
 
 @task
 def gemm_nn(alpha: Any, a_NO: Any, b_OI: Any, beta: Any, c_NI: Any) -> None:
     """c = alpha a b + beta c."""
-    _xxgemm(_N, _N, alpha, a_NO, b_OI, beta, c_NI)
+    _gemm(_N, _N, alpha, a_NO, b_OI, beta, c_NI)
 
 
 @task
 def gemm_tn(alpha: Any, a_NO: Any, b_NI: Any, beta: Any, c_OI: Any) -> None:
     """c = alpha a^T b + beta c."""
-    _xxgemm(_T, _N, alpha, a_NO, b_NI, beta, c_OI)
+    _gemm(_T, _N, alpha, a_NO, b_NI, beta, c_OI)
 
 
 # Up to so many rows BLAS, which first copies the whole matrix into its own order, is slower than

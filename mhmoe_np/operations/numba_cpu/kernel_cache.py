@@ -55,18 +55,18 @@ def _root() -> Path:
 
 def _folder() -> Path:
     """This version's folder, marked as used today; without those that nobody uses any more."""
-    root = _root()
-    folder = root / f"{PREFIX}{digest()}"
+    folder = ROOT / f"{PREFIX}{digest()}"
     with contextlib.suppress(OSError):  # Numba says what is wrong
         if not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for other in root.glob(f"{PREFIX}*"):
+            for other in ROOT.glob(f"{PREFIX}*"):
                 if other.stat().st_mtime < time.time() - KEPT_SECONDS:
                     shutil.rmtree(other, ignore_errors=True)
         os.utime(folder)
     return folder
 
 
+ROOT = _root()
 FOLDER = _folder()
 
 

@@ -20,6 +20,7 @@ from mhmoe_np.operations.numpy_ref.linear import (
 )
 from mhmoe_np.operations.numpy_ref.loss import token_nll, token_nll_and_gradient
 from mhmoe_np.operations.numpy_ref.memory import (
+    blas,
     buffer_bytes,
     device,
     empty,
@@ -52,6 +53,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_with_cache",
+    "blas",
     "buffer_bytes",
     "device",
     "dispatch",

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mhmoe_np.operations.blas import blas_of
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
+from mhmoe_np.operations.table import Blas
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -40,6 +42,11 @@ def buffer_bytes() -> int:
 def device() -> None:
     """See `Operations.device`."""
     return None
+
+
+def blas() -> Blas:
+    """See `Operations.blas`: NumPy's."""
+    return blas_of("numpy")
 
 
 def repeated(work: Callable[..., Any]) -> Callable[..., Any]:
