@@ -21,13 +21,14 @@ from mhmoe_np.operations.int8 import (
 )
 from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.types import FloatArray
+from mhmoe_np.types import FloatArray, IntArray
 
 HeadDtype = Literal["float32", "bfloat16", "int8", "exact"]
 ROUNDING = 2.0**-24  # of a float32, relative to the number
 UNDERFLOW = 1e-30  # more than all products of a sum can lose by being subnormal, or 0
 SLACK = 1 + 1e-9  # for the bound's own roundings, in float64
 PANELS = 256  # of the head that are looked at at once
+GROUP = 16  # neighbouring rows of the head that are multiplied together, as a whole head's are
 
 
 def int8_head(output_VD: FloatArray) -> Int8Weight:
@@ -126,8 +127,7 @@ class ExactHead:
         candidates = np.flatnonzero(score_V + bound_V >= least)
         if len(candidates) > V // 2:
             return self._all(x_BD, row)[:V]
-        head = self._ops.to_device(np.ascontiguousarray(self._output_VD[candidates]))
-        found = self._ops.to_host(self._ops.linear(x_BD[row : row + 1], head, None))[0]
+        found = self._of(candidates, x_BD[row : row + 1])
         if count == 1 and len(candidates) > 1:
             best = int(np.argmax(found))
             size = (self._size_V + self._off_V)[candidates]
@@ -138,6 +138,20 @@ class ExactHead:
         logits_V: FloatArray = np.full(V, -np.inf, found.dtype)
         logits_V[candidates] = found
         return logits_V
+
+    def _of(self, candidates: IntArray, x_1D: FloatArray) -> FloatArray:
+        """The logits of some tokens, in rising order.
+
+        Kernels take several outputs at once, and the last ones in another way. So whole groups are
+        multiplied, the head's last one last: then a logit has the bits that it has among all.
+        """
+        ops, V = self._ops, len(self._size_V)
+        groups = np.unique(candidates // GROUP)
+        rows = (groups[:, None] * GROUP + np.arange(GROUP)).ravel()
+        rows = rows[rows < V]
+        head = ops.to_device(np.ascontiguousarray(self._output_VD[rows]))
+        logits: FloatArray = ops.to_host(ops.linear(x_1D, head, None))[0]
+        return logits[np.searchsorted(rows, candidates)]
 
     def _all(self, x_BD: FloatArray, row: int) -> FloatArray:
         """Every token's logit."""
