@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mhmoe_np.model.parameters import Entry, parameter_table
-from mhmoe_np.model.weights import Weights, matrix_starts
+from mhmoe_np.model.weights import Weights, floats, matrix_starts
 from mhmoe_np.operations.int8 import INT8, Int8Weight, from_int8
 from mhmoe_np.operations.packing import unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
@@ -56,7 +56,7 @@ def _values(weight: Weight, entry: Entry) -> tuple[IntArray | FloatArray, FloatA
     if isinstance(weight, Int8Weight):
         return from_int8(weight).reshape(entry.shape), None
     if not isinstance(weight, BitWeight | PackedWeight):
-        return weight, None
+        return floats(weight), None
     q = unpack(weight.w) if isinstance(weight, PackedWeight) else weight.w
     return q.reshape(entry.shape), weight.beta.ravel()[list(matrix_starts(entry)[:-1])]
 

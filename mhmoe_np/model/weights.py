@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
 from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.packing import FormatName
 from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, PackedWeight, Weight
@@ -114,7 +115,7 @@ def floats(weight: Weight) -> FloatArray:
     Shapes   -> the weight's own
     Source   [spec 5 never quantised]
     """
-    assert not isinstance(weight, BitWeight | PackedWeight | Int8Weight)
+    assert not isinstance(weight, BitWeight | PackedWeight | Int8Weight | BFloat16Weight)
     return weight
 
 

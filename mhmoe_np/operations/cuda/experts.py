@@ -13,7 +13,6 @@ import numpy as np
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.grouped import Grouped
 from mhmoe_np.operations.cuda.packed import PackedProducts, on_device
-from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -86,7 +85,8 @@ class Experts(Grouped, PackedProducts):
 
         The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate a.
         """
-        if isinstance(gate_up_E2FU, PackedWeight | Int8Weight):
+        gate_up_E2FU, down_EUF = on_device(gate_up_E2FU), on_device(down_EUF)
+        if isinstance(gate_up_E2FU, PackedWeight) or isinstance(down_EUF, PackedWeight):
             raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch
         R, (E, U, F), (M, K), dtype = len(route_R), ddown_EUF.shape, gate_MK.shape, x_MU.dtype

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import overload
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
 from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import product_nt
@@ -34,6 +35,7 @@ def stack_of(weight: Weight, instruction_set: InstructionSet) -> Unpacked | Pack
         return as_int8_stack(weight, instruction_set)
     if isinstance(weight, BitWeight):
         return Unpacked(weight.w, weight.beta, True)
+    assert not isinstance(weight, BFloat16Weight)  # an output head's
     return Unpacked(weight, np.empty((len(weight), 0), weight.dtype), False)
 
 
@@ -44,6 +46,7 @@ def project(x_NI: Any, stack: Any, e: int, y_NO: Any) -> None:
 
 @overload(project)
 def _compiled_project(x_NI: Any, stack: Any, e: Any, y_NO: Any) -> Any:
+    kind: Any
     if issubclass(stack.instance_class, Int8Stack):
         kind = project_int8
     elif stack.instance_class is Unpacked:
