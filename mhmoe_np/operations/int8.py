@@ -146,6 +146,6 @@ def quantise_blocks(x_NI: FloatArray) -> tuple[FloatArray, FloatArray]:
     real = x_NI.dtype.type
     padded = np.zeros((N, blocks_of(I) * BLOCK), real)
     padded[:, :I] = x_NI
-    in_blocks = padded.reshape(N, -1, BLOCK)
+    in_blocks = padded.reshape(N, blocks_of(I), BLOCK)
     gamma = np.maximum(np.abs(in_blocks).max(axis=2), real(SMALLEST_ACTIVATION))
     return np.rint(in_blocks * (real(LARGEST) / gamma)[:, :, None]), gamma / real(LARGEST)
