@@ -19,6 +19,7 @@ from mhmoe_np.storage.reading import LARGEST, decoded
 
 if TYPE_CHECKING:
     from mhmoe_np.inference.generate import Generation, Texts
+    from mhmoe_np.model.head import HeadDtype
 
 
 @click.command()
@@ -72,6 +73,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Texts that are made at once.",
 )
+@click.option(
+    "--head-dtype",
+    type=click.Choice(["float32", "bfloat16", "int8", "exact"]),
+    default="float32",
+    show_default=True,
+    help="Numbers of the output head; exact: float32's tokens by int8's speed, where they are the most "
+    "probable ones.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of texts.")
 @threads_option
 @backend_option
@@ -88,6 +97,7 @@ def command(
     repetition_penalty: float,
     seed: int,
     batch_size: int,
+    head_dtype: HeadDtype,
     as_json: bool,
     threads: int | None,
     backend: BackendName,
@@ -105,12 +115,20 @@ def command(
         load_end_of_text,
         load_model,
     )
-    from mhmoe_np.inference.generate import Generation, Limits, generate_all, prompt_of
+    from mhmoe_np.inference.generate import (
+        Generation,
+        Limits,
+        check_head,
+        generate_all,
+        head_of,
+        prompt_of,
+    )
     from mhmoe_np.inference.prompts import check_text
     from mhmoe_np.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     sampling.check()
+    check_head(head_dtype, sampling)
     for text in stop:
         check_text(text, "--stop")
     prompts = _prompts(given, file)
@@ -121,9 +139,11 @@ def command(
     ops = load(backend, threads=threads, keep_buffers=True)
     with progress("bytes") as show:
         model = load_model(found, np.float32, ops=ops, on_progress=show)
+    head = head_of(model, head_dtype, sampling, ops=ops)
     if len(prompts) == 1 and not as_json:
         prompt = prompt_of(prompts[0], tokenizer, sampling, end_of_text=ends, config=model.config)
-        _stream(prompts[0], Generation(model, tokenizer, [prompt], limits=limits, ops=ops))
+        generation = Generation(model, tokenizer, [prompt], limits=limits, head=head, ops=ops)
+        _stream(prompts[0], generation)
         return
     with progress("tokens") as show:
         texts = generate_all(
@@ -133,6 +153,7 @@ def command(
             limits=limits,
             sampling=sampling,
             batch_size=batch_size,
+            head=head,
             on_progress=show,
             ops=ops,
         )

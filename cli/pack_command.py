@@ -11,6 +11,7 @@ from mhmoe_cli.new_directory import out_option
 from mhmoe_cli.printing import print_json
 from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
+from mhmoe_np.operations.int8 import INT8
 from mhmoe_np.operations.packing import FORMATS
 from mhmoe_np.operations.table import BackendName
 
@@ -21,8 +22,9 @@ from mhmoe_np.operations.table import BackendName
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(list(FORMATS)),
-    help="Default: sign-1bit or ternary-2bit; ternary-base3 is smaller and slower.",
+    type=click.Choice([*FORMATS, INT8]),
+    help="Default: sign-1bit or ternary-2bit of a BitNet model (ternary-base3 is smaller and slower), "
+    "int8 of any other.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @threads_option
@@ -35,11 +37,12 @@ def command(
     threads: int | None,
     backend: BackendName,
 ) -> None:
-    """Pack a BitNet model's quantised weights to 1, 1.6 or 2 bits.
+    """Pack a BitNet model's quantised weights to 1, 1.6 or 2 bits, or any model's weights to 8.
 
     CKPT is a checkpoint, or a run folder whose last one is taken. The new directory is a checkpoint
-    that eval, generate, inspect and trace --no-grad take, with the same outputs to the bit; the float
-    weights are not in it.
+    that eval, generate, inspect and trace --no-grad take; the float weights are not in it. 1, 1.6 and 2
+    bits give the same outputs to the bit; int8 (8-bit integers, a scale for each 32 of them) rounds
+    weights and activations.
     """
     import numpy as np
 
@@ -52,7 +55,7 @@ def command(
         load_parameters,
         save_packed_model,
     )
-    from mhmoe_np.model.packed import pack_weights
+    from mhmoe_np.model.packed import pack_int8, pack_weights
     from mhmoe_np.model.weights import formats_for
     from mhmoe_np.storage.files import write_directory_atomically
 
@@ -62,11 +65,7 @@ def command(
     with progress("bytes") as show:
         parameters = load_parameters(found, np.float32, show)
     config, tokenizer, end_of_text = parameters.config, find_tokenizer(found), load_end_of_text(found)
-    formats = formats_for(config)
-    if not formats:
-        raise UserError(
-            f"{found}: quantization is 'none': only models with BitNet's weights can be packed"
-        )
+    formats = [*formats_for(config), INT8]
     chosen = next((name for name in formats if format_name in (None, name)), None)
     if chosen is None:
         raise UserError(
@@ -75,9 +74,11 @@ def command(
         )
     ops = load(backend, threads=threads)
     with progress("parameters") as show:
-        weights = pack_weights(parameters.to_device(ops), chosen, ops=ops, on_progress=show).to_host(
-            ops
-        )
+        if chosen == INT8:
+            weights = pack_int8(parameters, ops=ops, on_progress=show)
+        else:
+            on_device = parameters.to_device(ops)
+            weights = pack_weights(on_device, chosen, ops=ops, on_progress=show).to_host(ops)
         show(f"writing {out}", 0, 0)
         write_directory_atomically(
             out, lambda folder: save_packed_model(folder, config, weights, tokenizer, end_of_text)

@@ -22,7 +22,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     """Write a packed checkpoint as an ordinary float32 one: the same model, to the bit.
 
     The weights that were trained are gone: in their place stand such ones as quantise to the packed
-    integers and scales again. Packing the result gives the packed file again.
+    integers and scales again. Packing the result gives the packed file again. Weights of int8 become
+    integer times scale; as floats they meet activations that are not rounded to 8 bits.
     """
     import numpy as np
 
@@ -35,7 +36,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         load_model,
         save_model,
     )
-    from mhmoe_np.model.packed import unpack_weights
+    from mhmoe_np.model.packed import packed_format, unpack_int8, unpack_weights
+    from mhmoe_np.operations.int8 import INT8
     from mhmoe_np.storage.files import write_directory_atomically
 
     found = find_checkpoint(checkpoint)
@@ -46,7 +48,8 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         model = load_model(found, np.float32, ops=ops, on_progress=show)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
     with progress("parameters") as show:
-        parameters = unpack_weights(model.config, model.weights, ops=ops, on_progress=show)
+        unpack = unpack_int8 if packed_format(model.weights) == INT8 else unpack_weights
+        parameters = unpack(model.config, model.weights, ops=ops, on_progress=show)
         show(f"writing {out}", 0, 0)
         write_directory_atomically(
             out, lambda folder: save_model(folder, parameters, tokenizer, end_of_text)

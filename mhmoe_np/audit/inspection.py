@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mhmoe_np.model.parameters import Entry, parameter_table
-from mhmoe_np.model.weights import Weights, matrix_starts
+from mhmoe_np.model.weights import Weights, floats, matrix_starts
+from mhmoe_np.operations.int8 import INT8, Int8Weight, from_int8
 from mhmoe_np.operations.packing import unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.settings.model import ModelConfig
@@ -52,8 +53,10 @@ class Size(NamedTuple):
 
 def _values(weight: Weight, entry: Entry) -> tuple[IntArray | FloatArray, FloatArray | None]:
     """Floats, or quantised values and the scale of each matrix; in the entry's shape."""
+    if isinstance(weight, Int8Weight):
+        return from_int8(weight).reshape(entry.shape), None
     if not isinstance(weight, BitWeight | PackedWeight):
-        return weight, None
+        return floats(weight), None
     q = unpack(weight.w) if isinstance(weight, PackedWeight) else weight.w
     return q.reshape(entry.shape), weight.beta.ravel()[list(matrix_starts(entry)[:-1])]
 
@@ -73,6 +76,8 @@ def inspect_weights(config: ModelConfig, weights: Weights) -> list[TensorRow]:
             if isinstance(weight, PackedWeight):
                 format = weight.w.format
                 stored = round(weight.w.code.nbytes * tensor.size / values.size) + SCALE_BYTES
+            elif isinstance(weight, Int8Weight):
+                format, stored = INT8, round(weight.nbytes * tensor.size / values.size)
             row = TensorRow(part.tensor, tensor.shape, format, stored)
             if scales is not None:
                 minus, zero, plus = (
@@ -92,9 +97,11 @@ def sizes(config: ModelConfig, weights: Weights) -> dict[str, Size]:
         stored = FLOAT_BYTES * count
         if isinstance(weight, PackedWeight):
             stored = weight.w.code.nbytes + SCALE_BYTES * len(entry.parts)
+        elif isinstance(weight, Int8Weight):
+            stored = weight.nbytes
         size = Size(count, FLOAT_BYTES * count, stored)
         parts["model"] = parts["model"].plus(size)
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, PackedWeight | Int8Weight):
             parts["quantised"] = parts["quantised"].plus(size)
         if _is_of_moe_layer(entry, config):
             parts["MoE layers"] = parts["MoE layers"].plus(size)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mhmoe_np.layers.moe import DOWN, GATE_UP, SUB_NORM
 from mhmoe_np.model.parameters import Entry, Part
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.packing import unpack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
@@ -148,8 +149,10 @@ def _of_experts(
         part = down.parts[e]
         quantised = quantised_part(arguments["down_EUF"], down, part, ops=ops)
         w_UF = arguments["down_EUF"]
-        if quantised is None:
-            acting: Weight = ops.to_host(w_UF)[e]
+        if isinstance(w_UF, Int8Weight):
+            acting: Weight = w_UF.matrix(e)
+        elif quantised is None:
+            acting = ops.to_host(w_UF)[e]
         else:
             U = len(quantised.integers)
             acting = BitWeight(

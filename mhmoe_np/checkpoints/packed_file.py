@@ -2,7 +2,9 @@
 
 `packed.safetensors` holds, for every quantised array of the parameter table, its codes under the
 array's name (uint8 [E, panels, groups, 64], see `packing`) and one scale for each of its matrices
-under the name with `_scale` (float32); all other tensors stand as in `model.safetensors`. The header
+under the name with `_scale` (float32); in the format int8, for every linear map's array but the
+router's, its integers (int8, of the same shape) and a scale for each block of 32 inputs (float16
+[E, panels, blocks, 16], see `int8`). All other tensors stand as in `model.safetensors`. The header
 names version, layout and format and carries a checksum, as JSON under the key `mhmoe_packed`.
 """
 
@@ -13,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,7 +23,8 @@ from numpy.typing import DTypeLike, NDArray
 from mhmoe_np.errors import Damaged, UserError
 from mhmoe_np.model.packed import packed_format
 from mhmoe_np.model.parameters import Entry, parameter_table
-from mhmoe_np.model.weights import Weights, floats, formats_for, matrix_starts
+from mhmoe_np.model.weights import Weights, floats, formats_for, holds_int8, matrix_starts
+from mhmoe_np.operations.int8 import INT8, Int8Weight, empty_int8
 from mhmoe_np.operations.packing import LAYOUT, FormatName, PackedMatrices, empty_code
 from mhmoe_np.operations.table import PackedWeight, Weight
 from mhmoe_np.progress import OnProgress, unseen
@@ -46,6 +49,8 @@ def packed_tensors(config: ModelConfig, weights: Weights) -> dict[str, NDArray[A
         if isinstance(weight, PackedWeight):
             tensors[entry.name] = weight.w.code
             tensors[_scale_name(entry)] = weight.beta.ravel()[list(matrix_starts(entry)[:-1])]
+        elif isinstance(weight, Int8Weight):
+            tensors[entry.name], tensors[_scale_name(entry)] = weight.q, weight.scale
         else:
             for part in entry.parts:
                 tensors[part.tensor] = floats(weight)[part.where]
@@ -77,7 +82,9 @@ def write_packed_weights(path: Path, config: ModelConfig, weights: Weights) -> N
     write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
 
 
-def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, list[object], str]:
+def _read_header(
+    path: Path, config: ModelConfig
+) -> tuple[FormatName | Literal["int8"], list[object], str]:
     """The format of a file that this release reads, what its checksum is of, and the checksum."""
     text = read_metadata(path).get(HEADER_KEY, "")
     try:
@@ -95,7 +102,7 @@ def _read_header(path: Path, config: ModelConfig) -> tuple[FormatName, list[obje
                 f"{path}: {key} is {found!r}, this release reads {known[-1]!r}; pack the checkpoint "
                 "again"
             )
-    for format in formats_for(config):
+    for format in (*formats_for(config), INT8):
         if name == format:
             return format, [] if version == 1 else [version, layout, name], checksum
     raise UserError(f"{path}: {name!r} does not hold quantization {config.quantization!r}")
@@ -113,9 +120,14 @@ def load_packed_weights(
     format, said, checksum = _read_header(path, config)
     table = parameter_table(config)
     floats: dict[str, FloatArray] = {}
+    eights: dict[str, Int8Weight] = {}
     targets: dict[str, NDArray[Any]] = {}
     for entry in table:
-        if entry.quantised:
+        if format == INT8 and holds_int8(entry):
+            *stack, outputs, inputs = entry.shape
+            weight = eights[entry.name] = empty_int8(math.prod(stack), outputs, inputs)
+            targets[entry.name], targets[_scale_name(entry)] = weight.q, weight.scale
+        elif format != INT8 and entry.quantised:
             *stack, outputs, inputs = entry.shape
             targets[entry.name] = empty_code(math.prod(stack), outputs, inputs, format)
             targets[_scale_name(entry)] = np.empty(len(entry.parts), np.float32)
@@ -126,9 +138,14 @@ def load_packed_weights(
     if _checksum(targets, *said) != checksum:
         raise Damaged(f"{path}: damaged: its contents do not match its checksum; pack again")
     check_finite(path, {name: tensor for name, tensor in targets.items() if tensor.dtype.kind == "f"})
-    arrays: dict[str, Weight] = {}
+    for name, weight in eights.items():
+        if np.signbit(weight.scale).any():
+            raise Damaged(f"{path}: tensor {name + '_scale'!r} holds negative scales; pack again")
+    arrays: dict[str, Weight] = {**eights}
     for entry in table:
-        if entry.quantised:
+        if entry.name in eights:
+            continue
+        if format != INT8 and entry.quantised:
             outputs, inputs = entry.shape[-2:]
             scale_of_row = np.repeat(targets[_scale_name(entry)], np.diff(matrix_starts(entry)))
             arrays[entry.name] = PackedWeight(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhmoe_np.comparison.difference import reach_of_tie
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.table import (
     Activation,
     BitWeight,
@@ -247,5 +249,5 @@ def of_expert(w: Weight, e: int) -> Weight:
     """One expert's weight of those that are stacked."""
     if isinstance(w, BitWeight):
         return BitWeight(w.w[e], w.beta[e])
-    assert not isinstance(w, PackedWeight)
+    assert not isinstance(w, PackedWeight | Int8Weight | BFloat16Weight)
     return w[e]

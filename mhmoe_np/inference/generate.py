@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,8 +23,10 @@ from mhmoe_np.errors import UserError
 from mhmoe_np.inference.sampling import Sampling, next_token
 from mhmoe_np.inference.stop_strings import StopStrings
 from mhmoe_np.model.decode import KeyValueCache
+from mhmoe_np.model.head import ExactHead, HeadDtype, int8_head
 from mhmoe_np.model.language_model import Model
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.bfloat16 import BFloat16Weight, to_bfloat16
+from mhmoe_np.operations.table import Operations, Weight
 from mhmoe_np.progress import OnProgress, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.memory import check_memory
@@ -32,6 +34,10 @@ from mhmoe_np.types import FloatArray, IntArray
 
 FinishReason = Literal["end_of_text", "stop", "length", "positions"]
 """A text ended by itself, before a stop string, at `max_new_tokens`, or with the model's positions."""
+
+
+Head: TypeAlias = Weight | ExactHead
+"""What logits are computed by."""
 
 
 class Limits(NamedTuple):
@@ -119,7 +125,7 @@ class _Text:
         self._id_T = np.empty(max(self.most_positions, self.prompt_length + 1), np.int64)
         self._id_T[: self.prompt_length] = prompt.id_T
         self._length = self.prompt_length
-        self._sampling, self._limits, self._tokenizer = prompt.sampling, limits, tokenizer
+        self.sampling, self._limits, self._tokenizer = prompt.sampling, limits, tokenizer
         self._rng = np.random.default_rng(prompt.sampling.seed)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._stop = StopStrings(limits.stop)
@@ -134,7 +140,7 @@ class _Text:
 
     def extend(self, logits_V: FloatArray) -> str:
         """Draw a token; the text that can be shown now."""
-        token = next_token(logits_V, self._sampling, self._id_T[: self._length], self._rng)
+        token = next_token(logits_V, self.sampling, self._id_T[: self._length], self._rng)
         if token in self._limits.end_of_text:
             return self._show(self._stop.rest(), "end_of_text")
         self._id_T[self._length] = token
@@ -164,9 +170,12 @@ class Generation:
         prompts: Sequence[Prompt],
         *,
         limits: Limits,
+        head: Head | None = None,
         ops: Operations,
     ) -> None:
         """Of a model, its tokenizer and prompts for them.
+
+        head: see `head_of`; None: the model's output head in float32.
 
         Raises UserError: a stop string is empty; the cache of keys and values of so many texts does not
         fit into memory.
@@ -175,7 +184,9 @@ class Generation:
         positions = model.config.max_position_embeddings
         self._texts = [_Text(prompt, limits, tokenizer, positions) for prompt in prompts]
         self._known, self._ops = id_count(tokenizer), ops
-        self._cache = _room(self._texts, model, ops)
+        self._exact = head if isinstance(head, ExactHead) else None
+        weight = head.weight if isinstance(head, ExactHead) else head
+        self._cache = _room(self._texts, model, weight, ops)
 
     @property
     def continuations(self) -> list[Continuation]:
@@ -196,23 +207,63 @@ class Generation:
         first = cache.length
         last = first + 1 if first else min(text.prompt_length for text in self._texts)
         id_BT = np.array([[text.id_at(t) for t in range(first, last)] for text in self._texts])
+        shown = []
         with ops.scope():
             logits_BV = ops.to_host(cache.extend(id_BT))
-        shown = []
-        for text, logits_V in zip(self._texts, logits_BV, strict=True):
-            if last < text.prompt_length or text.finished:
-                shown.append("")
-                continue
-            if not np.isfinite(logits_V).all():
-                raise UserError(
-                    "the logits are not finite; the weights are damaged or too large for float32: take "
-                    "another checkpoint"
-                )
-            shown.append(text.extend(logits_V[: self._known]))
+            for row, (text, logits_V) in enumerate(zip(self._texts, logits_BV, strict=True)):
+                if last < text.prompt_length or text.finished:
+                    shown.append("")
+                    continue
+                if not np.isfinite(logits_V).all():
+                    raise UserError(
+                        "the logits are not finite; the weights are damaged or too large for float32: "
+                        "take another checkpoint"
+                    )
+                shown.append(text.extend(self._settled(row, logits_V[: self._known])))
         return shown
 
+    def _settled(self, row: int, logits_V: FloatArray) -> FloatArray:
+        """The logits to draw from; of an exact head these were scores."""
+        count = self._texts[row].sampling.most_probable
+        if self._exact is None or count is None or self._cache.last_BD is None:
+            return logits_V
+        return self._exact.logits(self._cache.last_BD, row, logits_V, count)
 
-def _room(texts: list[_Text], model: Model, ops: Operations) -> KeyValueCache:
+
+def check_head(dtype: HeadDtype, sampling: Sampling) -> None:
+    """Refuse an exact head where the sampling depends on more than the most probable tokens.
+
+    Raises UserError
+    """
+    if dtype == "exact" and sampling.most_probable is None:
+        raise UserError(
+            "--head-dtype exact: finds the most probable tokens alone; give --temperature 0 or "
+            "--top-k K, and no --repetition-penalty"
+        )
+
+
+def head_of(model: Model, dtype: HeadDtype, sampling: Sampling, *, ops: Operations) -> Head | None:
+    """The output head as generation multiplies by it; None: as it is, in float32.
+
+    dtype: `bfloat16` makes the logits those of rounded weights, `int8` of 8-bit weights and
+    activations; `exact` gives the tokens of float32 by 8-bit scores, where they are the most probable
+    ones.
+
+    Raises UserError: see `check_head`; a weight is too large.
+    """
+    if dtype == "float32":
+        return None
+    if dtype == "bfloat16":
+        bits = to_bfloat16(ops.to_host(model.weights.output_VD)).bits
+        return BFloat16Weight(ops.to_device(bits))
+    if dtype == "int8":
+        weight = int8_head(ops.to_host(model.weights.output_VD))
+        return weight._replace(q=ops.to_device(weight.q), scale=ops.to_device(weight.scale))
+    check_head(dtype, sampling)
+    return ExactHead(model.weights.output_VD, ops=ops)
+
+
+def _room(texts: list[_Text], model: Model, head: Weight | None, ops: Operations) -> KeyValueCache:
     # Nobody reads what follows the last token.
     config, positions = model.config, max(text.most_positions for text in texts) - 1
     per_position = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
@@ -221,7 +272,7 @@ def _room(texts: list[_Text], model: Model, ops: Operations) -> KeyValueCache:
         f"the keys and values of {len(texts)} texts of {positions:,} tokens at once need",
         remedy="lower the batch size or the number of new tokens",
     )
-    return KeyValueCache(model, sequences=len(texts), positions=positions, ops=ops)
+    return KeyValueCache(model, sequences=len(texts), positions=positions, head=head, ops=ops)
 
 
 def generate(
@@ -282,12 +333,14 @@ def generate_all(
     limits: Limits,
     sampling: Sampling,
     batch_size: int,
+    head: Head | None = None,
     on_progress: OnProgress = unseen,
     ops: Operations,
 ) -> Texts:
     """Continue every prompt, `batch_size` at once, those of similar length together.
 
     The i-th prompt, from 0, is sampled with seed `sampling.seed` + i, whatever stands beside it.
+    head: as in `Generation`.
     on_progress: counts tokens; a text that ends early counts as long as it might have been.
 
     Raises UserError: as `prompt_of` for any prompt, before a text is begun; as `Generation` and `step`.
@@ -309,7 +362,8 @@ def generate_all(
     started, most = time.perf_counter(), limits.max_new_tokens
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
-        generation = Generation(model, tokenizer, [given[i] for i in places], limits=limits, ops=ops)
+        together = [given[i] for i in places]
+        generation = Generation(model, tokenizer, together, limits=limits, head=head, ops=ops)
         while not generation.finished:
             generation.step()
             done = sum(

@@ -50,6 +50,13 @@ class Sampling(NamedTuple):
                 f"{1 / LARGEST_PENALTY:g} and {LARGEST_PENALTY:g}; try 1.1"
             )
 
+    @property
+    def most_probable(self) -> int | None:
+        """How many tokens the choice depends on, the most probable ones; None: on others, too."""
+        if self.repetition_penalty != 1:
+            return None
+        return 1 if self.temperature == 0 else self.top_k
+
 
 def penalised(logits_V: FloatArray, seen_T: IntArray, penalty: float) -> FloatArray:
     """The logits, those of tokens that were seen made smaller: x / penalty, or x * penalty below 0.

@@ -11,7 +11,7 @@ import numpy as np
 from mhmoe_np.layers.attention import Past
 from mhmoe_np.layers.block import block_forward
 from mhmoe_np.model.language_model import Model, checked_ids
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import Operations, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
 
@@ -22,10 +22,21 @@ class KeyValueCache:
         length: positions filled.
         positions: that there is room for.
         layers: the backend's array of each layer, [B, S, 2G, C]: keys, then values.
+        last_BD: what the output head met in the last `extend`, valid as long as its logits.
     """
 
-    def __init__(self, model: Model, *, sequences: int, positions: int, ops: Operations) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sequences: int,
+        positions: int,
+        head: Weight | None = None,
+        ops: Operations,
+    ) -> None:
         """Room for `positions` positions of `sequences` sequences.
+
+        head: what logits are computed by; None: the model's output head.
 
         Raises ValueError: more positions than the model has.
         """
@@ -38,6 +49,8 @@ class KeyValueCache:
         shape = (sequences, positions, 2 * config.num_key_value_heads, config.head_dim)
         self.length, self.positions = 0, positions
         self._model, self._ops = model, ops
+        self._head = model.weights.output_VD if head is None else head
+        self.last_BD: FloatArray | None = None
         self.layers: list[FloatArray] = [
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
@@ -56,11 +69,12 @@ class KeyValueCache:
         if last > self.positions:
             raise ValueError(f"{last} positions do not fit the cache's {self.positions}")
         id_BT = checked_ids(id_BT, self._model.config, first=first)
-        logits_BV: FloatArray = self._extended(None, id_BT, np.array([first]))
+        logits_BV: FloatArray
+        logits_BV, self.last_BD = self._extended(None, id_BT, np.array([first]))
         self.length = last
         return logits_BV
 
-    def _logits(self, fixed: None, id_BT: IntArray, first_1: IntArray) -> FloatArray:
+    def _logits(self, fixed: None, id_BT: IntArray, first_1: IntArray) -> tuple[FloatArray, FloatArray]:
         """On the device; nothing here depends on how many positions are filled but first_1."""
         (config, weights, rotary), ops = self._model, self._ops
         B, T = id_BT.shape
@@ -74,4 +88,4 @@ class KeyValueCache:
         last_BD = ops.empty((B, config.hidden_size), weights.dtype)
         last_BD[...] = x_ND.reshape(B, T, -1)[:, -1]
         y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)
-        return ops.linear(y_BD, weights.output_VD, None)
+        return ops.linear(y_BD, self._head, None), y_BD

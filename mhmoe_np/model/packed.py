@@ -1,14 +1,20 @@
-"""Packed weights of a whole model: from float parameters, and back to floats."""
+"""Packed weights of a whole model: from float parameters, and back to floats.
+
+A BitNet model's integers take 1, 1.6 or 2 bits and give its own outputs. Any model's weights can be
+rounded to 8 bits (`pack_int8`).
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.model.parameters import Parameters
-from mhmoe_np.model.weights import Weights, floats, matrix_starts, quantised_anew
+from mhmoe_np.model.weights import Weights, floats, holds_int8, matrix_starts, quantised_anew
+from mhmoe_np.operations.int8 import INT8, LARGEST_WEIGHT, Int8Weight, from_int8, to_int8
 from mhmoe_np.operations.packing import FormatName, unpack
 from mhmoe_np.operations.table import BitWeight, Operations, PackedWeight, Weight
 from mhmoe_np.progress import OnProgress, counting, unseen
@@ -45,12 +51,79 @@ def pack_weights(
     return Weights(parameters.config, arrays)
 
 
-def packed_format(weights: Weights) -> FormatName:
+def pack_int8(parameters: Parameters, *, ops: Operations, on_progress: OnProgress = unseen) -> Weights:
+    """The host's parameters in 8 bits, on the host; the others stay as views of them.
+
+    Of a BitNet model it is what its weights act as, beta * w, that is kept.
+
+    on_progress: counts parameters.
+
+    Raises   UserError: a weight is too large for the scales.
+    Source   [spec 5 8-bit weights]
+    """
+    config = parameters.config
+    weights = Weights(config, parameters.arrays)
+    if config.is_quantised:
+        weights = quantised_anew(
+            parameters.to_device(ops), packed=False, ops=ops, on_progress=on_progress
+        ).to_host(ops)
+    arrays: dict[str, Weight] = {}
+    packed_so_far = counting(on_progress, "packing", parameters.count)
+    for entry in parameters.table:
+        weight = weights.arrays[entry.name]
+        if isinstance(weight, BitWeight):
+            weight = weight.w * weight.beta[..., None]
+        if holds_int8(entry):
+            try:
+                weight = to_int8(floats(weight).reshape(-1, *entry.shape[-2:]))
+            except ValueError:
+                raise UserError(
+                    f"{entry.name}: has weights beyond {LARGEST_WEIGHT:,.0f}, for which float16 has no "
+                    "scale; such a model cannot be packed to int8"
+                ) from None
+        arrays[entry.name] = weight
+        packed_so_far(parameters.arrays[entry.name].size)
+    return Weights(config, arrays)
+
+
+def packed_format(weights: Weights) -> FormatName | Literal["int8"]:
     """The format of packed weights: one for all of them.
 
     Source   [spec 5 packed weights]
     """
-    return next(w.w.format for w in weights.arrays.values() if isinstance(w, PackedWeight))
+    for weight in weights.arrays.values():
+        if isinstance(weight, PackedWeight):
+            return weight.w.format
+    return INT8
+
+
+def unpack_int8(
+    config: ModelConfig, weights: Weights, *, ops: Operations, on_progress: OnProgress = unseen
+) -> Parameters:
+    """Float32 parameters, on the host, that are what these act as; packed they are the same again.
+
+    on_progress: counts parameters.
+
+    Raises   UserError: it is a BitNet model, which quantises its floats in its own way.
+    Source   [spec 5 8-bit weights]
+    """
+    if config.is_quantised:
+        raise UserError(
+            f"quantization is {config.quantization!r} and the weights are int8: no float weights of a "
+            "BitNet model act like these; unpack what it was packed from"
+        )
+    weights = weights.to_host(ops)
+    parameters = Parameters(config, np.float32)
+    unpacked = counting(on_progress, "unpacking", parameters.count)
+    for name, target in parameters.arrays.items():
+        weight = weights.arrays[name]
+        target[...] = (
+            from_int8(weight).reshape(target.shape)
+            if isinstance(weight, Int8Weight)
+            else floats(weight)
+        )
+        unpacked(target.size)
+    return parameters
 
 
 def unpack_weights(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from mhmoe_np.model.parameters import Entry, Parameters, blocks_of, output_name
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.packing import FormatName
 from mhmoe_np.operations.table import BitWeight, LayerWeights, Operations, PackedWeight, Weight
 from mhmoe_np.progress import OnProgress, counting, unseen
@@ -83,6 +85,10 @@ class Weights:
         for name, weight in self.arrays.items():
             if isinstance(weight, PackedWeight):
                 arrays[name] = PackedWeight(ops.packed_to_device(weight.w), ops.to_device(weight.beta))
+            elif isinstance(weight, Int8Weight):
+                arrays[name] = weight._replace(
+                    q=ops.to_device(weight.q), scale=ops.to_device(weight.scale)
+                )
             else:
                 arrays[name] = ops.to_device(floats(weight))
         return Weights(self.config, arrays)
@@ -93,6 +99,8 @@ class Weights:
         for name, weight in self.arrays.items():
             if isinstance(weight, PackedWeight):
                 arrays[name] = PackedWeight(ops.packed_to_host(weight.w), ops.to_host(weight.beta))
+            elif isinstance(weight, Int8Weight):
+                arrays[name] = weight._replace(q=ops.to_host(weight.q), scale=ops.to_host(weight.scale))
             elif isinstance(weight, BitWeight):
                 packed = None if weight.packed is None else ops.packed_to_host(weight.packed)
                 arrays[name] = BitWeight(ops.to_host(weight.w), ops.to_host(weight.beta), packed)
@@ -107,8 +115,16 @@ def floats(weight: Weight) -> FloatArray:
     Shapes   -> the weight's own
     Source   [spec 5 never quantised]
     """
-    assert not isinstance(weight, BitWeight | PackedWeight)
+    assert not isinstance(weight, BitWeight | PackedWeight | Int8Weight | BFloat16Weight)
     return weight
+
+
+def holds_int8(entry: Entry) -> bool:
+    """Whether an entry is kept in 8 bits by `pack --format int8`: linear maps, the router's excepted.
+
+    Source   [spec 5 8-bit weights]
+    """
+    return entry.name.endswith("_proj.weight")
 
 
 def matrix_starts(entry: Entry) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.types import IntArray
 
@@ -86,11 +86,18 @@ def empty_code(experts: int, outputs: int, inputs: int, format: FormatName) -> N
     Shapes   -> [E, panels, groups, 64]
     Source   [spec 5 packed weights]
     """
-    shape = (experts, *code_shape(outputs, inputs, format))
-    size = math.prod(shape)
+    return aligned((experts, *code_shape(outputs, inputs, format)), np.uint8)
+
+
+def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An uninitialised array that begins at a multiple of 64 bytes.
+
+    Source   [spec 5 packed weights]
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + PANEL * PLACES, np.uint8)
     start = -room.ctypes.data % (PANEL * PLACES)
-    return room[start : start + size].reshape(shape)
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def pack(q_EOI: NDArray[Any], format: FormatName) -> PackedMatrices:

@@ -24,11 +24,14 @@ Where arrays live
     is an operation of this table. `tests/strict_backend.py` refuses anything else.
 
 Weights
-    A linear map, an expert's too, takes its weights as floats, as a `BitWeight` or as a `PackedWeight`.
-    The last two make it a BitLinear (spec 5): its input rows are quantised to 8 bits, the product is of
-    integers and exact, and both give the same bits. Backwards exist for the first two; a BitWeight's is
-    straight-through: the quantisers and scales count as constants. How packed codes lie in memory is
-    the backend's affair; in files it is `packing`'s layout.
+    A linear map, an expert's too, takes its weights as floats, as a `BitWeight`, as a `PackedWeight` or
+    as an `Int8Weight`. The second and third make it a BitLinear (spec 5): its input rows are quantised
+    to 8 bits, the product is of integers and exact, and both give the same bits. Backwards exist for
+    the first two; a BitWeight's is straight-through: the quantisers and scales count as constants. How
+    packed codes lie in memory is the backend's affair; in files it is `packing`'s layout. An
+    `Int8Weight` has 8-bit integers with a scale for each block of 32 inputs, of any model; the inputs
+    are quantised likewise. A `BFloat16Weight` is a single matrix, as an output head. The cuda backend
+    refuses the last two.
 
 How to read an entry
     Shapes   arguments by their suffixes (`types.DIMENSIONS`; each letter one size within a call), then
@@ -56,6 +59,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.packing import FormatName, PackedMatrices
 from mhmoe_np.types import BoolArray, FloatArray, IntArray
 
@@ -94,7 +99,7 @@ class PackedWeight(NamedTuple):
         return self.beta.shape[0], self.w.outputs, self.w.inputs
 
 
-Weight: TypeAlias = FloatArray | BitWeight | PackedWeight
+Weight: TypeAlias = FloatArray | BitWeight | PackedWeight | Int8Weight | BFloat16Weight
 """A linear map's weights: what they are decides how the map is computed (spec 2 or spec 5)."""
 
 LayerWeights: TypeAlias = Mapping[str, Any]
@@ -271,13 +276,20 @@ class Operations(Protocol):
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
         r"""y = x @ w.T (+ b); quantised: (q @ w.T) * (beta * gamma/127) (+ b), q = quantised x.
 
+        An `Int8Weight` has integers w and a scale s of each block of 32 inputs, b; so have the rows of
+        x, their integers q with scales t.
+
         Equation y_{no} = \sum_i x_{ni}\, w_{oi} + b_o \\
                  \text{quantised: } y_{no} = \left( \sum_i q_{ni}\, w_{oi} \right) \cdot \left( \beta_o
-                   \cdot \frac{\gamma_n}{127} \right) + b_o
+                   \cdot \frac{\gamma_n}{127} \right) + b_o \\
+                 \text{in 8 bits: } y_{no} = \sum_b \left( \sum_{i \in b} q_{ni}\, w_{oi} \right)
+                   \cdot \left( s_{ob}\, t_{nb} \right) + b_o
         Shapes   x_NI, w_OI, b_O? -> y_NO
         Dtypes   float
-        Source   [spec 1 x @ W.T]; quantised [spec 5 integer product], [B1 eq. 11]
-        Cost     N*I*O multiply-adds; N*I + O*I + N*O numbers (O*I/16 where packed to 2 bits).
+        Source   [spec 1 x @ W.T]; quantised [spec 5 integer product], [B1 eq. 11]; in 8 bits [spec 5
+                 8-bit weights]
+        Cost     N*I*O multiply-adds; N*I + O*I + N*O numbers (O*I/16 where packed to 2 bits, O*I*17/64
+                 in 8 bits).
         """
 
     def linear_backward(

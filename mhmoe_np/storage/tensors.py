@@ -23,6 +23,8 @@ NUMPYS_OWN = frozenset(
     ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F16", "F32", "F64", "C64")
 )
 """Types of numbers, by the library's names."""
+WANTED = {"uint8": ("U8",), "int8": ("I8",)}
+"""What an array of a type is filled from; floats from those of any width."""
 
 
 def save_tensors(
@@ -103,7 +105,7 @@ def read_into(
                         f"{path}: tensor {name!r} has shape {list(shape)}, "
                         f"the configuration says {list(target.shape)}"
                     )
-                wanted = ("U8",) if target.dtype == np.uint8 else ("F16", "F32", "F64")
+                wanted = WANTED.get(target.dtype.name, ("F16", "F32", "F64"))
                 if dtype not in wanted:
                     raise UserError(f"{path}: tensor {name!r} is {dtype}; needs {' or '.join(wanted)}")
             size = sum(target.nbytes for target in targets.values())

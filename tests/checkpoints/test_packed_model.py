@@ -308,11 +308,11 @@ def test_bad_requests_are_one_line_and_write_nothing(
     assert sorted(path.name for path in model.iterdir()) == before
 
 
-def test_a_float_model_is_not_packed(mhmoe_here: Run, tmp_path: Path) -> None:
+def test_a_float_model_is_not_packed_to_a_bitnets_format(mhmoe_here: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings("mh2")))
     mhmoe_here("init", "config.json", "--out", "model", "--seed", 4)
-    result = mhmoe_here("pack", "model", "--out", "packed", code=2)
-    assert "quantization is 'none'" in result.stderr
+    result = mhmoe_here("pack", "model", "--format", "ternary-2bit", "--out", "packed", code=2)
+    assert "does not hold quantization 'none'; use int8" in result.stderr
     assert not (tmp_path / "packed").exists()
 
 

@@ -14,10 +14,11 @@ import pytest
 from mhmoe_np.audit.trace import trace
 from mhmoe_np.inference.evaluate import score_stream
 from mhmoe_np.model.decode import KeyValueCache
+from mhmoe_np.model.head import ExactHead
 from mhmoe_np.model.language_model import Model, forward
 from mhmoe_np.model.loss import Batch, loss
 from mhmoe_np.model.moments import Moments
-from mhmoe_np.model.packed import pack_weights, unpack_weights
+from mhmoe_np.model.packed import pack_int8, pack_weights, unpack_int8, unpack_weights
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations.door import axes_of
@@ -124,6 +125,16 @@ def all_of(config: ModelConfig, ops: Operations) -> None:
         packed = pack_weights(learner.parameters, format, ops=ops)
         forward(Model.with_weights(config, packed, ops=ops), windows[:B], None, drop=False, ops=ops)
         unpack_weights(config, packed, ops=ops)
+    in_8_bits = pack_int8(learner.parameters.to_host(ops), ops=ops)
+    forward(Model.with_weights(config, in_8_bits, ops=ops), windows[:B], None, drop=False, ops=ops)
+    if not config.is_quantised:
+        unpack_int8(config, in_8_bits, ops=ops)
+    head = ExactHead(model.weights.output_VD, ops=ops)
+    cache = KeyValueCache(model, sequences=B, positions=5, head=head.weight, ops=ops)
+    scores = cache.extend(windows[:B, :5])
+    for count in (1, config.vocab_size):
+        assert cache.last_BD is not None
+        head.logits(cache.last_BD, 0, scores[0], count)
 
 
 @pytest.fixture(scope="module")

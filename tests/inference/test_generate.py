@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,10 +17,13 @@ import pytest
 from mhmoe_np.checkpoints.checkpoint import save_model
 from mhmoe_np.data.tokenizer import train_tokenizer
 from mhmoe_np.errors import UserError
-from mhmoe_np.inference.generate import Limits, generate, generate_all
+from mhmoe_np.inference.generate import Limits, generate, generate_all, head_of
 from mhmoe_np.inference.prompts import read_prompts
 from mhmoe_np.inference.sampling import Sampling
-from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.decode import KeyValueCache
+from mhmoe_np.model.head import HeadDtype
+from mhmoe_np.model.language_model import Model, last_hidden
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.load import load_operations
 from tests.conftest import Run
 from tests.whole_models import parameters_of
@@ -36,6 +39,7 @@ for token in range(270):  # and one that draws bytes writes no text
     if not written.isascii() or not written:
         PARAMETERS.tensors["lm_head.weight"][token] = 0
 MODEL = Model.of(PARAMETERS, ops=OPS)
+HEAD_DTYPES = get_args(HeadDtype)
 PROMPTS = ["the whale", "", "sea, the ship and the whale and the sea", "a", "the"]
 
 
@@ -84,8 +88,6 @@ def test_texts_made_together_are_those_made_alone(sampling: Sampling, batch_size
 
 def test_each_text_is_drawn_from_the_logits_of_the_whole_of_it() -> None:
     """Without the cache, without a batch: the definition."""
-    from mhmoe_np.model.language_model import last_hidden
-
     made = together(PROMPTS, Sampling(0), Limits(8)).continuations
     for text in made:
         ids = TOKENIZER.encode(text.prompt).ids or [0]
@@ -300,3 +302,46 @@ def test_a_terminal_is_given_no_control_characters(
     assert generated("--prompt", prompt, *options).stdout.startswith(prompt)
     monkeypatch.setattr("mhmoe_cli.generate_command.sys.stdout.isatty", lambda: True)
     assert generated("--prompt", prompt, *options).stdout.startswith("a\\x1b[31m\tb\nc\\r")
+
+
+# ---- the output head's numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.8, top_k=5, top_p=0.9, seed=3)])
+def test_an_exact_head_makes_the_texts_of_float32(sampling: Sampling) -> None:
+    made = [
+        generate_all(
+            MODEL,
+            TOKENIZER,
+            PROMPTS,
+            limits=Limits(20),
+            sampling=sampling,
+            batch_size=batch_size,
+            head=head_of(MODEL, dtype, sampling, ops=OPS),
+            ops=OPS,
+        ).continuations
+        for dtype, batch_size in (("float32", 16), ("exact", 16), ("exact", 1))
+    ]
+    assert made[0] == made[1] == made[2]
+
+
+def test_an_int8_heads_logits_are_those_of_8_bits() -> None:
+    head = head_of(MODEL, "int8", Sampling(1.0), ops=OPS)
+    assert isinstance(head, Int8Weight)
+    id_BT = np.array([[3, 5, 8]])
+    cache = KeyValueCache(MODEL, sequences=1, positions=3, head=head, ops=OPS)
+    found = cache.extend(id_BT)
+    expected = OPS.linear(last_hidden(MODEL, id_BT, ops=OPS)[-1:], head, None)
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    assert (found != KeyValueCache(MODEL, sequences=1, positions=3, ops=OPS).extend(id_BT)).any()
+
+
+def test_the_command_takes_a_heads_numbers(generated: Run) -> None:
+    arguments = ("--prompt", "the whale", "--max-new-tokens", 8, "--temperature", 0)
+    texts = {dtype: generated(*arguments, "--head-dtype", dtype).stdout for dtype in HEAD_DTYPES}
+    assert texts["exact"] == texts["float32"]
+    assert texts["int8"].startswith("the whale")
+    for more in (["--temperature", 1], ["--top-k", 3, "--repetition-penalty", 1.1]):
+        result = generated("--prompt", "a", "--head-dtype", "exact", *more, code=2)
+        assert result.stderr.count("\n") == 1
+        assert "--top-k K" in result.stderr

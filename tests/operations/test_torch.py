@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.operations.cases import BACKENDS, EPS, Inputs, heads, of_each_backend
+from mhmoe_np.operations.bfloat16 import from_bfloat16, to_bfloat16
+from tests.operations.cases import BACKENDS, EPS, SEEDS, Inputs, heads, of_each_backend, quick
 
 
 def tensor(array: Any) -> torch.Tensor:
@@ -92,3 +95,11 @@ def test_token_nll_and_its_gradient_equal_torch_cross_entropy(name: str) -> None
     near_torch(ops.token_nll(x, w, target), expected)
     near_torch(dx, torch_x.grad)
     near_torch(dw - before, torch_w.grad)
+
+
+@given(seed=SEEDS, spread=st.sampled_from([1e-30, 1.0, 1e30]))
+@quick(20)
+def test_bfloat16_weights_round_as_torchs(seed: int, spread: float) -> None:
+    w = Inputs(seed, np.float32)(7, 31, spread=spread)
+    rounded = torch.from_numpy(w).to(torch.bfloat16)
+    assert from_bfloat16(to_bfloat16(w)).tobytes() == rounded.float().numpy().tobytes()

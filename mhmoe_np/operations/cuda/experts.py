@@ -12,7 +12,7 @@ import numpy as np
 
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.grouped import Grouped
-from mhmoe_np.operations.cuda.packed import PackedProducts
+from mhmoe_np.operations.cuda.packed import PackedProducts, on_device
 from mhmoe_np.operations.table import Activation, BitWeight, Dispatch, ExpertCache, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -38,6 +38,7 @@ class Experts(Grouped, PackedProducts):
         eps: float,
     ) -> tuple[FloatArray, ExpertCache]:
         """See `Operations.expert_ffn`."""
+        gate_up_E2FU, down_EUF = on_device(gate_up_E2FU), on_device(down_EUF)
         route_R, slot_MK, start_Z = dispatch
         R, (E, F2, U), (M, K), dtype = len(route_R), gate_up_E2FU.shape, gate_MK.shape, x_MU.dtype
         F, silu = F2 // 2, activation == "silu"
@@ -84,6 +85,7 @@ class Experts(Grouped, PackedProducts):
 
         The derivation is that of `numpy_ref`: a = dy @ down, dgate = a . n, dn = gate a.
         """
+        gate_up_E2FU, down_EUF = on_device(gate_up_E2FU), on_device(down_EUF)
         if isinstance(gate_up_E2FU, PackedWeight) or isinstance(down_EUF, PackedWeight):
             raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch

@@ -9,7 +9,7 @@ import numpy as np
 from mhmoe_np.operations.cuda.cublas import WORKSPACE_BYTES, Cublas
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.memory import Memory
-from mhmoe_np.operations.cuda.packed import PackedProducts
+from mhmoe_np.operations.cuda.packed import PackedProducts, on_device
 from mhmoe_np.operations.cuda.sums import Sums
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.settings.run import Matmul
@@ -85,6 +85,7 @@ class Linear(Products, PackedProducts, Sums):
         Work 2 N I O FLOP; moves 4 (N I + O I + N O) bytes: on an H100 bound by reading the weights with
         fewer than some 40 rows, by arithmetic with more.
         """
+        w_OI = on_device(w_OI)
         if isinstance(w_OI, BitWeight | PackedWeight):
             y_NO = self.bit_linear(x_NI, w_OI)
         else:

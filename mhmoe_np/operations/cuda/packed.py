@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from mhmoe_np.errors import UserError
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.driver import TENSOR_CORES_COMPUTE_CAPABILITY
 from mhmoe_np.operations.cuda.pack import Pack
 from mhmoe_np.operations.cuda.quantise import ByteRows, Quantise
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.packing import FORMATS, PackedMatrices, code_shape
-from mhmoe_np.operations.table import BitWeight, PackedWeight
+from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
 FEW = 32  # up to so many rows the weights, unpacked anew for every 8, are what takes time
@@ -48,6 +51,19 @@ def tiling_for(rows: int, outputs: int, *, experts: int | None, tensor_cores: bo
     if rows < MANY_OF_EXPERT * E or blocks(rows, 128) * blocks(outputs, 128) < ENOUGH_BLOCKS:
         return SMALL_TILES
     return TILES
+
+
+def on_device(w: Weight) -> FloatArray | BitWeight | PackedWeight:
+    """A weight of a kind that has kernels here.
+
+    Raises UserError: it has not.
+    """
+    if isinstance(w, Int8Weight | BFloat16Weight):
+        raise UserError(
+            "--backend cuda: multiplies no int8 or bfloat16 weights; give --backend numba, or unpack "
+            "the checkpoint and leave --head-dtype out"
+        )
+    return w
 
 
 class PackedProducts(Quantise, Pack):

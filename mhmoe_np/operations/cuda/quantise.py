@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
 from mhmoe_np.operations.cuda.device import Kernels, blocks
 from mhmoe_np.operations.cuda.memory import Memory
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
 from mhmoe_np.types import FloatArray, IntArray
 
@@ -61,7 +63,7 @@ class Quantise(Memory):
 
         Raises TypeError: the weight is packed.
         """
-        if isinstance(w, PackedWeight):
+        if isinstance(w, PackedWeight | Int8Weight | BFloat16Weight):
             raise TypeError("packed weights have no gradient")
         if not isinstance(w, BitWeight):
             return x_NI, w

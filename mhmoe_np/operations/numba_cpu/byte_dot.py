@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from mhmoe_np.operations.numba_cpu.compiling import literal_intrinsic
 from mhmoe_np.operations.numba_cpu.emitter import I8, I32, I64, Emitter, constant
 from mhmoe_np.operations.numba_cpu.tiles import ALONE, TILES
 from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES
@@ -134,12 +134,7 @@ _ROW_EMITTERS = {
 }
 
 
-def _intrinsic(definition: Any) -> Any:
-    """`intrinsic`, whose type hints describe the definition and not the call."""
-    return intrinsic(prefer_literal=True)(definition)
-
-
-@_intrinsic
+@literal_intrinsic
 def dot_tile(
     typing_context: Any,
     weight: Any,

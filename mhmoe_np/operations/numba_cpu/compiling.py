@@ -58,6 +58,11 @@ def typed_intrinsic(definition: Any) -> Any:
     return intrinsic(definition)
 
 
+def literal_intrinsic(definition: Any) -> Any:
+    """The same, of a definition that wants to know the numbers that stand in the code."""
+    return intrinsic(prefer_literal=True)(definition)
+
+
 def _compiled(function: Function, **options: Any) -> Function:
     options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
     with kept_by_sources():

@@ -29,13 +29,11 @@ def constant(kind: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
 
-class Emitter:
-    """Emits the loop of one tile into `builder`."""
+class Vectors:
+    """Emits vector code into `builder`: what the loops of all kinds of weights share."""
 
-    def __init__(
-        self, builder: ir.IRBuilder, instruction_set: InstructionSet, format: PackingFormat
-    ) -> None:
-        self.b, self.instruction_set, self.format = builder, instruction_set, format
+    def __init__(self, builder: ir.IRBuilder, instruction_set: InstructionSet) -> None:
+        self.b, self.instruction_set = builder, instruction_set
         lanes = TILES[instruction_set].lanes
         self.v8 = ir.VectorType(I8, 4 * lanes)
         self.v16 = ir.VectorType(I16, 2 * lanes)
@@ -55,11 +53,59 @@ class Emitter:
         return value
 
     def spread(self, value: ir.Value) -> ir.Value:
-        """One int32 in every lane."""
-        undefined = ir.Constant(self.v32, ir.Undefined)
+        """One number in every lane."""
+        undefined = ir.Constant(ir.VectorType(value.type, self.v32.count), ir.Undefined)
         one = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
-        lanes = ir.Constant(ir.VectorType(I32, self.v32.count), [0] * self.v32.count)
-        return self.b.shuffle_vector(one, undefined, lanes)
+        return self.b.shuffle_vector(one, undefined, constant(self.v32, 0))
+
+    def pair_sums(self, code: ir.Value, activation: ir.Value) -> ir.Value:
+        """Products of neighbouring bytes, unsigned by signed, summed to int16."""
+        return self.call(
+            "llvm.x86.avx2.pmadd.ub.sw",
+            self.v16,
+            self.b.bitcast(code, self.v8),
+            self.b.bitcast(activation, self.v8),
+        )
+
+    def loop(
+        self,
+        first: ir.Value,
+        end: ir.Value,
+        step: int,
+        sums: list[ir.Value],
+        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """While `step` more groups fit before `end`: sums = body(group, sums). Return both at last."""
+        b = self.b
+        before = b.block
+        test, inside, after = (b.append_basic_block(name) for name in ("test", "groups", "after"))
+        b.branch(test)
+        b.position_at_end(test)
+        group = b.phi(I64)
+        group.add_incoming(first, before)
+        phis = [b.phi(value.type) for value in sums]
+        for phi, value in zip(phis, sums, strict=True):
+            phi.add_incoming(value, before)
+        following = b.add(group, ir.Constant(I64, step))
+        b.cbranch(b.icmp_signed("<=", following, end), inside, after)
+        b.position_at_end(inside)
+        new = body(group, phis)
+        group.add_incoming(following, b.block)
+        for phi, value in zip(phis, new, strict=True):
+            phi.add_incoming(value, b.block)
+        b.branch(test)
+        b.position_at_end(after)
+        return group, phis
+
+
+class Emitter(Vectors):
+    """Emits the loop of one tile of packed codes."""
+
+    def __init__(
+        self, builder: ir.IRBuilder, instruction_set: InstructionSet, format: PackingFormat
+    ) -> None:
+        super().__init__(builder, instruction_set)
+        self.format = format
 
     def quads(self, raw: ir.Value) -> list[ir.Value]:
         """The codes of each quad in a loaded vector, as unsigned bytes."""
@@ -87,15 +133,6 @@ class Emitter:
         for factor, value in enumerate(sums[1:], start=1):
             total = self.b.add(total, self.b.ashr(value, constant(self.v32, bits * factor)))
         return total
-
-    def pair_sums(self, code: ir.Value, activation: ir.Value) -> ir.Value:
-        """Products of neighbouring bytes, unsigned by signed, summed to int16."""
-        return self.call(
-            "llvm.x86.avx2.pmadd.ub.sw",
-            self.v16,
-            self.b.bitcast(code, self.v8),
-            self.b.bitcast(activation, self.v8),
-        )
 
     def _digits(self, raw: ir.Value) -> list[ir.Value]:
         """Base 3: triple the byte, kept in the upper half of 16 bits; the digit comes out on top."""
@@ -146,33 +183,3 @@ class Emitter:
                 signed = self.b.ashr(up, constant(self.v32, 24))
                 sums = self.b.add(sums, self.b.mul(one, signed))
         return sums
-
-    def loop(
-        self,
-        first: ir.Value,
-        end: ir.Value,
-        step: int,
-        sums: list[ir.Value],
-        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        """While `step` more groups fit before `end`: sums = body(group, sums). Return both at last."""
-        b = self.b
-        before = b.block
-        test, inside, after = (b.append_basic_block(name) for name in ("test", "groups", "after"))
-        b.branch(test)
-        b.position_at_end(test)
-        group = b.phi(I64)
-        group.add_incoming(first, before)
-        phis = [b.phi(value.type) for value in sums]
-        for phi, value in zip(phis, sums, strict=True):
-            phi.add_incoming(value, before)
-        following = b.add(group, ir.Constant(I64, step))
-        b.cbranch(b.icmp_signed("<=", following, end), inside, after)
-        b.position_at_end(inside)
-        new = body(group, phis)
-        group.add_incoming(following, b.block)
-        for phi, value in zip(phis, new, strict=True):
-            phi.add_incoming(value, b.block)
-        b.branch(test)
-        b.position_at_end(after)
-        return group, phis

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.numba_cpu.arithmetic import row_dot
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows, activate_rows_backward
@@ -234,7 +235,7 @@ class Experts(PackedProducts):
         activation: Activation,
     ) -> tuple[FloatArray, FloatArray]:
         """See `Operations.expert_ffn_backward`."""
-        if isinstance(gate_up_E2FU, PackedWeight) or isinstance(down_EUF, PackedWeight):
+        if isinstance(gate_up_E2FU, PackedWeight | Int8Weight):
             raise TypeError("packed weights have no gradient")
         route_R, slot_MK, start_Z = dispatch
         R, E, dtype = len(route_R), len(start_Z) - 1, x_MU.dtype

@@ -25,7 +25,7 @@ import numba
 from numba.misc import appdirs
 
 HERE = Path(__file__).parent
-BESIDE = ("packing.py", "table.py")  # what kernels know of the folder above
+BESIDE = ("bfloat16.py", "int8.py", "packing.py", "table.py")  # what kernels know of the folder above
 PREFIX = "mhmoe-np-kernels-"
 KEPT_SECONDS = 30 * 24 * 3600
 

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
+from mhmoe_np.operations.int8 import Int8Weight
+from mhmoe_np.operations.numba_cpu.bfloat16_linear import BFloat16Linear
 from mhmoe_np.operations.numba_cpu.compiling import exact, task
 from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
-from mhmoe_np.operations.numba_cpu.packed import PackedProducts, as_packed, as_stack
+from mhmoe_np.operations.numba_cpu.int8_linear import Int8Linear
+from mhmoe_np.operations.numba_cpu.packed import as_packed, as_stack
 from mhmoe_np.operations.numba_cpu.packed_product import (
     SERIAL_PACKED_MACS,
     PackedProduct,
@@ -208,7 +212,7 @@ def _add_rows(dx_ND: Any, id_N: Any, dw_VD: Any) -> None:
             dw_VD[id_N[n], d] += dx_ND[n, d]
 
 
-class Linear(QuantiseRows, PackedProducts):
+class Linear(QuantiseRows, Int8Linear, BFloat16Linear):
     """See `Operations`: linear maps and the embedding."""
 
     def linear(self, x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
@@ -219,6 +223,10 @@ class Linear(QuantiseRows, PackedProducts):
             self._packed_linear(x_NI, weight, y_NO)
         elif isinstance(weight, BitWeight):
             self._bit_linear(x_NI, weight, y_NO)
+        elif isinstance(weight, Int8Weight):
+            self.int8_linear(x_NI, weight, y_NO)
+        elif isinstance(weight, BFloat16Weight):
+            self.bfloat16_linear(x_NI, weight, y_NO)
         else:
             height, width, tiles = tiles_of(*y_NO.shape)
             product = FloatTiles(x_NI, weight, y_NO, height, width)
@@ -263,7 +271,7 @@ class Linear(QuantiseRows, PackedProducts):
         onto_NI: FloatArray | None = None,
     ) -> FloatArray:
         """See `Operations.linear_backward`."""
-        if isinstance(w_OI, PackedWeight):
+        if isinstance(w_OI, PackedWeight | Int8Weight | BFloat16Weight):
             raise TypeError("packed weights have no gradient")
         dx_NI: FloatArray = self.empty(x_NI.shape, x_NI.dtype) if onto_NI is None else onto_NI
         with self.scope():

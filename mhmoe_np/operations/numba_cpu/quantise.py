@@ -24,7 +24,7 @@ from mhmoe_np.types import FloatArray
 
 
 @exact
-def _largest_magnitude(x_I: Any) -> Any:
+def largest_magnitude(x_I: Any) -> Any:
     """max |x|, or NaN if one is NaN. Read as integers, magnitudes keep their order and NaN is last."""
     highest = bits_of(x_I.dtype.type(0))
     for i in range(len(x_I)):
@@ -40,7 +40,7 @@ def quantise_row(x_I: Any, q_I: Any) -> Any:
     with a NaN has a scale of NaN, one with an infinity a scale of infinity: no product hides them.
     """
     real = x_I.dtype.type
-    gamma = _largest_magnitude(x_I)
+    gamma = largest_magnitude(x_I)
     if gamma < real(1e-5):
         gamma = real(1e-5)
     inverse = real(127) / gamma

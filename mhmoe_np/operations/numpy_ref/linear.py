@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight, from_bfloat16
+from mhmoe_np.operations.int8 import Int8Weight
+from mhmoe_np.operations.numpy_ref.int8 import int8_linear
 from mhmoe_np.operations.numpy_ref.quantise import integers, quantise_rows, straight_through
 from mhmoe_np.operations.numpy_ref.sums import added
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Weight
@@ -12,7 +15,14 @@ from mhmoe_np.types import FloatArray, IntArray
 
 def linear(x_NI: FloatArray, w_OI: Weight, b_O: FloatArray | None) -> FloatArray:
     """See `Operations.linear`."""
-    y_NO = bit_linear(x_NI, w_OI) if isinstance(w_OI, BitWeight | PackedWeight) else x_NI @ w_OI.T
+    if isinstance(w_OI, BitWeight | PackedWeight):
+        y_NO = bit_linear(x_NI, w_OI)
+    elif isinstance(w_OI, Int8Weight):
+        y_NO = int8_linear(x_NI, w_OI)
+    elif isinstance(w_OI, BFloat16Weight):
+        y_NO = x_NI @ from_bfloat16(w_OI).astype(x_NI.dtype, copy=False).T
+    else:
+        y_NO = x_NI @ w_OI.T
     return y_NO if b_O is None else y_NO + b_O
 
 

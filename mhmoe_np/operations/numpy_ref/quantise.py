@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mhmoe_np.operations.bfloat16 import BFloat16Weight
+from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.packing import PackedMatrices, pack, unpack
 from mhmoe_np.operations.table import BitWeight, PackedWeight, Quantization, Weight
 from mhmoe_np.types import FloatArray
@@ -89,7 +91,7 @@ def straight_through(x_NI: FloatArray, w: Weight) -> tuple[FloatArray, FloatArra
     y = x_hat @ w_hat^T with x_hat = q gamma/127 and w_hat = beta w; the quantisers themselves count
     as the identity and the scales as constants, so dx = dy @ w_hat and dW = dy^T @ x_hat.
     """
-    if isinstance(w, PackedWeight):
+    if isinstance(w, PackedWeight | Int8Weight | BFloat16Weight):
         raise TypeError("packed weights have no gradient")
     if isinstance(w, BitWeight):
         q_NI, scale_N = quantise_rows(x_NI)
@@ -103,4 +105,7 @@ def expert(w: Weight, e: int) -> Weight:
         return BitWeight(w.w[e], w.beta[e])
     if isinstance(w, PackedWeight):
         return PackedWeight(w.w.matrix(e), w.beta[e : e + 1])
+    if isinstance(w, Int8Weight):
+        return w.matrix(e)
+    assert not isinstance(w, BFloat16Weight)  # an output head's
     return w[e]
