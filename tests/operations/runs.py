@@ -29,6 +29,7 @@ MEMORY = {
     "empty_packed",
     "scope",
     "buffer_bytes",
+    "blas",
     "device",
     "repeated",
     "to_device",
