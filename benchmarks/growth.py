@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from benchmarks.compare import environment_of_sides
-from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas
+from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas, write_results
 from benchmarks.numpy_side import SETTINGS
 from benchmarks.parts import Stopwatch, breakdown
 from benchmarks.report import draw_curve
@@ -102,7 +102,6 @@ def main() -> None:
         print(json.dumps(measure(CURVES[options.only[0]], options.point)))
         return
     folder = folder_of(machine())
-    folder.mkdir(parents=True, exist_ok=True)
     for name in options.only or CURVES:
         points = []
         for value in CURVES[name].values:
@@ -115,7 +114,8 @@ def main() -> None:
             points.append(json.loads(output))
             blas = points[-1].pop("blas")
             print(name, json.dumps(points[-1]), flush=True)
-        path = folder / f"{GROWTH}{tag(blas)}.json"
+        file = f"{GROWTH}{tag(blas)}"
+        path = folder / f"{file}.json"
         results = json.loads(path.read_text("utf-8")) if path.exists() else {}
         results[name] = {
             "key": CURVES[name].key,
@@ -124,8 +124,8 @@ def main() -> None:
             "blas": blas,
             "points": points,
         }
+        write_results(folder, file, results)
         draw_curve(name, results[name], folder / f"growth-{name}{tag(blas)}.png")
-        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

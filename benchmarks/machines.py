@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ def folder_of(machine: str) -> Path:
     """Where results of a machine are kept, by what `machine` says but for the cores."""
     plain = re.sub(r"\(R\)|\(TM\)|, \d+ cores|\b(CPU|Processor|\d+-Core)\b|@ [\d.]+GHz", "", machine)
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", plain.replace("AVX-", "AVX").lower()).strip("-")
+
+
+def write_results(folder: Path, name: str, found: object) -> None:
+    """What a benchmark found, as `name`.json in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 def add_blas_option(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import environment_of_sides
-from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas
+from benchmarks.machines import add_blas_option, folder_of, machine, tag, use_blas, write_results
 from mhmoe_np.settings.presets import PAPER_MODELS
 from mhmoe_np.training.run_folder import METRICS
 
@@ -93,10 +93,7 @@ def main() -> None:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if not options.only:
         found = {"machine": machine(), "blas": plan["blas"], "rows": rows}
-        folder = folder_of(machine())
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{FORECASTS}{tag(plan['blas'])}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_results(folder_of(machine()), f"{FORECASTS}{tag(plan['blas'])}", found)
     if options.json:
         print(json.dumps(rows))
 

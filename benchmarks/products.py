@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benchmarks.machines import described, folder_of, machine
+from benchmarks.machines import described, folder_of, machine, write_results
 from benchmarks.packed import fastest
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
     Form,
@@ -153,9 +153,7 @@ def main() -> None:
             if not arguments.json:
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     found = {"machine": machine(), "libraries": names, "rows": rows}
-    folder = folder_of(found["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{FILE}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write_results(folder_of(found["machine"]), FILE, found)
     if arguments.json:
         print(json.dumps(found))
 

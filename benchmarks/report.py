@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.compare import PEERS, Work, compare
-from benchmarks.machines import add_blas_option, described, folder_of, tag, use_blas
+from benchmarks.machines import add_blas_option, described, folder_of, tag, use_blas, write_results
 from benchmarks.parts import PARTS
 from benchmarks.sizes import MODELS, SIZES
 from mhmoe_np.operations.load import cores
@@ -53,10 +53,9 @@ def main(work: Work, description: str) -> None:
         disturbed=options.disturbed,
     )
     folder = options.results or folder_of(row["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
     keys = ("work", "size", "model", "peer")
     name = "-".join(row[key] for key in keys) + f"{tag(row['blas'])}-{row['threads']}-threads"
-    (folder / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n", "utf-8")
+    write_results(folder, name, row)
     draw(row, folder / f"{name}.png")
     if options.json:
         print(json.dumps(row))

@@ -118,7 +118,7 @@ def test_each_mode_is_as_exact_as_its_name_says() -> None:
     assert float32.max() < 2.0**-20
     assert 2.0**-15 < tf32.max() < 2.0**-10  # 10 bits of mantissa, rounded or cut
     # About as good as float32: tensor cores cut the sums that others round. 2.5 times on an H100.
-    assert np.sqrt(np.mean(tf32x3**2)) < 4 * np.sqrt(np.mean(float32**2))
+    assert np.sqrt(np.mean(tf32x3**2)) < 3 * np.sqrt(np.mean(float32**2))
     assert tf32x3.max() < 4 * float32.max()
 
 

@@ -223,7 +223,8 @@ with_compilers = pytest.mark.skipif(not toolchain.IS_HERE, reason="no wheels of 
 @pytest.fixture(scope="module")
 def machine_code() -> Compiled:
     """Of what compiles without a warning and should not be there."""
-    compiled = compile_with_nvcc("".join([*FLOATS.values(), INTEGERS, INDEXED]), OPTIONS, ARCHITECTURES)
+    source = "".join([*FLOATS.values(), INTEGERS, INDEXED])
+    compiled = compile_with_nvcc(source, OPTIONS, ARCHITECTURES, ARCHITECTURES)
     assert compiled.log == ""
     assert set(compiled.instructions) == set(compiled.resources) == set(ARCHITECTURES)
     return compiled
@@ -255,7 +256,7 @@ def test_registers_that_spill_are_refused() -> None:
     body = "".join(f"float x{i} = out[{i} * 64 + threadIdx.x];" for i in values) + BARRIER
     body += "".join(f"out[{i} * 65 + threadIdx.x] = x{i} * x{(i * 7 + 3) % 80};" for i in values)
     source = planted_kernel("spills", "float* out", body)
-    assert "spill" in compile_with_nvcc(source, OPTIONS, [90]).log
+    assert "spill" in compile_with_nvcc(source, OPTIONS, [90], []).log
     assert "spill" in compile_with_nvrtc12(source, OPTIONS, 90)
 
 

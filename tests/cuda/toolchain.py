@@ -30,8 +30,10 @@ from typing import Any, NamedTuple
 from mhmoe_np.operations.cuda.sources import REALS, kernel_files, options_of, source_of
 from tests.cuda.emulator.compiling import KERNEL
 
-# By float type; a file takes up to ten seconds for each.
-ARCHITECTURES = {"float32": (75, 80, 90, 100), "float64": (75, 80, 90, 100)}
+# By float type; a file takes up to ten seconds for each. Float64 is for checking: oldest and newest.
+ARCHITECTURES = {"float32": (75, 80, 90, 100), "float64": (75, 100)}
+# What makes a source another on another architecture: its instructions are read on each, else on one.
+DEPENDS_ON_ARCHITECTURE = re.compile(r"__CUDA_ARCH__|\basm\b|__dp4a")
 NVRTC12_ARCHITECTURES = {"float32": (90,), "float64": (90,)}
 BUDGET = Path(__file__).with_name("resources.toml")
 AT_ONCE = 2  # compilers; each takes a core and some hundred MB
@@ -109,15 +111,17 @@ def run(wheel: str, program: str, *arguments: str, folder: Path | None = None) -
 # ---- nvcc ------------------------------------------------------------------------------------
 
 
-def compile_with_nvcc(source: str, options: Sequence[str], architectures: Sequence[int]) -> Compiled:
-    """Compile for several architectures; a spilled register is an error."""
+def compile_with_nvcc(
+    source: str, options: Sequence[str], architectures: Sequence[int], disassemble: Sequence[int]
+) -> Compiled:
+    """Compile for several architectures, read some's instructions; a spilled register is an error."""
     arguments = [
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
         *("-fatbin", *options, *ADDED, "-Xptxas", "--warn-on-spills", "-Werror", "all-warnings"),
     ]
     versions = [metadata.version(wheel) for wheel in ("nvidia-cuda-nvcc", "nvidia-cuda-cuobjdump")]
-    key = [source, *arguments, *versions]
-    log, listing, assembly = _kept(key, lambda: _run_nvcc(source, arguments))
+    key = [source, *arguments, *map(str, disassemble), *versions]
+    log, listing, assembly = _kept(key, lambda: _run_nvcc(source, arguments, disassemble))
     return Compiled(log, _resources(listing), _instructions(assembly))
 
 
@@ -133,7 +137,7 @@ def _kept(key: list[str], make: Callable[[], list[str]]) -> list[str]:
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def _run_nvcc(source: str, arguments: list[str]) -> list[str]:
+def _run_nvcc(source: str, arguments: list[str], disassemble: Sequence[int]) -> list[str]:
     """What the compiler says, the resources and the instructions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,12 +146,16 @@ def _run_nvcc(source: str, arguments: list[str]) -> list[str]:
         code, log = run("nvidia-cuda-nvcc", "nvcc", *arguments, *binary, folder=folder)
         if code:
             return [log or f"nvcc ended with {code}", "", ""]
-        dumps = [
-            run("nvidia-cuda-cuobjdump", "cuobjdump", what, "kernels.fatbin", folder=folder)
-            for what in ("--dump-resource-usage", "-sass")
-        ]
-        assert not any(code for code, _ in dumps), dumps
-        return ["", dumps[0][1], dumps[1][1]]
+
+        def dump(*what: str) -> str:
+            code, text = run(
+                "nvidia-cuda-cuobjdump", "cuobjdump", *what, "kernels.fatbin", folder=folder
+            )
+            assert code == 0, text
+            return text
+
+        assembly = [dump("-sass", "-arch", f"sm_{architecture}") for architecture in disassemble]
+        return ["", dump("--dump-resource-usage"), "\n".join(assembly)]
 
 
 def _by_architecture(text: str) -> dict[int, str]:
@@ -245,14 +253,25 @@ def kernels_of(name: str) -> list[str]:
     return [kernel["name"] for kernel in KERNEL.finditer(source_of(name))]
 
 
+def disassembled(source: Source) -> Sequence[int]:
+    """The architectures whose instructions are worth the seconds that reading them takes."""
+    name, dtype = source
+    architectures = ARCHITECTURES[dtype]
+    return architectures if DEPENDS_ON_ARCHITECTURE.search(source_of(name)) else architectures[-1:]
+
+
 @cache
 def compiled() -> dict[Source, Compiled]:
     """Every file for both types, by CUDA 13."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        results = pool.map(
-            lambda s: compile_with_nvcc(source_of(s[0]), options_of(s[1]), ARCHITECTURES[s[1]]),
-            LARGEST_FIRST,
+
+    def compile_one(source: Source) -> Compiled:
+        name, dtype = source
+        return compile_with_nvcc(
+            source_of(name), options_of(dtype), ARCHITECTURES[dtype], disassembled(source)
         )
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = pool.map(compile_one, LARGEST_FIRST)
         return dict(zip(LARGEST_FIRST, results, strict=True))
 
 

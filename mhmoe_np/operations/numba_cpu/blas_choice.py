@@ -1,7 +1,8 @@
 """Which BLAS compiled kernels multiply with: decided once a process.
 
-MHMOE_NP_BLAS names one. Without it MKL, where it is installed, runs on Intel's processors and OpenBLAS
-on AMD's, as measured; on any other one a probe decides, and what came out is kept beside the kernels.
+MHMOE_NP_BLAS names one. Without it MKL, where it is installed, runs on Intel's processors, and OpenBLAS
+on AMD's, where it is faster with large matrices (`benchmarks.products`); on any other one a probe
+decides, and what came out is kept beside the kernels.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ def choose() -> Library:
 
     Raises UserError: the variable names none, or one that is not installed or cannot be loaded.
     """
-    wanted, installed = os.environ.get(VARIABLE), mkl_libraries()
-    if wanted not in (None, "", "openblas", "mkl"):
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted not in (None, "openblas", "mkl"):
         raise UserError(f"{VARIABLE}={wanted[:60]}: must be openblas or mkl; unset it")
-    if wanted == "openblas" or (not wanted and not installed):
+    likely = wanted or FASTER_ON.get(processor_facts().get("vendor_id", ""))
+    if likely == "openblas":
         return openblas()
-    if not installed:
+    installed = mkl_libraries()
+    if not installed and wanted:
         raise missing("mkl", extra="mkl", needed_by=f"{VARIABLE}=mkl", otherwise=", or unset it")
-    if not wanted and FASTER_ON.get(processor_facts().get("vendor_id", "")) == "openblas":
+    if not installed:
         return openblas()
     try:
         library = mkl(installed)
@@ -57,9 +60,7 @@ def choose() -> Library:
         if wanted:
             raise UserError(f"{VARIABLE}=mkl: {error}; install mkl again, or unset it") from None
         return openblas()
-    if wanted or processor_facts().get("vendor_id") in FASTER_ON:
-        return library
-    return faster(openblas(), library, PROBE)
+    return library if likely else faster(openblas(), library, PROBE)
 
 
 def faster(first: Library, second: Library, kept: Path) -> Library:
