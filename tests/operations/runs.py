@@ -1,6 +1,7 @@
 """Every operation once, large enough for all its parallel tasks: all arrays returned or written.
 
-Each function runs the operations of one file; `run_table` runs all of them.
+Each function runs the operations of one file; `run_table` runs all of them. `run_8_bits` runs those that
+take weights which the cuda backend refuses.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mhmoe_np.operations.bfloat16 import to_bfloat16
+from mhmoe_np.operations.int8 import to_int8
 from mhmoe_np.operations.table import Operations
 from tests.operations.cases import (
     ADAMW,
@@ -54,6 +57,21 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> Done:
     for i, run in enumerate(RUNS):
         done |= run(ops, Inputs(seed + i, dtype))
     return done
+
+
+def run_8_bits(ops: Operations, dtype: Any, seed: int) -> Done:
+    """Operations on weights in bfloat16 and in 8-bit integers."""
+    r, U, F = Inputs(seed, dtype), 43, 61  # their products are parallel from larger sizes on
+    x, single = r(N, D), np.float32
+    weights = [to_bfloat16(r(V, D).astype(single)), to_int8(r(1, V, D).astype(single))]
+    stacks = [to_int8(r(*shape).astype(single)) for shape in ((E, 2 * F, U), (E, U, F))]
+    routed = r.routed(M, U, E, K, "even", 300)
+    # Squared ReLU: see `experts`.
+    y, cache = ops.expert_ffn(*routed, *stacks, None, activation="relu2", eps=EPS)
+    return {
+        "linear": [ops.linear(x, w, None) for w in weights],
+        "expert_ffn": [y, cache.gate_up_R2F],
+    }
 
 
 def sums(ops: Operations, r: Inputs) -> Done:
