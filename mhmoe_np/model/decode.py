@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mhmoe_np.layers.attention import Past
-from mhmoe_np.layers.block import block_forward
+from mhmoe_np.layers.block import block_forward, branches_of
 from mhmoe_np.model.language_model import Model, checked_ids
 from mhmoe_np.operations.table import Operations
 from mhmoe_np.types import FloatArray, IntArray
@@ -42,6 +42,16 @@ class KeyValueCache:
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
         self._extended = ops.repeated(self._logits)
+        branches = [
+            branch
+            for w, kv_BS2GC in zip(model.weights.blocks, self.layers, strict=True)
+            for branch in branches_of(w, kv_BS2GC)
+        ]
+        self._joined = (
+            ops.joined_step(branches, activation=config.hidden_act, eps=config.rms_norm_eps)
+            if len(branches) == 2 * config.num_hidden_layers
+            else None
+        )
 
     def extend(self, id_BT: IntArray) -> FloatArray:
         """Put T more tokens of each sequence behind; return the logits after the last.
@@ -66,11 +76,14 @@ class KeyValueCache:
         B, T = id_BT.shape
         rotary = rotary._replace(first_1=first_1)
         x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
-        for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
-            past = Past(kv_BS2GC, first_1)
-            x_ND, _ = block_forward(
-                x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
-            )
+        if T == 1 and self._joined is not None:
+            self._joined(x_ND, rotary.cos_YJ, rotary.sin_YJ, first_1)
+        else:
+            for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
+                past = Past(kv_BS2GC, first_1)
+                x_ND, _ = block_forward(
+                    x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
+                )
         last_BD = ops.empty((B, config.hidden_size), weights.dtype)
         last_BD[...] = x_ND.reshape(B, T, -1)[:, -1]
         y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)
