@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from mhmoe_np.layers.attention import Past
-from mhmoe_np.layers.block import block_forward, branches_of
+from mhmoe_np.layers.block import NORM_2, block_forward, branches_of
+from mhmoe_np.layers.moe import ROUTER, moe_forward
 from mhmoe_np.model.language_model import Model, checked_ids
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import Branch, JoinedStep, LayerWeights, Operations
 from mhmoe_np.types import FloatArray, IntArray
 
 
@@ -42,16 +43,25 @@ class KeyValueCache:
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
         self._extended = ops.repeated(self._logits)
-        branches = [
-            branch
-            for w, kv_BS2GC in zip(model.weights.blocks, self.layers, strict=True)
-            for branch in branches_of(w, kv_BS2GC)
-        ]
-        self._joined = (
-            ops.joined_step(branches, activation=config.hidden_act, eps=config.rms_norm_eps)
-            if len(branches) == 2 * config.num_hidden_layers
-            else None
-        )
+        self._joined = self._joined_pieces()
+
+    def _joined_pieces(self) -> list[tuple[JoinedStep, LayerWeights | None]] | None:
+        """A token's work as the backend joins it, each piece up to a MoE layer that follows.
+
+        None: it does not join these.
+        """
+        (config, weights, _), ops = self._model, self._ops
+        pieces: list[tuple[list[Branch], LayerWeights | None]] = []
+        for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
+            before = pieces.pop()[0] if pieces and pieces[-1][1] is None else []
+            pieces.append(([*before, *branches_of(w, kv_BS2GC)], w if ROUTER in w else None))
+        joined = []
+        for branches, moe in pieces:
+            step = ops.joined_step(branches, activation=config.hidden_act, eps=config.rms_norm_eps)
+            if step is None:
+                return None
+            joined.append((step, moe))
+        return joined
 
     def extend(self, id_BT: IntArray) -> FloatArray:
         """Put T more tokens of each sequence behind; return the logits after the last.
@@ -77,7 +87,12 @@ class KeyValueCache:
         rotary = rotary._replace(first_1=first_1)
         x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
         if T == 1 and self._joined is not None:
-            self._joined(x_ND, rotary.cos_YJ, rotary.sin_YJ, first_1)
+            for step, moe in self._joined:
+                step(x_ND, rotary.cos_YJ, rotary.sin_YJ, first_1)
+                if moe is not None:
+                    normed_ND, _ = ops.rms_norm(x_ND, moe[NORM_2], eps=config.rms_norm_eps)
+                    y_ND, _ = moe_forward(normed_ND, moe, None, drop=False, config=config, ops=ops)
+                    ops.add_in_place(y_ND, x_ND)
         else:
             for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
                 past = Past(kv_BS2GC, first_1)

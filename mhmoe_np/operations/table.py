@@ -188,6 +188,9 @@ class FeedForwardBranch(NamedTuple):
 Branch: TypeAlias = AttentionBranch | FeedForwardBranch
 """What a pre-norm layer adds to x: branch(norm(x))."""
 
+JoinedStep: TypeAlias = Callable[[FloatArray, FloatArray, FloatArray, IntArray], None]
+"""See `Operations.joined_step`."""
+
 
 class Device(NamedTuple):
     """A device whose memory is not the host's."""
@@ -246,7 +249,7 @@ class Operations(Protocol):
 
     def joined_step(
         self, branches: Sequence[Branch], *, activation: Activation, eps: float
-    ) -> Callable[[FloatArray, FloatArray, FloatArray, IntArray], None] | None:
+    ) -> JoinedStep | None:
         """x <- x + branch(norm(x)), branch after branch, as one piece of work on one token a sequence.
 
         None: this backend does not join such branches; their operations are called one by one. They

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  where Numba finds BLAS
 from numba import types
 from numba.extending import overload
 from threadpoolctl import ThreadpoolController
 
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.few_rows import few_rows_nt
+from mhmoe_np.operations.numba_cpu.scipy_blas import cython_blas  # noqa: F401  where Numba finds BLAS
 
 
 def limit_blas() -> None:

@@ -11,7 +11,8 @@ a row, each worker computes for itself: waiting for another one to do it would t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,13 @@ from mhmoe_np.operations.numba_cpu.few_rows import few_rows_nt, four_dots
 from mhmoe_np.operations.numba_cpu.norm import norm_rows
 from mhmoe_np.operations.numba_cpu.phases import end_phase, new_counters, next_task
 from mhmoe_np.operations.numba_cpu.regions import blocks, run, tasks_of
-from mhmoe_np.operations.table import Activation, AttentionBranch, Branch, FeedForwardBranch
+from mhmoe_np.operations.table import (
+    Activation,
+    AttentionBranch,
+    Branch,
+    FeedForwardBranch,
+    JoinedStep,
+)
 from mhmoe_np.types import FloatArray, IntArray
 
 MOST_SEQUENCES = 16  # with more, products are faster in BLAS's own order
@@ -36,7 +43,7 @@ MOST_OUTPUTS = 64  # of one task
 NORM, FIRST, SUB_NORM, SECOND, CACHE = range(5)
 
 
-class JoinedStep(NamedTuple):
+class AllBranches(NamedTuple):
     """What all branches read and write; task i is worker i."""
 
     x_ND: Any  # goes in and comes out
@@ -271,7 +278,7 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     return phase + 1
 
 
-@tasks_of(JoinedStep)
+@tasks_of(AllBranches)
 def _all_branches(worker: int, a: Any) -> None:
     phase = 0
     for branch in range(len(a.addresses)):
@@ -282,18 +289,18 @@ def _all_branches(worker: int, a: Any) -> None:
 
 
 def can_be_joined(branches: Sequence[Branch]) -> bool:
-    """Whether these are branches that a `JoinedStep` computes: few sequences, unquantised weights."""
+    """Whether `Joined` computes them: attention first, few sequences, weights that are floats."""
     arrays = [array for branch in branches for array in branch if array is not None]
     return (
-        len({type(branch) for branch in branches}) == 2
+        len(branches) > 0
+        and isinstance(branches[0], AttentionBranch)
         and all(isinstance(array, np.ndarray) and array.flags.c_contiguous for array in arrays)
         and len({array.dtype for array in arrays}) == 1
         and all(
-            len({tuple(map(np.shape, branch)) for branch in branches if isinstance(branch, kind)}) == 1
+            len({tuple(map(np.shape, branch)) for branch in branches if isinstance(branch, kind)}) <= 1
             for kind in (AttentionBranch, FeedForwardBranch)
         )
-        and max(len(branch.kv_BS2GC) for branch in branches if isinstance(branch, AttentionBranch))
-        <= MOST_SEQUENCES
+        and len(branches[0].kv_BS2GC) <= MOST_SEQUENCES
     )
 
 
@@ -303,16 +310,14 @@ class Joined:
     def __init__(self, branches: Sequence[Branch], *, activation: Activation, eps: float) -> None:
         """Of branches that `can_be_joined`."""
         self._branches = branches  # what the addresses are of must stay
-        attention = next(branch for branch in branches if isinstance(branch, AttentionBranch))
-        forward = next(branch for branch in branches if isinstance(branch, FeedForwardBranch))
+        attention = branches[0]
+        assert isinstance(attention, AttentionBranch)
         B, positions, doubled, C = attention.kv_BS2GC.shape
         Q, D = attention.qkv_QD.shape
-        F, G, A = forward.down_DF.shape[1], doubled // 2, Q // C - doubled
-        dtype, workers, parts = (
-            attention.norm_D.dtype,
-            config.NUMBA_NUM_THREADS,
-            -(-positions // POSITIONS),
-        )
+        F = next((b.down_DF.shape[1] for b in branches if isinstance(b, FeedForwardBranch)), 0)
+        G, A = doubled // 2, Q // C - doubled
+        dtype, workers = attention.norm_D.dtype, config.NUMBA_NUM_THREADS
+        parts = blocks(positions, POSITIONS)
 
         def floats(*shape: int) -> FloatArray:
             return np.zeros(shape, dtype)
@@ -336,10 +341,13 @@ class Joined:
             self._counters,
         )
         self._macs = B * sum(
-            branch.qkv_QD.size + branch.out_DI.size
-            if isinstance(branch, AttentionBranch)
-            else branch.gate_up_2FD.size + branch.down_DF.size
+            math.prod(matrix.shape)
             for branch in branches
+            for matrix in (
+                (branch.qkv_QD, branch.out_DI)
+                if isinstance(branch, AttentionBranch)
+                else (branch.gate_up_2FD, branch.down_DF)
+            )
         )
 
     def __call__(
@@ -348,7 +356,7 @@ class Joined:
         """See `Operations.joined_step`."""
         first = int(first_1[0])
         self._counters[...] = 0
-        step = JoinedStep(
+        region = AllBranches(
             x_ND,
             cos_YJ[first],
             sin_YJ[first],
@@ -358,12 +366,12 @@ class Joined:
             *self._sizes,
             *self._memory,
         )
-        run(step, get_num_threads(), macs=self._macs)
+        run(region, get_num_threads(), macs=self._macs)
 
 
 def _addresses(branch: Branch) -> list[int]:
     """Of a branch's arrays, in the order of its fields; 0 where there is none."""
-    found = [0 if array is None else array.ctypes.data for array in branch]
+    found = [array.ctypes.data if isinstance(array, np.ndarray) else 0 for array in branch]
     return found + [0] * (CACHE + 1 - len(found))
 
 
@@ -372,7 +380,7 @@ class JoinedSteps:
 
     def joined_step(
         self, branches: Sequence[Branch], *, activation: Activation, eps: float
-    ) -> Callable[[FloatArray, FloatArray, FloatArray, IntArray], None] | None:
+    ) -> JoinedStep | None:
         """See `Operations.joined_step`."""
         if not can_be_joined(branches):
             return None
