@@ -23,7 +23,8 @@ ODD = {
     "intermediate_size": 75,
     "max_position_embeddings": 2 * POSITIONS + 9,
 }
-WIDE = {"hidden_size": 160, "intermediate_size": 1030}  # several tasks in every phase
+# Several tasks in every phase.
+WIDE = {"hidden_size": 160, "intermediate_size": 1030, "max_position_embeddings": 2 * POSITIONS}
 
 
 def model_of(kind: str, ops: Operations, dtype: Any = np.float32, **changes: Any) -> Model:

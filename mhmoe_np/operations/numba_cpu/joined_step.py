@@ -15,8 +15,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
-from numba import carray, config, get_num_threads, types
+from numba import get_num_threads, types
+from numba.np.numpy_support import carray
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.attention import rotate_row
@@ -81,6 +83,12 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return pointer(types.int64, like), code
+
+
+@task
+def _array(address: int, like: Any, shape: Any) -> Any:
+    """The array of that shape that lies at an address."""
+    return carray(_pointer(address, like), shape)
 
 
 @task
@@ -190,14 +198,14 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     B, D = x_ND.shape
     A, C = a.q_BAC.shape[1:]
     G = a.key_value_heads
-    kv_BS2GC = carray(_pointer(address[CACHE], x_ND), (B, a.positions, 2 * G, C))
+    kv_BS2GC = _array(address[CACHE], x_ND, (B, a.positions, 2 * G, C))
     rstd_B = a.rstd_of_workers[worker]
 
-    w_QD = carray(_pointer(address[FIRST], x_ND), ((A + 2 * G) * C, D))
+    w_QD = _array(address[FIRST], x_ND, ((A + 2 * G) * C, D))
     normed_BD, done = a.normed_of_workers[worker], 0
     i = next_task(counters, phase, A + 2 * G)
     if i >= 0:
-        norm_rows(x_ND, carray(_pointer(address[NORM], x_ND), D), a.eps, normed_BD, rstd_B)
+        norm_rows(x_ND, _array(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
     while i >= 0:
         _project_head(i, w_QD[i * C : (i + 1) * C], normed_BD, kv_BS2GC, a)
         done += 1
@@ -222,14 +230,14 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     end_phase(counters, phase, done, B * parts)
 
     phase, done, attended_BI = phase + 1, 0, a.attended_of_workers[worker]
-    w_DI = carray(_pointer(address[SECOND], x_ND), (D, A * C))
+    w_DI = _array(address[SECOND], x_ND, (D, A * C))
     outputs = _outputs_of_task(A * C)
     i = next_task(counters, phase, blocks(D, outputs))
     if i >= 0:
         for b in range(B):
             _combine(b, parts, attended_BI[b], a)
         if address[SUB_NORM] != 0:
-            sub_norm_I = carray(_pointer(address[SUB_NORM], x_ND), A * C)
+            sub_norm_I = _array(address[SUB_NORM], x_ND, A * C)
             norm_rows(attended_BI, sub_norm_I, a.eps, attended_BI, rstd_B)
     while i >= 0:
         _add_product(attended_BI, w_DI[i * outputs : (i + 1) * outputs], i * outputs, worker, a)
@@ -246,12 +254,12 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     D, F = x_ND.shape[1], a.inner
     rstd_B = a.rstd_of_workers[worker]
 
-    w_2FD = carray(_pointer(address[FIRST], x_ND), (2 * F, D))
+    w_2FD = _array(address[FIRST], x_ND, (2 * F, D))
     normed_BD, done = a.normed_of_workers[worker], 0
     outputs = _outputs_of_task(2 * D)
     i = next_task(counters, phase, blocks(F, outputs))
     if i >= 0:
-        norm_rows(x_ND, carray(_pointer(address[NORM], x_ND), D), a.eps, normed_BD, rstd_B)
+        norm_rows(x_ND, _array(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
     while i >= 0:
         first, last = i * outputs, min(F, (i + 1) * outputs)
         gate_up_B2F = a.outputs_of_workers[worker, :, : 2 * (last - first)]
@@ -263,13 +271,13 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     end_phase(counters, phase, done, blocks(F, outputs))
 
     phase, done, h_BF = phase + 1, 0, a.h_BF
-    w_DF = carray(_pointer(address[SECOND], x_ND), (D, F))
+    w_DF = _array(address[SECOND], x_ND, (D, F))
     outputs = _outputs_of_task(F)
     i = next_task(counters, phase, blocks(D, outputs))
     if address[SUB_NORM] != 0:
         h_BF = a.h_of_workers[worker]
         if i >= 0:
-            norm_rows(a.h_BF, carray(_pointer(address[SUB_NORM], x_ND), F), a.eps, h_BF, rstd_B)
+            norm_rows(a.h_BF, _array(address[SUB_NORM], x_ND, F), a.eps, h_BF, rstd_B)
     while i >= 0:
         _add_product(h_BF, w_DF[i * outputs : (i + 1) * outputs], i * outputs, worker, a)
         done += 1
@@ -288,6 +296,10 @@ def _all_branches(worker: int, a: Any) -> None:
             phase = _feed_forward_branch(worker, branch, phase, a)
 
 
+def _shapes(branch: Branch) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if array is None else array.shape for array in branch)
+
+
 def can_be_joined(branches: Sequence[Branch]) -> bool:
     """Whether `Joined` computes them: attention first, few sequences, weights that are floats."""
     arrays = [array for branch in branches for array in branch if array is not None]
@@ -295,13 +307,19 @@ def can_be_joined(branches: Sequence[Branch]) -> bool:
         len(branches) > 0
         and isinstance(branches[0], AttentionBranch)
         and all(isinstance(array, np.ndarray) and array.flags.c_contiguous for array in arrays)
-        and len({array.dtype for array in arrays}) == 1
+        and len({np.asarray(array).dtype for array in arrays}) == 1
         and all(
-            len({tuple(map(np.shape, branch)) for branch in branches if isinstance(branch, kind)}) <= 1
+            len({_shapes(branch) for branch in branches if isinstance(branch, kind)}) <= 1
             for kind in (AttentionBranch, FeedForwardBranch)
         )
         and len(branches[0].kv_BS2GC) <= MOST_SEQUENCES
     )
+
+
+def _most_threads() -> int:
+    """How many workers there can ever be in this process."""
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return most
 
 
 class Joined:
@@ -316,7 +334,7 @@ class Joined:
         Q, D = attention.qkv_QD.shape
         F = next((b.down_DF.shape[1] for b in branches if isinstance(b, FeedForwardBranch)), 0)
         G, A = doubled // 2, Q // C - doubled
-        dtype, workers = attention.norm_D.dtype, config.NUMBA_NUM_THREADS
+        dtype, workers = attention.norm_D.dtype, _most_threads()
         parts = blocks(positions, POSITIONS)
 
         def floats(*shape: int) -> FloatArray:
