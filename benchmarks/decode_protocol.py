@@ -3,8 +3,8 @@
     python -m benchmarks.decode_SIDE --model FOLDER --threads 2
 
 `ready` comes once, when it has loaded. `score B` -> the log-probabilities of known tokens as B
-sequences are decoded; `decode-B N` -> the seconds that N tokens of each of B sequences took after a
-short prompt; `prefill-T N` -> the seconds that reading a prompt of T tokens took, N times; `quit` ends
+sequences are decoded; `decode-B N` -> the seconds that N tokens of each of B sequences took after
+short prompts; `prefill-T N` -> the seconds that reading a prompt of T tokens took, N times; `quit` ends
 it.
 """
 
@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 PROMPT = 16  # tokens before the first one that is timed
+ROUND = 64  # tokens after one prompt, at most
 SCORED = 8  # tokens that the sides must agree on
 
 
@@ -74,7 +75,9 @@ def serve(side: Side, vocabulary: int) -> None:
             answer = side.score(ids_of(int(count), PROMPT + SCORED, vocabulary))
             print(*map(repr, answer), flush=True)
         elif kind == "decode":
-            print(side.decode(ids_of(int(size), PROMPT, vocabulary), int(count)), flush=True)
+            prompt, left = ids_of(int(size), PROMPT, vocabulary), int(count)
+            rounds = [min(ROUND, left - done) for done in range(0, left, ROUND)]
+            print(sum(side.decode(prompt, tokens) for tokens in rounds), flush=True)
         elif kind == "prefill":
             prompt = ids_of(1, int(size), vocabulary)
             print(sum(side.prefill(prompt) for _ in range(int(count))), flush=True)

@@ -25,6 +25,7 @@ from mhmoe_np.operations.numba_cpu.attention import rotate_row
 from mhmoe_np.operations.numba_cpu.compiling import task, typed_intrinsic
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows
 from mhmoe_np.operations.numba_cpu.few_rows import few_rows_nt, four_dots
+from mhmoe_np.operations.numba_cpu.gemm import FEW_ROWS
 from mhmoe_np.operations.numba_cpu.norm import norm_rows
 from mhmoe_np.operations.numba_cpu.phases import end_phase, new_counters, next_task
 from mhmoe_np.operations.numba_cpu.regions import blocks, run, tasks_of
@@ -37,7 +38,7 @@ from mhmoe_np.operations.table import (
 )
 from mhmoe_np.types import FloatArray, IntArray
 
-MOST_SEQUENCES = 16  # with more, products are faster in BLAS's own order
+MOST_SEQUENCES = FEW_ROWS
 POSITIONS = 64  # of one task of attention
 TASK_NUMBERS = 1 << 14  # weights of one task, about
 MOST_OUTPUTS = 64  # of one task
