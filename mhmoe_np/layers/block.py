@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mhmoe_np.layers.attention import (
-    OUT,
-    QKV,
-    SUB_NORM,
-    AttentionCache,
-    Past,
-    attention_backward,
-    attention_forward,
-)
+from mhmoe_np.layers.attention import AttentionCache, Past, attention_backward, attention_forward
 from mhmoe_np.layers.balance import Tally
 from mhmoe_np.layers.feed_forward import (
     DENSE,
@@ -23,14 +15,7 @@ from mhmoe_np.layers.feed_forward import (
 )
 from mhmoe_np.layers.moe import ROUTER, MoeCache, moe_backward, moe_forward
 from mhmoe_np.layers.rotary import Rotary
-from mhmoe_np.operations.table import (
-    AttentionBranch,
-    Branch,
-    FeedForwardBranch,
-    LayerWeights,
-    Operations,
-    RouterLosses,
-)
+from mhmoe_np.operations.table import LayerWeights, Operations, RouterLosses
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.types import FloatArray
 
@@ -84,21 +69,6 @@ def block_forward(
     ops.add_in_place(middle_ND, y_ND)
     cache = BlockCache(x_ND, rstd_N, attention, middle_ND, middle_rstd_N, feed_forward)
     return y_ND, cache
-
-
-def branches_of(w: LayerWeights, kv_BS2GC: FloatArray) -> list[Branch]:
-    """The halves of a layer that `Operations.joined_step` knows: all but a MoE layer's second one.
-
-    Shapes   kv_BS2GC
-    Source   [spec 2 pre-norm]
-    """
-    branches: list[Branch] = [AttentionBranch(w[NORM], w[QKV], w.get(SUB_NORM), w[OUT], kv_BS2GC)]
-    if ROUTER not in w:
-        gate_up, sub_norm, down = (
-            f"{DENSE}.{name}.weight" for name in ("gate_up_proj", "ffn_sub_norm", "down_proj")
-        )
-        branches.append(FeedForwardBranch(w[NORM_2], w[gate_up], w.get(sub_norm), w[down]))
-    return branches
 
 
 def block_backward_in_place(

@@ -8,12 +8,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.layers.attention import Past
-from mhmoe_np.layers.block import NORM_2, block_forward, branches_of
+from mhmoe_np.layers.attention import OUT, QKV, SUB_NORM, Past
+from mhmoe_np.layers.block import NORM, NORM_2, block_forward
+from mhmoe_np.layers.feed_forward import DENSE
 from mhmoe_np.layers.moe import ROUTER, moe_forward
 from mhmoe_np.model.language_model import Model, checked_ids
-from mhmoe_np.operations.table import Branch, JoinedStep, LayerWeights, Operations
+from mhmoe_np.operations.table import (
+    AttentionBranch,
+    Branch,
+    FeedForwardBranch,
+    JoinedStep,
+    LayerWeights,
+    Operations,
+)
 from mhmoe_np.types import FloatArray, IntArray
+
+
+def branches_of(w: LayerWeights, kv_BS2GC: FloatArray) -> list[Branch]:
+    """The halves of a layer that `Operations.joined_step` knows: all but a MoE layer's second one.
+
+    Shapes   kv_BS2GC
+    Source   [spec 2 pre-norm]
+    """
+    branches: list[Branch] = [AttentionBranch(w[NORM], w[QKV], w.get(SUB_NORM), w[OUT], kv_BS2GC)]
+    if ROUTER not in w:
+        gate_up, sub_norm, down = (
+            f"{DENSE}.{name}.weight" for name in ("gate_up_proj", "ffn_sub_norm", "down_proj")
+        )
+        branches.append(FeedForwardBranch(w[NORM_2], w[gate_up], w.get(sub_norm), w[down]))
+    return branches
 
 
 class KeyValueCache:

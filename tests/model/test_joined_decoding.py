@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhmoe_np.layers.block import branches_of
-from mhmoe_np.model.decode import KeyValueCache
+from mhmoe_np.model.decode import KeyValueCache, branches_of
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu.joined_step import MOST_SEQUENCES, POSITIONS
