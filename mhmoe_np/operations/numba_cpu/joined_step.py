@@ -289,7 +289,8 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
 
 @tasks_of(AllBranches)
 def _all_branches(worker: int, a: Any) -> None:
-    phase = np.intp(0)  # a literal 0 would be a type of its own and compile what follows once more
+    # A literal 0 would be a type of its own and compile what follows once more.
+    phase: Any = np.intp(0)
     for branch in range(len(a.addresses)):
         if a.attends[branch]:
             phase = _attention_branch(worker, branch, phase, a)
