@@ -301,6 +301,9 @@ class ShapesOnly:
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return lambda fixed, *arrays: work(fixed, *map(self.to_device, arrays))
 
+    def joined_step(self, branches: Any, **_: Any) -> None:
+        return None
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, (0,) * len(shape))
 

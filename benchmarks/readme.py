@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decode import KIND
 from benchmarks.growth import GROWTH
 from benchmarks.machines import RESULTS, described
 from benchmarks.parts import PARTS
@@ -37,7 +38,7 @@ results say which it was. Install the peers with `pip install torch==2.13.0 && p
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
     python -m benchmarks.questions     what the settings that users ask about do to perplexity (docs/questions.md)
-    python -m benchmarks.decode        the cost of a generated token
+    python -m benchmarks.decode        generated tokens beside transformers' and memory's speed; along the positions
     python -m benchmarks.checkpoint    what checksums cost when a checkpoint is written
     python -m benchmarks.gpu           the cuda backend beside PyTorch and its floors, on a GPU
     python -m benchmarks.floors        what each operation of a step must cost on a GPU
@@ -224,6 +225,25 @@ def products() -> Iterator[str]:
         yield ""
 
 
+def decoding() -> Iterator[str]:
+    for path in sorted(RESULTS.glob(f"*/{KIND}*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        yield f"\n## Generation: {found['model']}\n"
+        yield f"{found['parameters']:,} parameters in float32 beside transformers' `generate`; {found['machine']},"
+        yield f"{described(found['blas'])},"
+        yield f"{found['threads']} threads, which read {found['gb_per_s']} GB/s. `share`: the time in which they would read"
+        yield "what a step needs (weights once, keys and values), over the step's.\n"
+        yield "| | sequences | tokens/s | transformers | ratio | ms a step | MB a step | share |"
+        yield "|---|---|---|---|---|---|---|---|"
+        for row in found["rows"]:
+            speeds = f"{row['ours_tokens_per_s']:,} | {row['peer_tokens_per_s']:,} | {row['ratio']:.2f}"
+            if row["work"] == "prefill":
+                yield f"| prompt of {row['tokens']} | 1 | {speeds} | | | |"
+            else:
+                rest = f"{row['ours_ms']:.1f} | {row['mb_a_step']} | {row['share_of_bandwidth']:.0%}"
+                yield f"| decode | {row['sequences']} | {speeds} | {rest} |"
+
+
 def growth() -> Iterator[str]:
     yield "\n## How cost grows\n"
     yield "Training size A's MH-MoE, one size changed at a time. `model` is parameters, gradient and"
@@ -271,7 +291,7 @@ def forecasts() -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    lines = [HEAD, *comparisons(), *products(), *growth(), *forecasts()]
+    lines = [HEAD, *comparisons(), *products(), *decoding(), *growth(), *forecasts()]
     return "\n".join(lines).rstrip() + "\n"
 
 

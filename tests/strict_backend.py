@@ -224,6 +224,9 @@ class StrictOperations:
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         return lambda fixed, *arrays: work(fixed, *map(self.to_device, arrays))
 
+    def joined_step(self, branches: Any, **_: Any) -> None:
+        return None
+
     def to_device(self, array: NDArray[Any]) -> Any:
         if not isinstance(array, np.ndarray):
             _refuse(f"to_device() of {type(array).__name__}")

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import compare, machines, packed, parts, products, questions, readme
 from benchmarks.sizes import benchmark_config
 from mhmoe_cli.run_settings import option_tables, resolved_config
+from mhmoe_np.checkpoints.checkpoint import save_model
 from mhmoe_np.costs.model import macs_per_token, parameter_count
+from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.blas import blas_of
 from mhmoe_np.operations.numba_cpu import NumbaOperations
 from mhmoe_np.operations.numba_cpu.instruction_set import choose
@@ -61,6 +64,30 @@ def test_packed_counts_operations_and_compares_times(monkeypatch: pytest.MonkeyP
         assert row["ratio_to_sgemm"] == 1.5
         multiply_adds = 16 * row["rows"] * 3 * EXPERTS[row["case"].removeprefix("experts ")]
         assert row["gops"] == pytest.approx(2 * multiply_adds / 2e-3 / 1e9, abs=0.05)
+
+
+def test_decode_reports_both_sides_and_the_share_of_memorys_speed(tmp_path: Path) -> None:
+    config = benchmark_config("A", "dense").model_copy(
+        update={"num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True}
+    )
+    parameters = Parameters(config, np.float32)
+    initialise(parameters, seed=0)
+    (tmp_path / "tiny").mkdir()
+    save_model(tmp_path / "tiny", parameters, None)
+    options = ("--model", str(tmp_path / "tiny"), "--sequences", "2", "--prompt", "9", "--repeats", "1")
+    options += ("--disturbed", "1", "--threads", "1", "--results", str(tmp_path), "--json")
+    report = json.loads(benchmark("benchmarks.decode", *options).stdout)
+    assert json.loads((tmp_path / "decode-tiny-1.json").read_text()) == report
+    decoded, prefill = report["rows"]
+    cached = 2 * 4 * 64  # numbers a position: keys and values of 4 heads of 64
+    needed = 4 * (parameters.count + 2 * 16 * cached)
+    assert decoded["mb_a_step"] == pytest.approx(needed / 1e6, abs=0.05)
+    share = needed / (decoded["ours_ms"] * 1e-3) / (report["gb_per_s"] * 1e9)
+    assert decoded["share_of_bandwidth"] == pytest.approx(share, rel=0.05, abs=1e-3)
+    assert decoded["ours_tokens_per_s"] == pytest.approx(2e3 / decoded["ours_ms"], rel=0.01)
+    for row in (decoded, prefill):
+        ratio = row["ours_tokens_per_s"] / row["peer_tokens_per_s"]
+        assert row["ratio"] == pytest.approx(ratio, rel=2e-3)
 
 
 @pytest.mark.parametrize(

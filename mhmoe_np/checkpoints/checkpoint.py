@@ -215,13 +215,13 @@ def load_weights(
 
 
 def load_checkpoint_tokenizer(checkpoint: Path, on_progress: OnProgress = unseen) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, all of whose files are looked at.
+    """The tokenizer of a checkpoint directory; the model's other files are not looked at.
 
-    on_progress: counts their bytes.
+    on_progress: counts the bytes of its files.
 
     Raises UserError: there is none (one made by `init` has none) or it is damaged.
     """
-    verify(checkpoint, on_progress)
+    verify(checkpoint, on_progress, only=(TOKENIZER, GENERATION))
     tokenizer = find_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(

@@ -8,11 +8,36 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhmoe_np.layers.attention import Past
-from mhmoe_np.layers.block import block_forward
+from mhmoe_np.layers.attention import OUT, QKV, SUB_NORM, Past
+from mhmoe_np.layers.block import NORM, NORM_2, block_forward
+from mhmoe_np.layers.feed_forward import DENSE
+from mhmoe_np.layers.moe import ROUTER, moe_forward
 from mhmoe_np.model.language_model import Model, checked_ids
-from mhmoe_np.operations.table import Operations, Weight
+from mhmoe_np.operations.table import (
+    AttentionBranch,
+    Branch,
+    FeedForwardBranch,
+    JoinedStep,
+    LayerWeights,
+    Operations,
+    Weight,
+)
 from mhmoe_np.types import FloatArray, IntArray
+
+
+def branches_of(w: LayerWeights, kv_BS2GC: FloatArray) -> list[Branch]:
+    """The halves of a layer that `Operations.joined_step` knows: all but a MoE layer's second one.
+
+    Shapes   kv_BS2GC
+    Source   [spec 2 pre-norm]
+    """
+    branches: list[Branch] = [AttentionBranch(w[NORM], w[QKV], w.get(SUB_NORM), w[OUT], kv_BS2GC)]
+    if ROUTER not in w:
+        gate_up, sub_norm, down = (
+            f"{DENSE}.{name}.weight" for name in ("gate_up_proj", "ffn_sub_norm", "down_proj")
+        )
+        branches.append(FeedForwardBranch(w[NORM_2], w[gate_up], w.get(sub_norm), w[down]))
+    return branches
 
 
 class KeyValueCache:
@@ -55,6 +80,25 @@ class KeyValueCache:
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
         self._extended = ops.repeated(self._logits)
+        self._joined = self._joined_pieces()
+
+    def _joined_pieces(self) -> list[tuple[JoinedStep, LayerWeights | None]] | None:
+        """A token's work as the backend joins it, each piece up to a MoE layer that follows.
+
+        None: it does not join these.
+        """
+        (config, weights, _), ops = self._model, self._ops
+        pieces: list[tuple[list[Branch], LayerWeights | None]] = []
+        for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
+            before = pieces.pop()[0] if pieces and pieces[-1][1] is None else []
+            pieces.append(([*before, *branches_of(w, kv_BS2GC)], w if ROUTER in w else None))
+        joined = []
+        for branches, moe in pieces:
+            step = ops.joined_step(branches, activation=config.hidden_act, eps=config.rms_norm_eps)
+            if step is None:
+                return None
+            joined.append((step, moe))
+        return joined
 
     def extend(self, id_BT: IntArray) -> FloatArray:
         """Put T more tokens of each sequence behind; return the logits after the last.
@@ -80,11 +124,19 @@ class KeyValueCache:
         B, T = id_BT.shape
         rotary = rotary._replace(first_1=first_1)
         x_ND = ops.embedding(id_BT.reshape(-1), weights.embedding_VD)
-        for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
-            past = Past(kv_BS2GC, first_1)
-            x_ND, _ = block_forward(
-                x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
-            )
+        if T == 1 and self._joined is not None:
+            for step, moe in self._joined:
+                step(x_ND, rotary.cos_YJ, rotary.sin_YJ, first_1)
+                if moe is not None:
+                    normed_ND, _ = ops.rms_norm(x_ND, moe[NORM_2], eps=config.rms_norm_eps)
+                    y_ND, _ = moe_forward(normed_ND, moe, None, drop=False, config=config, ops=ops)
+                    ops.add_in_place(y_ND, x_ND)
+        else:
+            for w, kv_BS2GC in zip(weights.blocks, self.layers, strict=True):
+                past = Past(kv_BS2GC, first_1)
+                x_ND, _ = block_forward(
+                    x_ND, w, rotary, past, None, sequences=B, drop=False, config=config, ops=ops
+                )
         last_BD = ops.empty((B, config.hidden_size), weights.dtype)
         last_BD[...] = x_ND.reshape(B, T, -1)[:, -1]
         y_BD, _ = ops.rms_norm(last_BD, weights.final_norm_D, eps=config.rms_norm_eps)

@@ -7,10 +7,13 @@ import os
 import re
 import warnings
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName, Operations
-from mhmoe_np.settings.run import Matmul
+
+if TYPE_CHECKING:
+    from mhmoe_np.settings.run import Matmul
 
 MOST_THREADS = 4096  # more than any machine's cores; Numba would start them all
 THREADING_LAYERS = ("default", "safe", "threadsafe", "forksafe", "tbb", "omp", "workqueue")

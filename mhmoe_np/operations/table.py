@@ -52,7 +52,7 @@ finite: what depends on one is not finite either, and indices are valid and diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -171,6 +171,32 @@ class AdamWSettings(NamedTuple):
         return np.array([*self, 1 - self.beta1**step, 1 - self.beta2**step])
 
 
+class AttentionBranch(NamedTuple):
+    """The attention half of a layer, as a step of decoding reads it."""
+
+    norm_D: FloatArray
+    qkv_QD: Weight
+    sub_norm_I: FloatArray | None
+    out_DI: Weight
+    kv_BS2GC: FloatArray  # the layer's cache: keys, then values
+
+
+class FeedForwardBranch(NamedTuple):
+    """The dense feed-forward half of a layer."""
+
+    norm_D: FloatArray
+    gate_up_2FD: Weight
+    sub_norm_F: FloatArray | None
+    down_DF: Weight
+
+
+Branch: TypeAlias = AttentionBranch | FeedForwardBranch
+"""What a pre-norm layer adds to x: branch(norm(x))."""
+
+JoinedStep: TypeAlias = Callable[[FloatArray, FloatArray, FloatArray, IntArray], None]
+"""See `Operations.joined_step`."""
+
+
 class Device(NamedTuple):
     """A device whose memory is not the host's."""
 
@@ -235,6 +261,18 @@ class Operations(Protocol):
         work(fixed, *arrays there) does, which is valid until the next operation. A backend may record
         what `work` has the device do and, given the same `fixed` and arrays of the same shapes, have
         it done again without calling `work`: what changes from call to call must come in by the arrays.
+        """
+
+    def joined_step(
+        self, branches: Sequence[Branch], *, activation: Activation, eps: float
+    ) -> JoinedStep | None:
+        """x <- x + branch(norm(x)), branch after branch, as one piece of work on one token a sequence.
+
+        None: this backend does not join such branches; their operations are called one by one. They
+        define what is computed, to the rounding of sums in another order.
+
+        Called with (x_BD, cos_YJ, sin_YJ, first_1), all the backend's, it changes x_BD, and puts keys
+        and values behind the first_1[0] positions of the caches.
         """
 
     def to_device(self, array: NDArray[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Every operation once, large enough for all its parallel tasks: all arrays returned or written.
 
-Each function runs the operations of one file; `run_table` runs all of them. `run_8_bits` runs those that
-take weights which the cuda backend refuses.
+Each function runs the operations of one file; `run_table` runs all of them. `run_8_bits` runs those
+that take weights which the cuda backend refuses.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MEMORY = {
     "blas",
     "device",
     "repeated",
+    "joined_step",
     "to_device",
     "to_host",
     "packed_to_device",

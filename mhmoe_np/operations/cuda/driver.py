@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import Operations
-from mhmoe_np.settings.run import Matmul
+
+if TYPE_CHECKING:
+    from mhmoe_np.settings.run import Matmul
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 OLDEST_CUDA = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.cuda.graphs import ALIGNMENT_BYTES, Repeated
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, code_shape
-from mhmoe_np.operations.table import Device
+from mhmoe_np.operations.table import Activation, Branch, Device
 from mhmoe_np.operations.workspace import Workspace
 from mhmoe_np.settings.run import Matmul
 
@@ -89,6 +89,10 @@ class Memory:
     def repeated(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """See `Operations.repeated`: recorded as a CUDA graph, where there is a workspace."""
         return Repeated(work, self._stream, self._workspace, _allocated)
+
+    def joined_step(self, branches: Sequence[Branch], *, activation: Activation, eps: float) -> None:
+        """See `Operations.joined_step`: a graph of the operations costs one launch as well."""
+        return None
 
     def to_device(self, array: NDArray[Any]) -> Any:
         """See `Operations.to_device`: a copy that stays."""

@@ -10,6 +10,7 @@ from mhmoe_np.operations.numba_cpu.experts import Experts
 from mhmoe_np.operations.numba_cpu.feed_forward import FeedForward
 from mhmoe_np.operations.numba_cpu.gemm import BLAS, limit_blas
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet, choose
+from mhmoe_np.operations.numba_cpu.joined_step import JoinedSteps
 from mhmoe_np.operations.numba_cpu.linear import Linear
 from mhmoe_np.operations.numba_cpu.loss import Loss
 from mhmoe_np.operations.numba_cpu.norm import Norm
@@ -34,6 +35,7 @@ class NumbaOperations(
     Experts,
     Loss,
     Optimiser,
+    JoinedSteps,
 ):
     """The table of operations in Numba.
 

@@ -14,7 +14,8 @@ import numpy as np
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.buffers import Buffers
 from mhmoe_np.operations.numba_cpu.compiling import task
-from mhmoe_np.operations.numba_cpu.gemm import four_dots, gemm_nn, gemm_nt, gemm_tn
+from mhmoe_np.operations.numba_cpu.few_rows import four_dots
+from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_nt, gemm_tn
 from mhmoe_np.operations.numba_cpu.regions import ELEMENT_MACS, blocks, run, tasks_of
 from mhmoe_np.operations.numpy_ref.attention import extended, rows_from
 from mhmoe_np.types import FloatArray, IntArray
@@ -31,20 +32,24 @@ class Rotate(NamedTuple):
     sin_TJ: Any
 
 
+@task
+def rotate_row(x_C: Any, cos_J: Any, sin_J: Any) -> None:
+    """Turn each pair of one head by its angle."""
+    J = len(cos_J)
+    for j in range(J):
+        real, imaginary = x_C[j], x_C[j + J]
+        x_C[j] = real * cos_J[j] - imaginary * sin_J[j]
+        x_C[j + J] = imaginary * cos_J[j] + real * sin_J[j]
+
+
 @tasks_of(Rotate)
 def _rotate(i: int, a: Any) -> None:
     _, T, heads, _ = a.x_BTAC.shape
     across = blocks(T, QUERY_ROWS)
     b, first = i // across, i % across * QUERY_ROWS
     for t in range(first, min(T, first + QUERY_ROWS)):
-        cos_J, sin_J = a.cos_TJ[t], a.sin_TJ[t]
-        J = len(cos_J)
         for head in range(heads):
-            x_C = side_by_side(a.x_BTAC[b, t, head])
-            for j in range(J):
-                real, imaginary = x_C[j], x_C[j + J]
-                x_C[j] = real * cos_J[j] - imaginary * sin_J[j]
-                x_C[j + J] = imaginary * cos_J[j] + real * sin_J[j]
+            rotate_row(side_by_side(a.x_BTAC[b, t, head]), a.cos_TJ[t], a.sin_TJ[t])
 
 
 class Attend(NamedTuple):
@@ -152,7 +157,9 @@ def _attend_step(i: int, a: Any) -> None:
     fours = S // 4 * 4
     for s in range(0, fours, 4):
         for head in heads:
-            four_dots(q_AC[head], k_SGC[s : s + 4, head // group], scores_AS[head, s : s + 4])
+            k_4C, score_S = k_SGC[s : s + 4, head // group], scores_AS[head]
+            dots = four_dots(q_AC[head], k_4C[0], k_4C[1], k_4C[2], k_4C[3])
+            score_S[s], score_S[s + 1], score_S[s + 2], score_S[s + 3] = dots
     for s in range(fours, S):
         for head in heads:
             scores_AS[head, s] = row_dot(q_AC[head], k_SGC[s, head // group])

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numba.extending import get_cython_function_address
 
 from mhmoe_np.operations.blas import BlasName, blas_of
 from mhmoe_np.operations.numba_cpu.private_library import load_privately
+from mhmoe_np.operations.numba_cpu.scipy_blas import address_of
 from mhmoe_np.operations.table import Blas
 from mhmoe_np.types import FloatArray
 
@@ -44,10 +44,7 @@ class Library(NamedTuple):
 @cache
 def openblas() -> Library:
     """SciPy's BLAS, from where Numba takes it too."""
-    sgemm, dgemm = (
-        get_cython_function_address("scipy.linalg.cython_blas", name) for name in ("sgemm", "dgemm")
-    )
-    return Library("openblas", sgemm, dgemm)
+    return Library("openblas", address_of("sgemm"), address_of("dgemm"))
 
 
 def mkl_libraries() -> tuple[Path, ...]:

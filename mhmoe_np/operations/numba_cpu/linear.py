@@ -10,7 +10,7 @@ from mhmoe_np.operations.bfloat16 import BFloat16Weight
 from mhmoe_np.operations.int8 import Int8Weight
 from mhmoe_np.operations.numba_cpu.bfloat16_linear import BFloat16Linear
 from mhmoe_np.operations.numba_cpu.compiling import exact, task
-from mhmoe_np.operations.numba_cpu.gemm import gemm_nn, gemm_tn, product_nt
+from mhmoe_np.operations.numba_cpu.gemm import FEW_ROWS, gemm_nn, gemm_tn, product_nt
 from mhmoe_np.operations.numba_cpu.int8_linear import Int8Linear
 from mhmoe_np.operations.numba_cpu.packed import as_packed, as_stack
 from mhmoe_np.operations.numba_cpu.packed_product import (
@@ -42,6 +42,7 @@ from mhmoe_np.types import FloatArray, IntArray
 
 MANY_ROWS = 2 * ROWS  # of one tile, where there are enough to share out
 COLUMNS = 512  # of one tile, where there are too few rows to share out
+FEW_ROWS_COLUMNS = 64  # of one tile where nothing but reading the weights takes time
 
 
 def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
@@ -57,6 +58,13 @@ def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
     elif rows < 4 * ROWS:
         width = min(columns, COLUMNS)
     return height, width, blocks(rows, height) * blocks(columns, width)
+
+
+def product_tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
+    """The same for `product_nt`, which reads the weights of few rows at any width as fast."""
+    if rows <= FEW_ROWS:
+        return rows, FEW_ROWS_COLUMNS, blocks(columns, FEW_ROWS_COLUMNS)
+    return tiles_of(rows, columns)
 
 
 @exact
@@ -228,7 +236,7 @@ class Linear(QuantiseRows, Int8Linear, BFloat16Linear):
         elif isinstance(weight, BFloat16Weight):
             self.bfloat16_linear(x_NI, weight, y_NO)
         else:
-            height, width, tiles = tiles_of(*y_NO.shape)
+            height, width, tiles = product_tiles_of(*y_NO.shape)
             product = FloatTiles(x_NI, weight, y_NO, height, width)
             run(product, tiles, macs=y_NO.size * x_NI.shape[1])
         if b_O is not None:
@@ -239,7 +247,7 @@ class Linear(QuantiseRows, Int8Linear, BFloat16Linear):
         """In floats, which hold every sum of its integers exactly."""
         with self.scope():
             q_NI, scale_N = self.quantise_rows(x_NI)
-            height, width, tiles = tiles_of(*y_NO.shape)
+            height, width, tiles = product_tiles_of(*y_NO.shape)
             product = BitTiles(q_NI, weight.w, scale_N, weight.beta, y_NO, height, width)
             run(product, tiles, macs=y_NO.size * x_NI.shape[1])
 

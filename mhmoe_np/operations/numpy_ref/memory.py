@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mhmoe_np.operations.blas import blas_of
 from mhmoe_np.operations.packing import FormatName, PackedMatrices, empty_code
-from mhmoe_np.operations.table import Blas
+from mhmoe_np.operations.table import Activation, Blas, Branch
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -52,6 +52,11 @@ def blas() -> Blas:
 def repeated(work: Callable[..., Any]) -> Callable[..., Any]:
     """See `Operations.repeated`."""
     return work
+
+
+def joined_step(branches: Sequence[Branch], *, activation: Activation, eps: float) -> None:
+    """See `Operations.joined_step`: the definition joins nothing."""
+    return None
 
 
 def to_device(array: NDArray[Any]) -> Any:
