@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from mhmoe_np.model.head import HeadDtype
 
 PROMPT = 16  # tokens before the first one that is timed
 ROUND = 64  # tokens after one prompt, at most
@@ -38,17 +40,28 @@ class Side(Protocol):
         ...
 
 
+@runtime_checkable
+class Chooser(Protocol):
+    """A side whose choices can be asked for."""
+
+    def tokens(self, prompt: np.ndarray, count: int) -> list[float]:
+        """The likeliest tokens after a prompt, each with those before it."""
+        ...
+
+
 class Options(argparse.Namespace):
     """The command line of a side."""
 
     model: Path
     threads: int
+    head: HeadDtype  # of our side alone
 
 
 def read_options(description: str) -> Options:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--head", default="float32")
     return parser.parse_args(namespace=Options())
 
 
@@ -81,5 +94,7 @@ def serve(side: Side, vocabulary: int) -> None:
         elif kind == "prefill":
             prompt = ids_of(1, int(size), vocabulary)
             print(sum(side.prefill(prompt) for _ in range(int(count))), flush=True)
+        elif kind == "tokens" and isinstance(side, Chooser):
+            print(*side.tokens(ids_of(1, PROMPT, vocabulary), int(count)), flush=True)
         else:
             raise SystemExit(f"unknown request {line!r}")
