@@ -22,8 +22,10 @@ ALL_WEIGHTS = "Q8_0"  # what the matrices become with `--weights int8`
 class LlamaSide:
     """See `decode_protocol.Side`."""
 
-    def __init__(self, server: Any, vocabulary: int) -> None:
-        self._server, self._vocabulary = server, vocabulary
+    def __init__(self, server: Any, tokens: list[str]) -> None:
+        self._server, self._vocabulary = server, len(tokens)
+        # Of a token that is part of a character it gives no probabilities: this one is drawn then.
+        self._whole = tokens.index("a")
 
     def _made(self, ids: np.ndarray, tokens: int, probabilities: int = 0) -> dict[str, Any]:
         if len(ids) != 1:
@@ -33,6 +35,7 @@ class LlamaSide:
             "n_predict": tokens,
             "n_probs": probabilities,
             "temperature": 0,
+            "logit_bias": [[self._whole, 1000]] if probabilities else [],
             "ignore_eos": True,
             "cache_prompt": False,
         }
@@ -87,10 +90,9 @@ def main() -> None:
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
     if ALL_WEIGHTS not in kinds:  # else its cache stays in float16, as is its way
         given.cache_type_k = given.cache_type_v = FLOAT32
-    (vocabulary,) = (
-        tensor.data.shape[0] for tensor in reader.tensors if tensor.name == "token_embd.weight"
-    )
-    serve(LlamaSide(xllamacpp.Server(given), vocabulary), vocabulary)
+        given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    serve(LlamaSide(xllamacpp.Server(given), tokens), len(tokens))
 
 
 if __name__ == "__main__":
