@@ -1,7 +1,7 @@
 """Every operation once, large enough for all its parallel tasks: all arrays returned or written.
 
-Each function runs the operations of one file; `run_table` runs all of them. `run_8_bits` runs those
-that take weights which the cuda backend refuses.
+Each function runs the operations of one file; `run_table` runs all of them. `run_beside` runs what the
+cuda backend does not have: weights in bfloat16 and in 8-bit integers, and joined steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from mhmoe_np.operations.bfloat16 import to_bfloat16
 from mhmoe_np.operations.int8 import to_int8
-from mhmoe_np.operations.table import Operations
+from mhmoe_np.operations.table import AttentionBranch, FeedForwardBranch, Operations
 from tests.operations.cases import (
     ADAMW,
     EPS,
@@ -60,18 +60,27 @@ def run_table(ops: Operations, dtype: Any, seed: int) -> Done:
     return done
 
 
-def run_8_bits(ops: Operations, dtype: Any, seed: int) -> Done:
-    """Operations on weights in bfloat16 and in 8-bit integers."""
-    r, U, F = Inputs(seed, dtype), 43, 61  # their products are parallel from larger sizes on
+def run_beside(ops: Operations, dtype: Any, seed: int) -> Done:
+    """What is on CPUs alone."""
+    r, U, F = Inputs(seed, dtype), 43, 61  # products in 8 bits are parallel from larger sizes on
     x, single = r(N, D), np.float32
     weights = [to_bfloat16(r(V, D).astype(single)), to_int8(r(1, V, D).astype(single))]
     stacks = [to_int8(r(*shape).astype(single)) for shape in ((E, 2 * F, U), (E, U, F))]
     routed = r.routed(M, U, E, K, "even", 300)
     # Squared ReLU: see `experts`.
     y, cache = ops.expert_ffn(*routed, *stacks, None, activation="relu2", eps=EPS)
+
+    B, S, A, G, C, stream = 3, 90, 4, 2, 6, r(3, D)
+    kv = r(B, S, 2 * G, C)
+    attention = AttentionBranch(r(D), r((A + 2 * G) * C, D), r(A * C), r(D, A * C), kv)
+    feed_forward = FeedForwardBranch(r(D), r(2 * F, D), r(F), r(D, F))
+    step = ops.joined_step([attention, feed_forward], activation="silu", eps=EPS)
+    assert step is not None
+    step(stream, r(S, C // 2), r(S, C // 2), np.array([70]))
     return {
         "linear": [ops.linear(x, w, None) for w in weights],
         "expert_ffn": [y, cache.gate_up_R2F],
+        "joined_step": [stream, kv],
     }
 
 

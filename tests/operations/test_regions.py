@@ -14,7 +14,7 @@ from mhmoe_np.operations.numba_cpu.compiling import exact
 from mhmoe_np.operations.numba_cpu.packed import Packed
 from mhmoe_np.operations.numba_cpu.regions import COUNTER_STRIDE, LOOPS, Loops, run, tasks_of
 from tests.operations.cases import NUMBA, of_each_dtype, same_bits
-from tests.operations.runs import TABLE, run_8_bits, run_table
+from tests.operations.runs import TABLE, run_beside, run_table
 
 KINDS = [kind for kind in LOOPS if kind.__module__.startswith("mhmoe_np.")]
 
@@ -86,7 +86,7 @@ def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
     dtype: Any, request: pytest.FixtureRequest
 ) -> None:
     expected = run_table(NUMBA, dtype, seed=49)  # the small ones in turn
-    in_8_bits = run_8_bits(NUMBA, dtype, seed=49)
+    beside = run_beside(NUMBA, dtype, seed=49)
     entered = request.getfixturevalue("shared_out")
     for count in range(1, min(3, numba.config.NUMBA_NUM_THREADS + 1)):
         numba.set_num_threads(count)
@@ -94,9 +94,9 @@ def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
         assert set(actual) == TABLE
         for name in expected:
             same_bits(actual[name], expected[name])
-        actual = run_8_bits(NUMBA, dtype, seed=49)
-        for name in in_8_bits:
-            same_bits(actual[name], in_8_bits[name])
+        actual = run_beside(NUMBA, dtype, seed=49)
+        for name in beside:
+            same_bits(actual[name], beside[name])
     assert entered == (set(KINDS), {"ExpertsForward", "PackedTiles"})
 
 
