@@ -9,6 +9,8 @@ import pytest
 
 from mhmoe_np.model.decode import KeyValueCache, branches_of
 from mhmoe_np.model.language_model import Model
+from mhmoe_np.model.packed import pack_int8, pack_weights
+from mhmoe_np.model.weights import formats_for
 from mhmoe_np.operations.load import load_operations
 from mhmoe_np.operations.numba_cpu.joined_step import MOST_SEQUENCES, POSITIONS
 from mhmoe_np.operations.table import Operations
@@ -72,6 +74,38 @@ def test_a_joined_step_is_that_of_the_definition(
         results.append(decoded(model, ops, sequences=sequences, prompt=prompt, steps=steps))
     for expected, found in zip(*results, strict=True):
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+# Heads and inner width are whole panels; the model's width is none.
+PANELS = {"hidden_size": 72, "num_attention_heads": 3, "head_dim": 16, "intermediate_size": 1040}
+
+
+def packed_model(kind: str, ops: Operations) -> Model:
+    if kind == "int8":
+        parameters = parameters_of("dense-relu2-sub-norm-untied", **PANELS)
+        return Model.with_weights(parameters.config, pack_int8(parameters, ops=ops), ops=ops)
+    parameters = parameters_of(kind, **PANELS)
+    packed = pack_weights(parameters, formats_for(parameters.config)[-1], ops=ops)
+    return Model.with_weights(parameters.config, packed, ops=ops)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("kind", ["int8", "dense-ternary", "mh2-sign"])
+def test_packed_weights_are_joined_with_the_same_bits(
+    kind: str, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first position, where attention has nothing to round in another order."""
+    ops = load_operations("numba")
+    model = packed_model(kind, ops)
+    cache = KeyValueCache(model, sequences=sequences, positions=9, ops=ops)
+    assert is_joined(model, cache, ops)
+    first, *later, _ = decoded(model, ops, sequences=sequences, prompt=1, steps=7)
+    monkeypatch.setattr(ops, "joined_step", lambda *_, **__: None)
+    expected_first, *expected, _ = decoded(model, ops, sequences=sequences, prompt=1, steps=7)
+    assert first.tobytes() == expected_first.tobytes()
+    for found, wanted in zip(later, expected, strict=True):
+        # A quantiser that sees another last bit may round to the neighbour.
+        assert np.abs(found - wanted).max() <= 0.02 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(("kind", "sequences"), [("dense-ternary", 1), ("dense", MOST_SEQUENCES + 1)])

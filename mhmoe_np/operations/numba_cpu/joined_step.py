@@ -17,16 +17,31 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import get_num_threads, types
-from numba.np.numpy_support import carray
+from numba import get_num_threads
 
 from mhmoe_np.operations.numba_cpu.arithmetic import exp, row_dot, row_max, row_sum, side_by_side
 from mhmoe_np.operations.numba_cpu.attention import rotate_row
-from mhmoe_np.operations.numba_cpu.compiling import task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.feed_forward import activate_rows
-from mhmoe_np.operations.numba_cpu.few_rows import few_rows_nt, four_dots
+from mhmoe_np.operations.numba_cpu.few_rows import four_dots
 from mhmoe_np.operations.numba_cpu.gemm import FEW_ROWS
+from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
+from mhmoe_np.operations.numba_cpu.joined_weights import (
+    MOST_OUTPUTS,
+    Matrix,
+    array_at,
+    arrays_of,
+    as_matrix,
+    granularity,
+    multiply,
+    outputs_at,
+    outputs_of_task,
+    prepare,
+    scratch_of,
+    scratch_of_workers,
+)
 from mhmoe_np.operations.numba_cpu.norm import norm_rows
+from mhmoe_np.operations.numba_cpu.packed import PackedProducts
 from mhmoe_np.operations.numba_cpu.phases import end_phase, new_counters, next_task
 from mhmoe_np.operations.numba_cpu.regions import blocks, run, tasks_of
 from mhmoe_np.operations.table import (
@@ -35,15 +50,14 @@ from mhmoe_np.operations.table import (
     Branch,
     FeedForwardBranch,
     JoinedStep,
+    Weight,
 )
 from mhmoe_np.types import FloatArray, IntArray
 
 MOST_SEQUENCES = FEW_ROWS
 POSITIONS = 64  # of one task of attention
-TASK_NUMBERS = 1 << 14  # weights of one task, about
-MOST_OUTPUTS = 64  # of one task
-# Columns of the table of addresses; a missing sub-norm's is 0.
-NORM, FIRST, SUB_NORM, SECOND, CACHE = range(5)
+# Columns of the table of addresses; those of a missing sub-norm, and of floats' scales, are 0.
+NORM, FIRST, FIRST_SCALES, SUB_NORM, SECOND, SECOND_SCALES, CACHE = range(7)
 
 
 class AllBranches(NamedTuple):
@@ -58,8 +72,12 @@ class AllBranches(NamedTuple):
     inner: int  # width of the feed-forward branches
     key_value_heads: int
     positions: int  # that the cache has room for
-    addresses: Any  # int64 [branches, 5], of each branch's arrays
+    addresses: Any  # int64 [branches, 7], of each branch's arrays
     attends: Any  # bool [branches]: whether it is an attention branch
+    qkv_QD: Any  # an example of the matrices, like the three that follow
+    out_DI: Any
+    gate_up_2FD: Any
+    down_DF: Any
     q_BAC: Any
     parts_of_out: Any  # [B, parts, A, C], a part being some positions
     parts_of_highest: Any  # [B, parts, A], the largest score
@@ -72,38 +90,16 @@ class AllBranches(NamedTuple):
     rstd_of_workers: Any  # [workers, B]
     outputs_of_workers: Any  # [workers, B, 2*MOST_OUTPUTS]
     scores_of_workers: Any  # [workers, A, POSITIONS]
+    scratch: Any  # `ScratchOfWorkers`
     counters: Any
 
 
-@typed_intrinsic
-def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """An address as that of numbers of the dtype of `like`."""
-    pointer = types.CPointer(like.dtype)  # type: ignore[no-untyped-call]
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return pointer(types.int64, like), code
-
-
 @task
-def _array(address: int, like: Any, shape: Any) -> Any:
-    """The array of that shape that lies at an address."""
-    return carray(_pointer(address, like), shape)
-
-
-@task
-def _outputs_of_task(inputs: int) -> int:
-    """How many outputs of so many inputs each are a task: a multiple of 4."""
-    return max(4, min(MOST_OUTPUTS, TASK_NUMBERS // inputs // 4 * 4))
-
-
-@task
-def _project_head(head: int, w_CD: Any, normed_BD: Any, kv_BS2GC: Any, a: Any) -> None:
+def _project_head(head: int, w_CD: Any, normed_BD: Any, scratch: Any, kv_BS2GC: Any, a: Any) -> None:
     """One head of the joint projection, rotated, to where it is read."""
     A = a.q_BAC.shape[1]
     out_BC = a.q_BAC[:, head] if head < A else kv_BS2GC[:, a.first, head - A]
-    few_rows_nt(normed_BD, w_CD, out_BC)
+    multiply(normed_BD, w_CD, scratch, out_BC)
     if head < A + a.key_value_heads:
         for b in range(len(out_BC)):
             rotate_row(side_by_side(out_BC[b]), a.cos_J, a.sin_J)
@@ -182,11 +178,12 @@ def _combine(b: int, parts: int, attended_I: Any, a: Any) -> None:
 
 
 @task
-def _add_product(x_BI: Any, w_OI: Any, first: int, worker: int, a: Any) -> None:
+def _add_product(
+    x_BI: Any, w_OI: Any, first: int, outputs: int, worker: int, scratch: Any, a: Any
+) -> None:
     """Outputs first, first + 1, ... of the way back into the model's width, added to x."""
-    outputs = len(w_OI)
     y_BO = a.outputs_of_workers[worker, :, :outputs]
-    few_rows_nt(x_BI, w_OI, y_BO)
+    multiply(x_BI, w_OI, scratch, y_BO)
     for b in range(len(x_BI)):
         for o in range(outputs):
             a.x_ND[b, first + o] += y_BO[b, o]
@@ -199,16 +196,17 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     B, D = x_ND.shape
     A, C = a.q_BAC.shape[1:]
     G = a.key_value_heads
-    kv_BS2GC = _array(address[CACHE], x_ND, (B, a.positions, 2 * G, C))
-    rstd_B = a.rstd_of_workers[worker]
+    kv_BS2GC = array_at(address[CACHE], x_ND, (B, a.positions, 2 * G, C))
+    rstd_B, scratch = a.rstd_of_workers[worker], scratch_of(worker, a.scratch)
 
-    w_QD = _array(address[FIRST], x_ND, ((A + 2 * G) * C, D))
     normed_BD, done = a.normed_of_workers[worker], 0
     i = next_task(counters, phase, A + 2 * G)
     if i >= 0:
-        norm_rows(x_ND, _array(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
+        norm_rows(x_ND, array_at(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
+        prepare(a.qkv_QD, normed_BD, scratch)
     while i >= 0:
-        _project_head(i, w_QD[i * C : (i + 1) * C], normed_BD, kv_BS2GC, a)
+        w_CD = outputs_at(a.qkv_QD, address[FIRST], address[FIRST_SCALES], i * C, (i + 1) * C)
+        _project_head(i, w_CD, normed_BD, scratch, kv_BS2GC, a)
         done += 1
         i = next_task(counters, phase, A + 2 * G)
     end_phase(counters, phase, done, A + 2 * G)
@@ -231,17 +229,19 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     end_phase(counters, phase, done, B * parts)
 
     phase, done, attended_BI = phase + 1, 0, a.attended_of_workers[worker]
-    w_DI = _array(address[SECOND], x_ND, (D, A * C))
-    outputs = _outputs_of_task(A * C)
+    outputs = outputs_of_task(a.out_DI, A * C)
     i = next_task(counters, phase, blocks(D, outputs))
     if i >= 0:
         for b in range(B):
             _combine(b, parts, attended_BI[b], a)
         if address[SUB_NORM] != 0:
-            sub_norm_I = _array(address[SUB_NORM], x_ND, A * C)
+            sub_norm_I = array_at(address[SUB_NORM], x_ND, A * C)
             norm_rows(attended_BI, sub_norm_I, a.eps, attended_BI, rstd_B)
+        prepare(a.out_DI, attended_BI, scratch)
     while i >= 0:
-        _add_product(attended_BI, w_DI[i * outputs : (i + 1) * outputs], i * outputs, worker, a)
+        start, end = i * outputs, min(D, (i + 1) * outputs)
+        w_OI = outputs_at(a.out_DI, address[SECOND], address[SECOND_SCALES], start, end)
+        _add_product(attended_BI, w_OI, start, end - start, worker, scratch, a)
         done += 1
         i = next_task(counters, phase, blocks(D, outputs))
     end_phase(counters, phase, done, blocks(D, outputs))
@@ -253,34 +253,40 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
     """x += W_down (act(gate) * up) of norm(x); the phase that follows."""
     x_ND, address, counters = a.x_ND, a.addresses[branch], a.counters
     D, F = x_ND.shape[1], a.inner
-    rstd_B = a.rstd_of_workers[worker]
+    rstd_B, scratch = a.rstd_of_workers[worker], scratch_of(worker, a.scratch)
+    gate_up, scales = address[FIRST], address[FIRST_SCALES]
 
-    w_2FD = _array(address[FIRST], x_ND, (2 * F, D))
     normed_BD, done = a.normed_of_workers[worker], 0
-    outputs = _outputs_of_task(2 * D)
+    outputs = outputs_of_task(a.gate_up_2FD, 2 * D)
     i = next_task(counters, phase, blocks(F, outputs))
     if i >= 0:
-        norm_rows(x_ND, _array(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
+        norm_rows(x_ND, array_at(address[NORM], x_ND, D), a.eps, normed_BD, rstd_B)
+        prepare(a.gate_up_2FD, normed_BD, scratch)
     while i >= 0:
         first, last = i * outputs, min(F, (i + 1) * outputs)
         gate_up_B2F = a.outputs_of_workers[worker, :, : 2 * (last - first)]
-        few_rows_nt(normed_BD, w_2FD[first:last], gate_up_B2F[:, : last - first])
-        few_rows_nt(normed_BD, w_2FD[F + first : F + last], gate_up_B2F[:, last - first :])
+        gate_FD = outputs_at(a.gate_up_2FD, gate_up, scales, first, last)
+        up_FD = outputs_at(a.gate_up_2FD, gate_up, scales, F + first, F + last)
+        multiply(normed_BD, gate_FD, scratch, gate_up_B2F[:, : last - first])
+        multiply(normed_BD, up_FD, scratch, gate_up_B2F[:, last - first :])
         activate_rows(gate_up_B2F, a.silu, a.h_BF[:, first:last])
         done += 1
         i = next_task(counters, phase, blocks(F, outputs))
     end_phase(counters, phase, done, blocks(F, outputs))
 
     phase, done, h_BF = phase + 1, 0, a.h_BF
-    w_DF = _array(address[SECOND], x_ND, (D, F))
-    outputs = _outputs_of_task(F)
+    outputs = outputs_of_task(a.down_DF, F)
     i = next_task(counters, phase, blocks(D, outputs))
     if address[SUB_NORM] != 0:
         h_BF = a.h_of_workers[worker]
         if i >= 0:
-            norm_rows(a.h_BF, _array(address[SUB_NORM], x_ND, F), a.eps, h_BF, rstd_B)
+            norm_rows(a.h_BF, array_at(address[SUB_NORM], x_ND, F), a.eps, h_BF, rstd_B)
+    if i >= 0:
+        prepare(a.down_DF, h_BF, scratch)
     while i >= 0:
-        _add_product(h_BF, w_DF[i * outputs : (i + 1) * outputs], i * outputs, worker, a)
+        start, end = i * outputs, min(D, (i + 1) * outputs)
+        w_OF = outputs_at(a.down_DF, address[SECOND], address[SECOND_SCALES], start, end)
+        _add_product(h_BF, w_OF, start, end - start, worker, scratch, a)
         done += 1
         i = next_task(counters, phase, blocks(D, outputs))
     end_phase(counters, phase, done, blocks(D, outputs))
@@ -298,24 +304,76 @@ def _all_branches(worker: int, a: Any) -> None:
             phase = _feed_forward_branch(worker, branch, phase, a)
 
 
-def _shapes(branch: Branch) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(None if array is None else array.shape for array in branch)
+def weights_of(branch: Branch) -> tuple[Weight, Weight]:
+    """A branch's two matrices."""
+    if isinstance(branch, AttentionBranch):
+        return branch.qkv_QD, branch.out_DI
+    return branch.gate_up_2FD, branch.down_DF
 
 
-def can_be_joined(branches: Sequence[Branch]) -> bool:
-    """Whether `Joined` computes them: attention first, few sequences, weights that are floats."""
-    arrays = [array for branch in branches for array in branch if array is not None]
-    return (
-        len(branches) > 0
-        and isinstance(branches[0], AttentionBranch)
-        and all(isinstance(array, np.ndarray) and array.flags.c_contiguous for array in arrays)
-        and len({np.asarray(array).dtype for array in arrays}) == 1
-        and all(
-            len({_shapes(branch) for branch in branches if isinstance(branch, kind)}) <= 1
-            for kind in (AttentionBranch, FeedForwardBranch)
-        )
-        and len(branches[0].kv_BS2GC) <= MOST_SEQUENCES
-    )
+class Half(NamedTuple):
+    """A branch with its matrices as compiled code takes them."""
+
+    branch: Branch
+    first: Matrix
+    second: Matrix
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What all branches of attention, or all of feed-forward, have in common."""
+        matrices = [
+            (type(matrix), *((array.shape, array.dtype) for array in arrays_of(matrix)))
+            for matrix in (self.first, self.second)
+        ]
+        norms = self.branch.norm_D.dtype, self.sub_norm is None
+        return type(self.branch), *norms, *matrices
+
+    @property
+    def sub_norm(self) -> FloatArray | None:
+        """The weights between the two matrices."""
+        if isinstance(self.branch, AttentionBranch):
+            return self.branch.sub_norm_I
+        return self.branch.sub_norm_F
+
+    def addresses(self) -> list[int]:
+        """A row of `AllBranches.addresses`."""
+        found = [0] * (CACHE + 1)
+        found[NORM] = self.branch.norm_D.ctypes.data
+        if self.sub_norm is not None:
+            found[SUB_NORM] = self.sub_norm.ctypes.data
+        for place, matrix in ((FIRST, self.first), (SECOND, self.second)):
+            for i, array in enumerate(arrays_of(matrix)):
+                found[place + i] = array.ctypes.data
+        if isinstance(self.branch, AttentionBranch):
+            found[CACHE] = self.branch.kv_BS2GC.ctypes.data
+        return found
+
+
+def halves_of(branches: Sequence[Branch], instruction_set: InstructionSet) -> list[Half] | None:
+    """The branches as `Joined` takes them; None: it does not.
+
+    It takes attention first, few sequences, branches alike, and matrices that can be cut at heads and
+    between gate and up.
+    """
+    halves = []
+    for branch in branches:
+        weights = weights_of(branch)
+        first, second = (as_matrix(weight, instruction_set) for weight in weights)
+        if first is None or second is None:
+            return None
+        cut = weights[1].shape[-1]
+        if isinstance(branch, AttentionBranch):
+            cut = branch.kv_BS2GC.shape[-1]
+        arrays = (*arrays_of(first), *arrays_of(second))
+        if cut % granularity(first) or not all(array.flags.c_contiguous for array in arrays):
+            return None
+        halves.append(Half(branch, first, second))
+    kinds = {half.kind for half in halves}
+    if not branches or len(kinds) > len({kind for kind, *_ in kinds}):
+        return None
+    starts = branches[0]
+    joins = isinstance(starts, AttentionBranch) and len(starts.kv_BS2GC) <= MOST_SEQUENCES
+    return halves if joins else None
 
 
 def _most_threads() -> int:
@@ -327,26 +385,32 @@ def _most_threads() -> int:
 class Joined:
     """The work of some branches, with all memory that it needs."""
 
-    def __init__(self, branches: Sequence[Branch], *, activation: Activation, eps: float) -> None:
-        """Of branches that `can_be_joined`."""
-        self._branches = branches  # what the addresses are of must stay
-        attention = branches[0]
-        assert isinstance(attention, AttentionBranch)
-        B, positions, doubled, C = attention.kv_BS2GC.shape
-        Q, D = attention.qkv_QD.shape
-        F = next((b.down_DF.shape[1] for b in branches if isinstance(b, FeedForwardBranch)), 0)
-        G, A = doubled // 2, Q // C - doubled
-        dtype, workers = attention.norm_D.dtype, _most_threads()
+    def __init__(self, halves: Sequence[Half], *, activation: Activation, eps: float) -> None:
+        """Of what `halves_of` found."""
+        self._halves = halves  # what the addresses are of must stay
+        attention = halves[0]
+        feed_forward = next((h for h in halves if isinstance(h.branch, FeedForwardBranch)), None)
+        assert isinstance(attention.branch, AttentionBranch)
+        B, positions, doubled, C = attention.branch.kv_BS2GC.shape
+        D, G = len(attention.branch.norm_D), doubled // 2
+        A = attention.branch.qkv_QD.shape[-2] // C - doubled
+        F = 0
+        if feed_forward is not None and isinstance(feed_forward.branch, FeedForwardBranch):
+            F = feed_forward.branch.down_DF.shape[-1]
+        else:
+            feed_forward = attention  # nobody looks at these
+        dtype, workers = attention.branch.norm_D.dtype, _most_threads()
         parts = blocks(positions, POSITIONS)
 
         def floats(*shape: int) -> FloatArray:
             return np.zeros(shape, dtype)
 
         self._eps, self._silu, self._sizes = eps, activation == "silu", (F, G, positions)
-        self._counters = new_counters(3 * len(branches))
+        self._counters = new_counters(3 * len(halves))
         self._memory = (
-            np.array([_addresses(branch) for branch in branches]),
-            np.array([isinstance(branch, AttentionBranch) for branch in branches]),
+            np.array([half.addresses() for half in halves]),
+            np.array([isinstance(half.branch, AttentionBranch) for half in halves]),
+            *(attention.first, attention.second, feed_forward.first, feed_forward.second),
             floats(B, A, C),
             floats(B, parts, A, C),
             floats(B, parts, A),
@@ -358,16 +422,11 @@ class Joined:
             floats(workers, B),
             floats(workers, B, 2 * MOST_OUTPUTS),
             floats(workers, A, POSITIONS),
+            scratch_of_workers(workers, B, max(D, A * C, F), dtype),
             self._counters,
         )
         self._macs = B * sum(
-            math.prod(matrix.shape)
-            for branch in branches
-            for matrix in (
-                (branch.qkv_QD, branch.out_DI)
-                if isinstance(branch, AttentionBranch)
-                else (branch.gate_up_2FD, branch.down_DF)
-            )
+            math.prod(weight.shape) for half in halves for weight in weights_of(half.branch)
         )
 
     def __call__(
@@ -389,19 +448,12 @@ class Joined:
         run(region, get_num_threads(), macs=self._macs)
 
 
-def _addresses(branch: Branch) -> list[int]:
-    """Of a branch's arrays, in the order of its fields; 0 where there is none."""
-    found = [array.ctypes.data if isinstance(array, np.ndarray) else 0 for array in branch]
-    return found + [0] * (CACHE + 1 - len(found))
-
-
-class JoinedSteps:
+class JoinedSteps(PackedProducts):
     """See `Operations`: what is joined."""
 
     def joined_step(
         self, branches: Sequence[Branch], *, activation: Activation, eps: float
     ) -> JoinedStep | None:
         """See `Operations.joined_step`."""
-        if not can_be_joined(branches):
-            return None
-        return Joined(branches, activation=activation, eps=eps)
+        halves = halves_of(branches, self._instruction_set)
+        return None if halves is None else Joined(halves, activation=activation, eps=eps)
