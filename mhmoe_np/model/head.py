@@ -6,7 +6,7 @@ probable ones, and theirs alone are computed in float32.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,32 @@ def growth(terms: int) -> float:
     return terms * ROUNDING / (1 - terms * ROUNDING)
 
 
+class Bound(NamedTuple):
+    """How far a token's score may be from its logit, for one x: two factors, and what they multiply."""
+
+    off_V: FloatArray  # |w - w^| of each token
+    size_V: FloatArray  # |w^|
+    by_off: float
+    by_size: float
+
+    def of(self, tokens: IntArray) -> FloatArray:
+        """Of some tokens.
+
+        Source   [spec 5 8-bit weights]
+        """
+        return self._sum(self.off_V[tokens], self.size_V[tokens])
+
+    def largest(self, most: tuple[float, float]) -> float:
+        """Of a token with these two norms, the largest that there are: no token's is larger.
+
+        Source   [spec 5 8-bit weights]
+        """
+        return float(self._sum(*most))
+
+    def _sum(self, off: Any, size: Any) -> Any:
+        return (off * self.by_off + size * self.by_size) * SLACK + UNDERFLOW
+
+
 class ExactHead:
     r"""The logits that a float32 head gives its most probable tokens, by 8-bit scores of all.
 
@@ -68,8 +94,8 @@ class ExactHead:
     integers is exact, its product with the scales rounds twice and is then added up; the logit by at
     most growth(D) |w| |x|, whatever the order of its sum. The four together are a token's bound.
 
-    So at least k tokens have logits of at least the k-th largest of score - bound. A token whose
-    score + bound is less is none of the k largest, however ties are decided.
+    So the k tokens of the largest scores have logits of at least the least of their score - bound. A
+    token whose score + bound is less is none of the k largest, however ties are decided.
 
     Attributes:
         weight: the head in 8 bits, whose logits are the scores.
@@ -91,20 +117,20 @@ class ExactHead:
             size[rows] = np.linalg.norm(acting, axis=1)
             off[rows] = np.linalg.norm(w_VD[rows] - acting, axis=1)
         self._size_V, self._off_V = size, off
+        self._most = float(off.max()), float(size.max())
 
-    def bound_V(self, x_D: FloatArray) -> FloatArray:
-        """How far each token's score may be from its logit.
+    def bound(self, x_D: FloatArray) -> Bound:
+        """How far scores may be from logits.
 
-        Shapes   x_D -> bound_V
+        Shapes   x_D
         Source   [spec 5 8-bit weights]
         """
         q, scale = quantise_blocks(x_D[None])
         acting = (q * scale[:, :, None].astype(np.float64)).reshape(-1)[: len(x_D)]
-        x, off = np.linalg.norm(x_D.astype(np.float64)), np.linalg.norm(x_D - acting)
+        x, off = float(np.linalg.norm(x_D.astype(np.float64))), float(np.linalg.norm(x_D - acting))
         of_score = growth(blocks_of(len(x_D)) + 2) * (x + off)
         of_logit = growth(len(x_D)) * x
-        bound: FloatArray = self._off_V * (x + of_logit) + self._size_V * (off + of_score + of_logit)
-        return bound * SLACK + UNDERFLOW
+        return Bound(self._off_V, self._size_V, x + of_logit, off + of_score + of_logit)
 
     def logits(self, x_BD: FloatArray, row: int, score_V: FloatArray, count: int) -> FloatArray:
         """The float32 logits of one row where they can be among the `count` largest; else -inf.
@@ -120,11 +146,15 @@ class ExactHead:
         """
         x_D = self._ops.to_host(x_BD)[row]
         V = len(score_V)
-        bound_V = self.bound_V(x_D)[:V]
-        least_V = score_V - bound_V
-        count = min(count, V)
-        least = least_V.max() if count == 1 else np.partition(least_V, V - count)[V - count]
-        candidates = np.flatnonzero(score_V + bound_V >= least)
+        bound, count = self.bound(x_D), min(count, V)
+        top = (
+            np.array([score_V.argmax()])
+            if count == 1
+            else np.argpartition(score_V, V - count)[V - count :]
+        )
+        least = (score_V[top] - bound.of(top)).min()
+        near = np.flatnonzero(score_V >= least - bound.largest(self._most))
+        candidates = near[score_V[near] + bound.of(near) >= least]
         if len(candidates) > V // 2:
             return self._all(x_BD, row)[:V]
         found = self._of(candidates, x_BD[row : row + 1])

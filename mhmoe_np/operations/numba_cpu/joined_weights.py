@@ -34,8 +34,8 @@ from mhmoe_np.operations.numba_cpu.packed_product import (
 from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import PackedWeight, Weight
 
-TASK_NUMBERS = 1 << 14  # weights of one task, about
-MOST_OUTPUTS = 64  # of one task
+TASK_NUMBERS = 1 << 14  # floats of one task, about
+MOST_OUTPUTS = 64  # of one task; of matrices in panels all that are left, as fewer are slower each
 
 Matrix = np.ndarray | Packed | Int8Stack
 """What compiled code multiplies by: a float matrix [O, I], or a stack of one."""
@@ -113,25 +113,26 @@ def array_at(address: int, like: Any, shape: Any) -> Any:
 @task
 def outputs_of_task(like: Any, inputs: int) -> int:
     """How many outputs of so many inputs each are a task: a multiple of 4, or of a panel."""
-    step = _step(like)
-    return max(step, min(MOST_OUTPUTS, TASK_NUMBERS // inputs // step * step))
+    if _in_panels(like):
+        return MOST_OUTPUTS
+    return max(4, min(MOST_OUTPUTS, TASK_NUMBERS // inputs // 4 * 4))
 
 
 # What depends on the kind of matrix. In compiled code alone.
 
 
-def _step(like: Any) -> int:
+def _in_panels(like: Any) -> bool:
     raise NotImplementedError
 
 
-@overload(_step)
-def _compiled_step(like: Any) -> Any:
-    step = 4 if isinstance(like, types.Array) else PANEL
+@overload(_in_panels)
+def _compiled_in_panels(like: Any) -> Any:
+    answer = not isinstance(like, types.Array)
 
-    def step_of_its_kind(like: Any) -> Any:
-        return step
+    def of_its_kind(like: Any) -> Any:
+        return answer
 
-    return step_of_its_kind
+    return of_its_kind
 
 
 def outputs_at(like: Any, address: int, of_scales: int, first: int, last: int) -> Any:
