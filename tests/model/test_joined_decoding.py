@@ -90,7 +90,7 @@ def packed_model(kind: str, ops: Operations) -> Model:
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-@pytest.mark.parametrize("kind", ["int8", "dense-ternary", "mh2-sign"])
+@pytest.mark.parametrize("kind", ["int8", "dense-ternary"])
 def test_packed_weights_are_joined_with_the_same_bits(
     kind: str, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
