@@ -38,7 +38,7 @@ results say which it was. Install the peers with `pip install torch==2.13.0 && p
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
     python -m benchmarks.questions     what the settings that users ask about do to perplexity (docs/questions.md)
-    python -m benchmarks.decode        generated tokens beside transformers' and memory's speed; along the positions
+    python -m benchmarks.decode        generated tokens beside transformers, llama.cpp and memory's speed
     python -m benchmarks.checkpoint    what checksums cost when a checkpoint is written
     python -m benchmarks.gpu           the cuda backend beside PyTorch and its floors, on a GPU
     python -m benchmarks.floors        what each operation of a step must cost on a GPU
@@ -225,23 +225,41 @@ def products() -> Iterator[str]:
         yield ""
 
 
+DECODING = """
+## Generation
+
+One process each, in turn, as above; both make the likeliest token next, after 16 tokens. `transformers`: its
+`generate`, the same float32 weights. `llama.cpp`: its F32; `llama.cpp-8-bit`: its Q8_0 beside `pack --format
+int8` and `--head-dtype int8`. `own-float32`: a ternary model packed to 2 bits with the exact head, whose tokens
+must be those of its float32 head, beside our own float32 decoding of a model of this size. `share` is the time in
+which the same threads read as many bytes as a step needs (weights once, keys and values), over the step's.
+"""
+
+
 def decoding() -> Iterator[str]:
-    for path in sorted(RESULTS.glob(f"*/{KIND}*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        yield f"\n## Generation: {found['model']}\n"
-        yield f"{found['parameters']:,} parameters in float32 beside transformers' `generate`; {found['machine']},"
-        yield f"{described(found['blas'])},"
-        yield f"{found['threads']} threads, which read {found['gb_per_s']} GB/s. `share`: the time in which they would read"
-        yield "what a step needs (weights once, keys and values), over the step's.\n"
-        yield "| | sequences | tokens/s | transformers | ratio | ms a step | MB a step | share |"
-        yield "|---|---|---|---|---|---|---|---|"
-        for row in found["rows"]:
-            speeds = f"{row['ours_tokens_per_s']:,} | {row['peer_tokens_per_s']:,} | {row['ratio']:.2f}"
-            if row["work"] == "prefill":
-                yield f"| prompt of {row['tokens']} | 1 | {speeds} | | | |"
-            else:
-                rest = f"{row['ours_ms']:.1f} | {row['mb_a_step']} | {row['share_of_bandwidth']:.0%}"
-                yield f"| decode | {row['sequences']} | {speeds} | {rest} |"
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"*/{KIND}*.json"))]
+    yield DECODING
+    for name in sorted({each["machine"] for each in found}):
+        yield f"**{name}**\n"
+        yield "| model | weights | beside | threads | BLAS | work | tokens/s | theirs | ratio | ms a step | MB | GB/s | share |"
+        yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+        for each in found:
+            for row in each["rows"] if each["machine"] == name else ():
+                cells = [
+                    *(each[key] for key in ("model", "weights", "peer", "threads")),
+                    each["blas"]["name"],
+                    f"prompt of {row['tokens']}"
+                    if row["work"] == "prefill"
+                    else f"{row['sequences']} texts",
+                    *(f"{row[key]:,}" for key in ("ours_tokens_per_s", "peer_tokens_per_s")),
+                    f"{row['ratio']:.2f}",
+                    row.get("ours_ms", ""),
+                    row.get("mb_a_step", ""),
+                    each["gb_per_s"],
+                    f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else "",
+                ]
+                yield f"| {' | '.join(map(str, cells))} |"
+        yield ""
 
 
 def growth() -> Iterator[str]:
