@@ -133,8 +133,7 @@ def command(
         check_text(text, "--stop")
     prompts = _prompts(given, file)
     found = find_checkpoint(checkpoint)
-    with progress("bytes") as show:
-        tokenizer, ends = load_checkpoint_tokenizer(found, show), load_end_of_text(found)
+    tokenizer, ends = load_checkpoint_tokenizer(found), load_end_of_text(found)
     limits = Limits(max_new_tokens, stop, ends)
     ops = load(backend, threads=threads, keep_buffers=True)
     with progress("bytes") as show:

@@ -64,8 +64,9 @@ class Bound(NamedTuple):
     by_size: float
 
     def of(self, tokens: IntArray) -> FloatArray:
-        """Of some tokens.
+        """Of some tokens, a number each.
 
+        Shapes   tokens -> bounds
         Source   [spec 5 8-bit weights]
         """
         return self._sum(self.off_V[tokens], self.size_V[tokens])

@@ -394,23 +394,23 @@ class Joined:
         B, positions, doubled, C = attention.branch.kv_BS2GC.shape
         D, G = len(attention.branch.norm_D), doubled // 2
         A = attention.branch.qkv_QD.shape[-2] // C - doubled
-        F = 0
-        if feed_forward is not None and isinstance(feed_forward.branch, FeedForwardBranch):
-            F = feed_forward.branch.down_DF.shape[-1]
-        else:
-            feed_forward = attention  # nobody looks at these
         dtype, workers = attention.branch.norm_D.dtype, _most_threads()
         parts = blocks(positions, POSITIONS)
 
         def floats(*shape: int) -> FloatArray:
             return np.zeros(shape, dtype)
 
+        F = 0
+        matrices: tuple[Matrix, Matrix] = floats(0, D), floats(D, 0)
+        if feed_forward is not None:
+            F = weights_of(feed_forward.branch)[1].shape[-1]
+            matrices = feed_forward.first, feed_forward.second
         self._eps, self._silu, self._sizes = eps, activation == "silu", (F, G, positions)
         self._counters = new_counters(3 * len(halves))
         self._memory = (
             np.array([half.addresses() for half in halves]),
             np.array([isinstance(half.branch, AttentionBranch) for half in halves]),
-            *(attention.first, attention.second, feed_forward.first, feed_forward.second),
+            *(attention.first, attention.second, *matrices),
             floats(B, A, C),
             floats(B, parts, A, C),
             floats(B, parts, A),
