@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 
+from benchmarks.machines import described, machine
 from mhmoe_np.model.decode import KeyValueCache
 from mhmoe_np.model.language_model import Model
 from mhmoe_np.model.parameters import Parameters, initialise
@@ -36,6 +37,9 @@ def along(positions: int, threads: int) -> None:
         start = time.perf_counter()
         cache.extend(np.array([[token]]))
         token_ms.append((time.perf_counter() - start) * 1e3)
+    blas = ops.blas()
+    assert blas is not None
+    print(f"{machine()}, {described(blas._asdict())}")
     print("position   token ms")
     for first in [WINDOW, *range(positions // 4, positions + 1, positions // 4)]:
         print(f"{first:8d} {np.median(token_ms[first - WINDOW : first]):10.3f}")

@@ -90,7 +90,7 @@ class AllBranches(NamedTuple):
     rstd_of_workers: Any  # [workers, B]
     outputs_of_workers: Any  # [workers, B, 2*MOST_OUTPUTS]
     scores_of_workers: Any  # [workers, A, POSITIONS]
-    scratch: Any  # `ScratchOfWorkers`
+    scratch: Any  # `Scratch` of all workers
     counters: Any
 
 
@@ -178,15 +178,26 @@ def _combine(b: int, parts: int, attended_I: Any, a: Any) -> None:
 
 
 @task
-def _add_product(
-    x_BI: Any, w_OI: Any, first: int, outputs: int, worker: int, scratch: Any, a: Any
+def _way_back(
+    worker: int, phase: int, i: int, x_BI: Any, w_DI: Any, scratch: Any, at: Any, a: Any
 ) -> None:
-    """Outputs first, first + 1, ... of the way back into the model's width, added to x."""
-    y_BO = a.outputs_of_workers[worker, :, :outputs]
-    multiply(x_BI, w_OI, scratch, y_BO)
-    for b in range(len(x_BI)):
-        for o in range(outputs):
-            a.x_ND[b, first + o] += y_BO[b, o]
+    """The last phase of a branch: x += its second matrix times x_BI, which is prepared.
+
+    i: the first task; w_DI: an example of the matrix; at: the branch's addresses.
+    """
+    x_ND = a.x_ND
+    D, done, outputs = x_ND.shape[1], 0, outputs_of_task(w_DI, x_BI.shape[1])
+    while i >= 0:
+        first, last = i * outputs, min(D, (i + 1) * outputs)
+        y_BO = a.outputs_of_workers[worker, :, : last - first]
+        w_OI = outputs_at(w_DI, at[SECOND], at[SECOND_SCALES], first, last)
+        multiply(x_BI, w_OI, scratch, y_BO)
+        for b in range(len(y_BO)):
+            for o in range(last - first):
+                x_ND[b, first + o] += y_BO[b, o]
+        done += 1
+        i = next_task(a.counters, phase, blocks(D, outputs))
+    end_phase(a.counters, phase, done, blocks(D, outputs))
 
 
 @task
@@ -228,9 +239,8 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
         i = next_task(counters, phase, B * parts)
     end_phase(counters, phase, done, B * parts)
 
-    phase, done, attended_BI = phase + 1, 0, a.attended_of_workers[worker]
-    outputs = outputs_of_task(a.out_DI, A * C)
-    i = next_task(counters, phase, blocks(D, outputs))
+    phase, attended_BI = phase + 1, a.attended_of_workers[worker]
+    i = next_task(counters, phase, blocks(D, outputs_of_task(a.out_DI, A * C)))
     if i >= 0:
         for b in range(B):
             _combine(b, parts, attended_BI[b], a)
@@ -238,13 +248,7 @@ def _attention_branch(worker: int, branch: int, phase: int, a: Any) -> int:
             sub_norm_I = array_at(address[SUB_NORM], x_ND, A * C)
             norm_rows(attended_BI, sub_norm_I, a.eps, attended_BI, rstd_B)
         prepare(a.out_DI, attended_BI, scratch)
-    while i >= 0:
-        start, end = i * outputs, min(D, (i + 1) * outputs)
-        w_OI = outputs_at(a.out_DI, address[SECOND], address[SECOND_SCALES], start, end)
-        _add_product(attended_BI, w_OI, start, end - start, worker, scratch, a)
-        done += 1
-        i = next_task(counters, phase, blocks(D, outputs))
-    end_phase(counters, phase, done, blocks(D, outputs))
+    _way_back(worker, phase, i, attended_BI, a.out_DI, scratch, address, a)
     return phase + 1
 
 
@@ -274,22 +278,15 @@ def _feed_forward_branch(worker: int, branch: int, phase: int, a: Any) -> int:
         i = next_task(counters, phase, blocks(F, outputs))
     end_phase(counters, phase, done, blocks(F, outputs))
 
-    phase, done, h_BF = phase + 1, 0, a.h_BF
-    outputs = outputs_of_task(a.down_DF, F)
-    i = next_task(counters, phase, blocks(D, outputs))
+    phase, h_BF = phase + 1, a.h_BF
+    i = next_task(counters, phase, blocks(D, outputs_of_task(a.down_DF, F)))
     if address[SUB_NORM] != 0:
         h_BF = a.h_of_workers[worker]
         if i >= 0:
             norm_rows(a.h_BF, array_at(address[SUB_NORM], x_ND, F), a.eps, h_BF, rstd_B)
     if i >= 0:
         prepare(a.down_DF, h_BF, scratch)
-    while i >= 0:
-        start, end = i * outputs, min(D, (i + 1) * outputs)
-        w_OF = outputs_at(a.down_DF, address[SECOND], address[SECOND_SCALES], start, end)
-        _add_product(h_BF, w_OF, start, end - start, worker, scratch, a)
-        done += 1
-        i = next_task(counters, phase, blocks(D, outputs))
-    end_phase(counters, phase, done, blocks(D, outputs))
+    _way_back(worker, phase, i, h_BF, a.down_DF, scratch, address, a)
     return phase + 1
 
 

@@ -35,7 +35,7 @@ from mhmoe_np.operations.packing import PANEL
 from mhmoe_np.operations.table import PackedWeight, Weight
 
 TASK_NUMBERS = 1 << 14  # floats of one task, about
-MOST_OUTPUTS = 64  # of one task; of matrices in panels all that are left, as fewer are slower each
+MOST_OUTPUTS = 64  # of one task; of matrices in panels always so many, as fewer are slower each
 
 Matrix = np.ndarray | Packed | Int8Stack
 """What compiled code multiplies by: a float matrix [O, I], or a stack of one."""
@@ -62,25 +62,17 @@ def granularity(matrix: Matrix) -> int:
 
 
 class Scratch(NamedTuple):
-    """Room of one worker for what inputs become, flat; floats need none."""
+    """Room for what inputs become, flat, a row for each worker, or one's row; floats need none."""
 
     q: Any  # int8
     scale: Any
     whole: Any  # int32: sums or corrections
 
 
-class ScratchOfWorkers(NamedTuple):
-    """The same of all workers, a row each."""
-
-    q: Any
-    scale: Any
-    whole: Any
-
-
-def scratch_of_workers(workers: int, rows: int, inputs: int, dtype: Any) -> ScratchOfWorkers:
-    """Room for so many rows of at most so many inputs."""
+def scratch_of_workers(workers: int, rows: int, inputs: int, dtype: Any) -> Scratch:
+    """Room for so many rows of at most so many inputs, for each worker."""
     blocks = blocks_of(inputs)
-    return ScratchOfWorkers(
+    return Scratch(
         np.zeros((workers, rows * blocks * BLOCK), np.int8),
         np.zeros((workers, rows * blocks), dtype),
         np.zeros((workers, rows * blocks), np.int32),
