@@ -99,16 +99,21 @@ class Turn(NamedTuple):
     foreign: float  # the share of the machine that others took
 
 
+def idle_seconds(usable: set[int]) -> float:
+    """Of all processors that this process may use, together."""
+    times = psutil.cpu_times(percpu=True)
+    return sum(times[i].idle + getattr(times[i], "iowait", 0.0) for i in usable)
+
+
 def take_turn(side: Process, work: Work, steps: int) -> Turn:
     """Let one side work, and see who else did."""
-    before, own, start = psutil.cpu_times(), side.processor_seconds(), time.perf_counter()
+    usable = os.sched_getaffinity(0)
+    before, own, start = idle_seconds(usable), side.processor_seconds(), time.perf_counter()
     seconds = side.ask(f"{work} {steps}")[0]
     elapsed = time.perf_counter() - start
-    after = psutil.cpu_times()
-    idle = (after.idle + getattr(after, "iowait", 0.0)) - (before.idle + getattr(before, "iowait", 0.0))
-    cores = os.cpu_count() or 1
-    busy = elapsed * cores - idle
-    foreign = (busy - (side.processor_seconds() - own)) / (elapsed * cores)
+    possible = elapsed * len(usable)
+    busy = possible - (idle_seconds(usable) - before)
+    foreign = (busy - (side.processor_seconds() - own)) / possible
     return Turn(seconds / steps, max(0.0, foreign))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mhmoe_np.operations.blas import VARIABLE, BlasName
+from mhmoe_np.operations.load import cores
 from mhmoe_np.operations.processor import processor, processor_facts
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,7 +22,7 @@ def machine() -> str:
     facts = processor_facts()
     widest = "AVX-512" if "avx512f" in facts.get("flags", "") else "AVX2"
     family, kind = facts.get("cpu family", "?"), facts.get("model", "?")
-    return f"{processor()} (family {family} model {kind}, {widest}, {os.cpu_count()} cores)"
+    return f"{processor()} (family {family} model {kind}, {widest}, {cores()} cores)"
 
 
 def folder_of(machine: str) -> Path:

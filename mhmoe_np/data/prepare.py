@@ -57,7 +57,7 @@ from mhmoe_np.storage.files import (
     remove_leftovers,
     write_json,
 )
-from mhmoe_np.storage.memory import return_free_memory
+from mhmoe_np.storage.memory import return_free_memory, size_text
 from mhmoe_np.storage.reading import check_regular
 
 
@@ -171,7 +171,7 @@ class _Preparation:
         check_disk(
             self._folder.parent,
             int(self._size * (self._settings.validation_fraction + LEAST_ID_BYTES)) - made,
-            f"{names}: {self._size / 1e9:,.1f} GB of text need",
+            f"{names}: {size_text(self._size)} of text need",
             remedy="free some, or take less text",
         )
 

@@ -22,6 +22,7 @@ from mhmoe_np.data.sources import Source, find_files
 from mhmoe_np.errors import UserError
 from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.storage.disk import check_disk
+from mhmoe_np.storage.memory import size_text
 from mhmoe_np.types import IntArray
 
 WHITE_SPACE_RUN = re.compile(r"\s+")
@@ -80,7 +81,7 @@ def tokenise_text(
     check_disk(
         Path(tempfile.gettempdir()),
         int(LEAST_ID_BYTES * source.size),
-        f"{path}: the tokens of {source.size / 1e9:,.1f} GB of text need",
+        f"{path}: the tokens of {size_text(source.size)} of text need",
         remedy="name a folder with room in TMPDIR, or give less text",
     )
     counts = TextCounts()

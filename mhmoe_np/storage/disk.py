@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from mhmoe_np.errors import UserError
+from mhmoe_np.storage.memory import size_text
 
 
 def check_disk(folder: Path, needed: int, what: str, *, remedy: str) -> None:
@@ -16,6 +17,6 @@ def check_disk(folder: Path, needed: int, what: str, *, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{what} {needed / 1e9:,.1f} GB of disk or more, and {free / 1e9:,.1f} GB are free in "
-            f"{folder}; {remedy}"
+            f"{what} {size_text(needed)} of disk or more, and {size_text(free)} are free in {folder}; "
+            f"{remedy}"
         )

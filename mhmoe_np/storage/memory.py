@@ -22,7 +22,9 @@ def check_memory(needed: int, what: str, *, remedy: str) -> None:
         return
     free = psutil.virtual_memory().available
     if needed > free:
-        raise UserError(f"{what} {_size(needed)} of memory and {_size(free)} are free; {remedy}")
+        raise UserError(
+            f"{what} {size_text(needed)} of memory and {size_text(free)} are free; {remedy}"
+        )
 
 
 def return_free_memory() -> None:
@@ -35,5 +37,6 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """So many bytes, in MB or GB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

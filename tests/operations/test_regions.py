@@ -17,6 +17,8 @@ from tests.operations.cases import NUMBA, of_each_dtype, same_bits
 from tests.operations.runs import TABLE, run_beside, run_table
 
 KINDS = [kind for kind in LOOPS if kind.__module__.startswith("mhmoe_np.")]
+# Regions of `run_beside`, which are compiled for generation's float32 alone.
+GENERATION = ("int8_linear", "bfloat16_linear", "joined_step")
 
 
 class Pair(NamedTuple):
@@ -85,8 +87,9 @@ def shared_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entered]:
 def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
     dtype: Any, request: pytest.FixtureRequest
 ) -> None:
+    generates = dtype == np.float32
     expected = run_table(NUMBA, dtype, seed=49)  # the small ones in turn
-    beside = run_beside(NUMBA, dtype, seed=49)
+    beside = run_beside(NUMBA, dtype, seed=49) if generates else {}
     entered = request.getfixturevalue("shared_out")
     for count in range(1, min(3, numba.config.NUMBA_NUM_THREADS + 1)):
         numba.set_num_threads(count)
@@ -94,10 +97,11 @@ def test_every_region_gives_the_same_bits_on_one_thread_on_two_and_in_turn(
         assert set(actual) == TABLE
         for name in expected:
             same_bits(actual[name], expected[name])
-        actual = run_beside(NUMBA, dtype, seed=49)
+        actual = run_beside(NUMBA, dtype, seed=49) if generates else {}
         for name in beside:
             same_bits(actual[name], beside[name])
-    assert entered == (set(KINDS), {"ExpertsForward", "PackedTiles"})
+    kinds = {kind for kind in KINDS if generates or not kind.__module__.endswith(GENERATION)}
+    assert entered == (kinds, {"ExpertsForward", "PackedTiles"})
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
