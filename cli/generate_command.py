@@ -11,7 +11,7 @@ import click
 
 from mhmoe_cli.backend import backend_option, load, threads_option
 from mhmoe_cli.printing import print_json, visible
-from mhmoe_cli.progress import progress, tell
+from mhmoe_cli.progress import print_part, progress, tell
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.table import BackendName
 from mhmoe_np.settings.model import LARGEST_COUNT, LARGEST_SIZE
@@ -193,14 +193,13 @@ def _stream(prompt: str, generation: Generation) -> None:
         (piece,) = generation.step()
         _print(piece)
     seconds = time.perf_counter() - started
-    click.echo()
+    print_part("\n")
     _tell_speed(len(generation.continuations[0].token_ids), seconds)
 
 
 def _print(text: str) -> None:
     """A terminal is given no control characters; a file or a pipe gets the text as it is."""
-    shown = visible(text) if sys.stdout.isatty() else text
-    click.echo(shown, nl=False, color=True)  # else click takes escape sequences out
+    print_part(visible(text) if sys.stdout.isatty() else text)
 
 
 def _tell_speed(tokens: int, seconds: float) -> None:

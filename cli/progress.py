@@ -22,18 +22,30 @@ if TYPE_CHECKING:
 SECONDS_BEFORE_A_BAR = 0.3
 SECONDS_BETWEEN_LINES = 10.0
 _live: list[Bar] = []  # the bar that is on the terminal, or about to be, if there is one
+_line_is_open = False  # standard output stands within a line
+
+
+def print_part(text: str) -> None:
+    """Print a part of a text, which may end within a line, on standard output."""
+    global _line_is_open
+    click.echo(text, nl=False, color=True)  # else click takes escape sequences out
+    if text:
+        _line_is_open = not text.endswith("\n")
 
 
 def tell(line: str) -> None:
-    """Say something on standard error, above the bar if there is one.
+    """Say something on standard error, above the bar if there is one, and not in a line of text.
 
     Only a reader that went away ends the command; one that writes to a full disk does not.
     """
+    global _line_is_open
     try:
         if _live and _live[-1].live.is_started:
             _live[-1].console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            click.echo(line, err=True)
+            is_within_text = _line_is_open and sys.stdout.isatty() and sys.stderr.isatty()
+            click.echo("\n" * is_within_text + line, err=True)
+            _line_is_open = _line_is_open and not is_within_text
     except BrokenPipeError:
         raise
     except OSError:

@@ -72,8 +72,8 @@ def test_a_short_step_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def on_a_terminal(code: str, columns: int) -> str:
-    """What the code writes to a terminal of so many columns."""
+def on_a_terminal(code: str, columns: int, *, with_output: bool = False) -> str:
+    """What the code writes to a terminal of so many columns; with_output: standard output too."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     told = ("COLUMNS", "LINES", "NO_COLOR", "TERM")
@@ -81,7 +81,7 @@ def on_a_terminal(code: str, columns: int) -> str:
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=terminal,
-        stdout=subprocess.DEVNULL,
+        stdout=terminal if with_output else subprocess.DEVNULL,
         stderr=terminal,
         env=environment | {"TERM": "xterm"},
     )
@@ -117,6 +117,18 @@ def test_on_a_terminal_a_bar_fills_its_width_and_what_is_told_stands_above_it() 
     assert f"\r\x1b[2K{told}\r\n" in written
     assert "inside" not in plain
     assert written.endswith("\x1b[1A\x1b[2K")  # it leaves nothing
+
+
+def test_what_is_told_amid_a_text_has_a_line_of_its_own() -> None:
+    code = (
+        "from mhmoe_cli.progress import print_part, tell\n"
+        "tell('loading'); print_part('Call me'); tell('compiling'); tell('once')\n"
+        "print_part(' now\\n'); tell('done')"
+    )
+    assert on_a_terminal(code, 60, with_output=True) == (
+        "loading\r\nCall me\r\ncompiling\r\nonce\r\n now\r\ndone\r\n"
+    )
+    assert on_a_terminal(code, 60) == "loading\r\ncompiling\r\nonce\r\ndone\r\n"
 
 
 @pytest.mark.parametrize(
