@@ -171,11 +171,12 @@ class Generation:
         *,
         limits: Limits,
         head: Head | None = None,
+        joined: bool = True,
         ops: Operations,
     ) -> None:
         """Of a model, its tokenizer and prompts for them.
 
-        head: see `head_of`; None: the model's output head in float32.
+        head: see `head_of`; None: the model's output head in float32. joined: as of `KeyValueCache`.
 
         Raises UserError: a stop string is empty; the cache of keys and values of so many texts does not
         fit into memory.
@@ -186,7 +187,7 @@ class Generation:
         self._known, self._ops = id_count(tokenizer), ops
         self._exact = head if isinstance(head, ExactHead) else None
         weight = head.weight if isinstance(head, ExactHead) else head
-        self._cache = _room(self._texts, model, weight, ops)
+        self._cache = _room(self._texts, model, weight, joined, ops)
 
     @property
     def continuations(self) -> list[Continuation]:
@@ -263,7 +264,9 @@ def head_of(model: Model, dtype: HeadDtype, sampling: Sampling, *, ops: Operatio
     return ExactHead(model.weights.output_VD, ops=ops)
 
 
-def _room(texts: list[_Text], model: Model, head: Weight | None, ops: Operations) -> KeyValueCache:
+def _room(
+    texts: list[_Text], model: Model, head: Weight | None, joined: bool, ops: Operations
+) -> KeyValueCache:
     # Nobody reads what follows the last token.
     config, positions = model.config, max(text.most_positions for text in texts) - 1
     per_position = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
@@ -272,7 +275,9 @@ def _room(texts: list[_Text], model: Model, head: Weight | None, ops: Operations
         f"the keys and values of {len(texts)} texts of {positions:,} tokens at once need",
         remedy="lower the batch size or the number of new tokens",
     )
-    return KeyValueCache(model, sequences=len(texts), positions=positions, head=head, ops=ops)
+    return KeyValueCache(
+        model, sequences=len(texts), positions=positions, head=head, joined=joined, ops=ops
+    )
 
 
 def generate(
@@ -284,6 +289,7 @@ def generate(
     sampling: Sampling,
     stop: tuple[str, ...] = (),
     end_of_text: tuple[int, ...] = (),
+    joined: bool = True,
     ops: Operations,
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of text, as each becomes whole.
@@ -291,13 +297,13 @@ def generate(
     Ends after `max_new_tokens`, at an end-of-text token, before a string of `stop`, or when all
     positions are used. An empty prompt starts a new text.
 
-    end_of_text: as in `Limits`.
+    end_of_text: as in `Limits`; joined: as of `KeyValueCache`.
 
     Raises UserError: as `prompt_of` and `Generation`; while it is read, as its `step`.
     """
     first = prompt_of(prompt, tokenizer, sampling, end_of_text=end_of_text, config=model.config)
     limits = Limits(max_new_tokens, stop, end_of_text)
-    generation = Generation(model, tokenizer, [first], limits=limits, ops=ops)
+    generation = Generation(model, tokenizer, [first], limits=limits, joined=joined, ops=ops)
 
     def pieces() -> Iterator[str]:
         while not generation.finished:

@@ -57,11 +57,13 @@ class KeyValueCache:
         sequences: int,
         positions: int,
         head: Weight | None = None,
+        joined: bool = True,
         ops: Operations,
     ) -> None:
         """Room for `positions` positions of `sequences` sequences.
 
         head: what logits are computed by; None: the model's output head.
+        joined: let the backend join the work of a token, if it does; compiling it pays for many tokens.
 
         Raises ValueError: more positions than the model has.
         """
@@ -80,7 +82,7 @@ class KeyValueCache:
             ops.zeros(shape, model.weights.dtype) for _ in range(config.num_hidden_layers)
         ]
         self._extended = ops.repeated(self._logits)
-        self._joined = self._joined_pieces()
+        self._joined = self._joined_pieces() if joined else None
 
     def _joined_pieces(self) -> list[tuple[JoinedStep, LayerWeights | None]] | None:
         """A token's work as the backend joins it, each piece up to a MoE layer that follows.

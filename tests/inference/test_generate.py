@@ -97,6 +97,21 @@ def test_each_text_is_drawn_from_the_logits_of_the_whole_of_it() -> None:
             ids.append(token)
 
 
+def test_a_text_need_not_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(OPS, "joined_step", lambda branches, **_: asked.append(branches))
+    pieces = [
+        list(
+            generate(
+                MODEL, TOKENIZER, "a", max_new_tokens=5, sampling=Sampling(0), joined=joined, ops=OPS
+            )
+        )
+        for joined in (False, True)
+    ]
+    assert len(asked) == 1
+    assert pieces[0] == pieces[1]
+
+
 def test_every_way_to_end_is_told() -> None:
     prompts = [prompt for prompt in PROMPTS if prompt]
     free = together(prompts, Sampling(0), Limits(60)).continuations
