@@ -99,15 +99,22 @@ class Turn(NamedTuple):
     foreign: float  # the share of the machine that others took
 
 
+def usable_processors() -> set[int]:
+    """Those that this process may use; all, where a system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(psutil.cpu_count()))
+
+
 def idle_seconds(usable: set[int]) -> float:
-    """Of all processors that this process may use, together."""
+    """Of some processors, together."""
     times = psutil.cpu_times(percpu=True)
     return sum(times[i].idle + getattr(times[i], "iowait", 0.0) for i in usable)
 
 
 def take_turn(side: Process, work: Work, steps: int) -> Turn:
     """Let one side work, and see who else did."""
-    usable = os.sched_getaffinity(0)
+    usable = usable_processors()
     before, own, start = idle_seconds(usable), side.processor_seconds(), time.perf_counter()
     seconds = side.ask(f"{work} {steps}")[0]
     elapsed = time.perf_counter() - start

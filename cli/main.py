@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mhmoe_cli.printing import printable
+from mhmoe_cli.progress import tell
 from mhmoe_np.errors import Interrupted, UserError
 from mhmoe_np.training.stopping import ignore_from_here
 
@@ -205,7 +206,7 @@ def _drop_odd_sizes() -> None:
 def _end(line: str, code: int) -> NoReturn:
     # Whoever cannot be told still gets the code.
     with contextlib.suppress(OSError):
-        click.echo(f"mhmoe-np: {printable(' '.join(line.split()))}", err=True)
+        tell(f"mhmoe-np: {printable(' '.join(line.split()))}")
     _leave(code)
 
 

@@ -131,6 +131,14 @@ def test_what_is_told_amid_a_text_has_a_line_of_its_own() -> None:
     assert on_a_terminal(code, 60) == "loading\r\ncompiling\r\nonce\r\ndone\r\n"
 
 
+def test_the_line_that_ends_a_command_has_one_of_its_own_too() -> None:
+    code = (
+        "from mhmoe_cli.main import _end\nfrom mhmoe_cli.progress import print_part\n"
+        "print_part('Call me'); _end('stopped by SIGTERM', 0)"
+    )
+    assert on_a_terminal(code, 60, with_output=True) == "Call me\r\nmhmoe-np: stopped by SIGTERM\r\n"
+
+
 @pytest.mark.parametrize(
     ("columns", "line"),
     [
