@@ -1,7 +1,7 @@
 """What ternary weights cost in perplexity: the paper's five models, float32 and BitNet, side by side.
 
-    python -m benchmarks.bitnet [--steps 450] [--threads N] [--out runs/bitnet] [--blas openblas|mkl]
-                                [--json]
+    python -m benchmarks.bitnet [--steps 450] [--threads N] [--out runs/bitnet]
+                                [--blas own|openblas|mkl] [--json]
 
 Trains each `small-...` preset and its `-bitnet` sibling on the embedded corpus for the same number of
 steps, each with its own recipe, scores the held-out text, packs every ternary model and checks what is

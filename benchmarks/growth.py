@@ -1,7 +1,7 @@
 """How cost grows: tokens/s and memory of training against one size at a time.
 
     python -m benchmarks.growth [--only sequence|experts|vocabulary|layers|threads]
-                                [--blas openblas|mkl]
+                                [--blas own|openblas|mkl]
 
 Starts from size A's MH-MoE. Writes `growth.json` and a plot of each curve into the machine's folder;
 `benchmarks.readme` makes the page. Memory is what the model and the step take beyond the program

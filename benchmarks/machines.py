@@ -38,7 +38,7 @@ def write_results(folder: Path, name: str, found: object) -> None:
 
 
 def add_blas_option(parser: argparse.ArgumentParser) -> None:
-    """`--blas openblas|mkl`; `use_blas` takes its value."""
+    """`--blas own|openblas|mkl`; `use_blas` takes its value."""
     parser.add_argument(
         "--blas",
         choices=get_args(BlasName),

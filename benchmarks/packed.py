@@ -1,7 +1,7 @@
 """Packed products beside float32: single matrices, experts, whole models.
 
     python -m benchmarks.packed [--only matrices|experts|models] [--threads 1 2] [--isa NAME]
-                                [--blas openblas|mkl] [--json]
+                                [--blas own|openblas|mkl] [--json]
 
 Everything of one row of the report runs in one process, in short bursts by turns; figures are minima,
 so weights that fit a cache are found there, on both sides. Our side always includes the quantisation of

@@ -1,6 +1,6 @@
 """Does `mhmoe-np plan` tell what `mhmoe-np train` then takes?
 
-    python -m benchmarks.plan [--only small|paper] [--blas openblas|mkl] [--json]
+    python -m benchmarks.plan [--only small|paper] [--blas own|openblas|mkl] [--json]
 
 For each of the paper's five models, at a quarter of its width and at the paper's, a forecast and then a
 short run with the same settings: peak memory of the whole process, and the time of a step. All ten

@@ -1,4 +1,4 @@
-"""Single matrix products of the two sizes: each BLAS that is installed, on one thread.
+"""Single matrix products of the two sizes: ours and those of each BLAS, on one thread.
 
     python -m benchmarks.products [--seconds 0.5] [--json]
 
@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.machines import described, folder_of, machine, write_results
 from benchmarks.packed import fastest
+from mhmoe_np.operations.numba_cpu import own_product
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
     Form,
     Library,
@@ -30,6 +31,7 @@ from mhmoe_np.operations.numba_cpu.blas_libraries import (
     mkl,
     mkl_libraries,
     openblas,
+    own,
     product,
 )
 
@@ -144,7 +146,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     installed = mkl_libraries()
-    libraries = [openblas(), *([mkl(installed)] if installed else [])]
+    libraries = [openblas()]
+    if own_product.available():
+        libraries.append(own())
+    if installed:
+        libraries.append(mkl(installed))
     names = {library.name: described(library.blas()._asdict()) for library in libraries}
     rows = []
     with threadpool_limits(1, user_api="blas"):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.questions [--only residual gates biases precision dropping] [--presets ...]
                                    [--seeds 0 1 2] [--steps N] [--threads N] [--out runs/questions]
-                                   [--blas openblas|mkl] [--json]
+                                   [--blas own|openblas|mkl] [--json]
 
 Trains each preset on the embedded corpus as it is and changed, and scores the held-out text. Both runs
 of a pair have the same seed: the same text is held out, the batches are the same, and tensors of one

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.decode import KIND
 from benchmarks.growth import GROWTH
@@ -17,6 +17,7 @@ from benchmarks.parts import PARTS
 from benchmarks.plan import FORECASTS
 from benchmarks.products import FILE as PRODUCTS
 from benchmarks.sizes import benchmark_config
+from mhmoe_np.operations.blas import BlasName
 
 Point = dict[str, Any]
 Points = list[Point]
@@ -25,15 +26,15 @@ PAGE = RESULTS.parent / "README.md"
 HEAD = """# Benchmarks
 
 This page is made by `python -m benchmarks.readme` of what the benchmarks wrote into `results/`, a folder for
-each machine; nothing in it is typed by hand. `--blas openblas|mkl` chooses the library of our products, and
+each machine; nothing in it is typed by hand. `--blas own|openblas|mkl` chooses the library of our products, and
 results say which it was. Install the peers with `pip install torch==2.13.0 && pip install -e '.[test]'`.
 
     python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
                                [--peer torch|torch-compile|hf-mixtral] [--threads N]
-                               [--blas openblas|mkl] [--json]
+                               [--blas own|openblas|mkl] [--json]
     python -m benchmarks.evaluate      the same, forward and loss alone
     python -m benchmarks.growth        how cost grows
-    python -m benchmarks.products      single matrix products, OpenBLAS and MKL
+    python -m benchmarks.products      single matrix products: ours, OpenBLAS's, MKL's
     python -m benchmarks.plan          whether `mhmoe-np plan` is right
     python -m benchmarks.packed        packed 1-bit products beside float32 (results/README.md)
     python -m benchmarks.bitnet        what ternary weights cost in perplexity (results/README.md)
@@ -66,7 +67,7 @@ def comparisons() -> Iterator[str]:
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*/*-threads.json"))]
     yield COMPARISON
     if not any("intel" in row["machine"].lower() for row in rows):
-        yield "There are no results of an Intel processor, where MKL is the faster library.\n"
+        yield "There are no results of an Intel processor.\n"
     for name in sorted({row["machine"] for row in rows}):
         yield f"**{name}**\n"
         yield "| | size | model | peer | threads | BLAS | tokens/s | peer's | ratio | median | MFU | peer's | memory |"
@@ -203,20 +204,19 @@ def results_of(name: str) -> Iterator[tuple[Path, Any]]:
 
 def products() -> Iterator[str]:
     yield "\n## Matrix products\n"
-    yield "One thread, float32, GFLOP/s of each library; `packed` is MKL's with the second matrix packed once,"
+    yield "One thread, float32, GFLOP/s of each library, `own` being ours; `packed` is MKL's with the second matrix packed once,"
     yield "outside the time that is given, and `packing` the microseconds that this takes. N rows of I numbers"
     yield "make N of O; `nt`, `nn` and `tn` say which factor is transposed.\n"
     for _, found in results_of(PRODUCTS):
         yield f"**{found['machine']}**: {', '.join(found['libraries'].values())}\n"
-        yield "| product | | N | O | I | OpenBLAS | MKL | MKL / OpenBLAS | packed | packing |"
-        yield "|---|---|---|---|---|---|---|---|---|---|"
+        yield "| product | | N | O | I | own | OpenBLAS | MKL | own / the better of both | packed | packing |"
+        yield "|---|---|---|---|---|---|---|---|---|---|---|"
         for row in found["rows"]:
-            cells = [*(row[key] for key in ("name", "form", "rows", "outputs", "inputs", "openblas"))]
-            if "mkl" in row:
-                ratio = f"{row['mkl'] / row['openblas']:.2f}"
-                cells += [row["mkl"], ratio, row["mkl_packed"], row["packing_us"]]
-            else:
-                cells += [""] * 4
+            cells = [*(row[key] for key in ("name", "form", "rows", "outputs", "inputs"))]
+            cells += [row.get(name, "") for name in get_args(BlasName)]
+            others = [row[name] for name in get_args(BlasName) if name in row and name != "own"]
+            cells.append(f"{row['own'] / max(others):.2f}" if "own" in row else "")
+            cells += [row.get(name, "") for name in ("mkl_packed", "packing_us")]
             yield f"| {' | '.join(map(str, cells))} |"
         gains = [row["mkl_packed"] / row["mkl"] - 1 for row in found["rows"] if "mkl" in row]
         if gains:

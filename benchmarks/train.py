@@ -2,7 +2,7 @@
 
     python -m benchmarks.train [--size A|B] [--model dense|smoe|mhmoe|mhmoe-bitnet|mixtral]
                             [--peer torch|torch-compile|hf-mixtral] [--threads N]
-                            [--blas openblas|mkl] [--json]
+                            [--blas own|openblas|mkl] [--json]
 
 See `compare` for how it is measured. Writes the row and a plot into the machine's folder
 of benchmarks/results.

@@ -451,7 +451,7 @@ def test_a_closed_pipe_is_no_failure(folder: Path, arguments: list[str]) -> None
         ("NUMBA_CPU_FEATURES", "bogus", "NUMBA_CPU_FEATURES=bogus: must be"),
         ("NUMBA_OPT", "x", "'NUMBA_OPT'"),
         ("MHMOE_NP_ISA", "x", "MHMOE_NP_ISA=x: this processor offers"),
-        ("MHMOE_NP_BLAS", "x", "MHMOE_NP_BLAS=x: must be openblas or mkl; unset it"),
+        ("MHMOE_NP_BLAS", "x", "MHMOE_NP_BLAS=x: must be own, openblas or mkl; unset it"),
     ],
 )
 def test_a_variable_of_the_environment_is_refused(

@@ -205,7 +205,7 @@ def test_results_lie_in_the_folder_of_the_machine_that_they_name() -> None:
 
 
 def test_a_file_of_results_says_a_blas_that_is_not_openblas() -> None:
-    assert [machines.tag({"name": name}) for name in ("openblas", "mkl")] == ["", "-mkl"]
+    assert [machines.tag({"name": name}) for name in ("openblas", "own", "mkl")] == ["", "-own", "-mkl"]
 
 
 def test_products_has_a_row_for_each_shape_and_library(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mhmoe_np.operations.table import Blas
 
-BlasName = Literal["openblas", "mkl"]
+BlasName = Literal["own", "openblas", "mkl"]
 VARIABLE = "MHMOE_NP_BLAS"  # environment: one of these, for compiled kernels
 
 

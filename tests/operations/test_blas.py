@@ -17,13 +17,13 @@ import pytest
 from mhmoe_np.errors import UserError
 from mhmoe_np.operations.blas import VARIABLE, blas_of
 from mhmoe_np.operations.load import load_operations
-from mhmoe_np.operations.numba_cpu import blas_choice
-from mhmoe_np.operations.numba_cpu.blas_choice import choose, faster
+from mhmoe_np.operations.numba_cpu import blas_choice, own_product
+from mhmoe_np.operations.numba_cpu.blas_choice import choose, fastest
 from mhmoe_np.operations.numba_cpu.blas_libraries import Library, openblas, product
 
 ROOT = Path(__file__).parents[2]
 SOMEWHERE = (Path("/somewhere/libmkl_core.so.2"),)
-MKL = Library("mkl", 1, 2)
+MKL, OWN = Library("mkl", 1, 2), Library("own", 3, 4)
 INTEL, AMD, ANOTHER = "GenuineIntel", "AuthenticAMD", "CentaurHauls"
 
 
@@ -50,13 +50,24 @@ class Surroundings:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
 
-    def set(self, wanted: str | None, *, installed: bool, vendor: str) -> None:
+    def set(
+        self,
+        wanted: str | None,
+        *,
+        installed: bool,
+        vendor: str,
+        ours: bool = True,
+        architecture: str = "AVX2",
+    ) -> None:
         if wanted is None:
             self._patch.delenv(VARIABLE, raising=False)
         else:
             self._patch.setenv(VARIABLE, wanted)
         self._patch.setattr(blas_choice, "mkl_libraries", lambda: SOMEWHERE if installed else ())
         self._patch.setattr(blas_choice, "mkl", lambda paths: MKL if paths == SOMEWHERE else None)
+        self._patch.setattr(blas_choice, "own", lambda: OWN)
+        self._patch.setattr(own_product, "available", lambda: ours)
+        self._patch.setattr(own_product, "ARCHITECTURE", architecture)
         self._patch.setattr(blas_choice, "processor_facts", lambda: {"vendor_id": vendor})
 
 
@@ -66,37 +77,60 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Surroundings:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "installed", "vendor", "expected"),
+    ("wanted", "installed", "expected"),
     [
-        (None, False, INTEL, "openblas"),
-        ("", False, INTEL, "openblas"),
-        (None, True, INTEL, "mkl"),
-        ("", True, INTEL, "mkl"),
-        (None, True, AMD, "openblas"),
-        (None, False, ANOTHER, "openblas"),
-        ("openblas", True, INTEL, "openblas"),
-        ("mkl", True, AMD, "mkl"),
+        (None, False, "own"),
+        ("", True, "own"),
+        ("own", True, "own"),
+        ("openblas", True, "openblas"),
+        ("mkl", True, "mkl"),
     ],
 )
-def test_the_variable_rules_and_else_the_maker_of_the_processor(
-    surroundings: Surroundings, wanted: str | None, installed: bool, vendor: str, expected: str
+def test_the_variable_rules_and_else_what_was_measured(
+    surroundings: Surroundings,
+    wanted: str | None,
+    installed: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    surroundings.set(wanted, installed=installed, vendor=vendor)
+    surroundings.set(wanted, installed=installed, vendor=AMD)
+    monkeypatch.setattr(blas_choice, "fastest", None)  # nothing is probed
     assert choose().name == expected
 
 
-@pytest.mark.parametrize("seconds", [{"openblas": 2.0, "mkl": 1.0}, {"openblas": 1.0, "mkl": 2.0}])
-def test_on_any_other_processor_the_faster_one_is_chosen(
+@pytest.mark.parametrize(
+    ("installed", "vendor", "ours", "architecture", "candidates"),
+    [
+        (True, INTEL, True, "AVX2", ["openblas", "own", "mkl"]),
+        (False, INTEL, True, "AVX-512", ["openblas", "own"]),
+        (True, AMD, True, "AVX-512", ["openblas", "own", "mkl"]),
+        (True, ANOTHER, False, "AVX2", ["openblas", "mkl"]),
+        (False, AMD, False, "AVX2", ["openblas"]),
+    ],
+)
+def test_on_any_other_processor_the_fastest_is_chosen_of_those_that_are_there(
     surroundings: Surroundings,
-    seconds: dict[str, float],
+    installed: bool,
+    vendor: str,
+    ours: bool,
+    architecture: str,
+    candidates: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    surroundings.set(None, installed=True, vendor=ANOTHER)
-    monkeypatch.setattr(blas_choice, "PROBE", tmp_path / "probe.json")
-    monkeypatch.setattr(blas_choice, "_probe", lambda library: seconds[library.name])
+    surroundings.set(None, installed=installed, vendor=vendor, ours=ours, architecture=architecture)
     monkeypatch.setattr(Library, "blas", lambda self: (self.name, "1", None))
-    assert choose().name == min(seconds, key=seconds.__getitem__)
+    for winner in candidates:
+        probed: list[str] = []
+
+        def probe(library: Library, winner: str = winner, probed: list[str] = probed) -> float:
+            probed.append(library.name)
+            return float(library.name != winner)
+
+        monkeypatch.setattr(blas_choice, "PROBE", tmp_path / f"{winner}.json")
+        monkeypatch.setattr(blas_choice, "_probe", probe)
+        assert choose().name == winner
+        assert probed == (candidates if len(candidates) > 1 else [])
 
 
 def test_what_a_probe_found_is_kept_for_one_processor_and_its_versions(
@@ -125,27 +159,31 @@ def test_what_a_probe_found_is_kept_for_one_processor_and_its_versions(
         versions["mkl"] = version
         if content is not None:
             kept.write_text(content)
-        assert faster(openblas(), MKL, kept) == MKL
+        assert fastest([openblas(), MKL], kept) == MKL
         assert len(probes) == count
     # Where nothing can be written, every process probes.
-    assert faster(openblas(), MKL, tmp_path / "missing" / "probe.json") == MKL
+    assert fastest([openblas(), MKL], tmp_path / "missing" / "probe.json") == MKL
 
 
 @pytest.mark.parametrize(
     ("wanted", "line"),
     [
-        ("atlas", "MHMOE_NP_BLAS=atlas: must be openblas or mkl; unset it"),
+        ("atlas", "MHMOE_NP_BLAS=atlas: must be own, openblas or mkl; unset it"),
         (
             "mkl",
             "MHMOE_NP_BLAS=mkl: needs mkl, which is not installed; install it with: "
             "pip install 'mhmoe-np[mkl]', or unset it",
+        ),
+        (
+            "own",
+            "MHMOE_NP_BLAS=own: this processor lacks AVX2 or FMA; unset it, or set it to openblas",
         ),
     ],
 )
 def test_a_blas_that_is_not_there_is_refused(
     surroundings: Surroundings, wanted: str, line: str
 ) -> None:
-    surroundings.set(wanted, installed=False, vendor=INTEL)
+    surroundings.set(wanted, installed=False, vendor=INTEL, ours=False)
     with pytest.raises(UserError) as refused:
         choose()
     assert str(refused.value) == line
@@ -158,7 +196,7 @@ def test_an_mkl_that_cannot_be_loaded_is_refused_where_it_is_asked_for(
         raise OSError("libmkl_core.so.2: file too short")
 
     for wanted in (None, "mkl"):
-        surroundings.set(wanted, installed=True, vendor=INTEL)
+        surroundings.set(wanted, installed=True, vendor=INTEL, ours=False)
         monkeypatch.setattr(blas_choice, "mkl", broken)
         if wanted is None:
             assert choose() == openblas()

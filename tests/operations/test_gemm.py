@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mhmoe_np.operations.blas import VARIABLE, BlasName
-from mhmoe_np.operations.numba_cpu.blas_libraries import mkl_libraries
+from mhmoe_np.operations.numba_cpu import own_product
+from mhmoe_np.operations.numba_cpu.blas_libraries import mkl_libraries, own, product
 from mhmoe_np.operations.numba_cpu.compiling import task
 from mhmoe_np.operations.numba_cpu.gemm import BLAS, gemm_nn, gemm_nt, gemm_tn
 from tests.operations.cases import SEEDS, of_each_dtype, quick
@@ -101,12 +102,16 @@ def test_a_single_row_may_have_any_stride(dtype: Any) -> None:
 
 def others() -> list[Any]:
     """The libraries that this process does not multiply with."""
-    missing = not mkl_libraries()
+    lacking = {
+        "mkl": "" if mkl_libraries() else "mkl_which_is_not_installed",
+        "own": "" if own_product.available() else "own_without_avx2",
+        "openblas": "",
+    }
     return [
         pytest.param(
             name,
-            marks=pytest.mark.skipif(name == "mkl" and missing, reason="mkl is not installed"),
-            id="mkl_which_is_not_installed" if name == "mkl" and missing else name,
+            marks=pytest.mark.skipif(bool(lacking[name]), reason=lacking[name]),
+            id=lacking[name] or name,
         )
         for name in get_args(BlasName)
         if name != BLAS.name
@@ -126,3 +131,68 @@ def test_the_other_library_passes_the_same_tests(name: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 passed" in done.stdout
+
+
+# ---- our own --------------------------------------------------------------------------------------
+
+ROUND_BLOCKS = st.sampled_from([1, 2, 5, 6, 7, 13, 119, 120, 121, 126, 250])
+ROUND_PANELS = st.sampled_from([1, 7, 8, 15, 16, 17, 31, 33, 48, 100, 1023, 1024, 1025, 1041])
+ROUND_DEPTHS = st.sampled_from([1, 3, 4, 7, 8, 9, 255, 256, 257, 383, 384, 385, 770])
+needs_own = pytest.mark.skipif(not own_product.available(), reason="own_without_avx2")
+
+
+def own_product_of(form: Any, left: Any, right: Any) -> Any:
+    """left @ right in float32, with each factor handed over as `form` says."""
+    a, b = (
+        np.ascontiguousarray(factor.T if letter == "t" else factor)
+        for factor, letter in zip((left, right), form, strict=True)
+    )
+    c = np.full((len(left), right.shape[1]), np.nan, np.float32)
+    product(own(), form, a, b, c)()
+    return c
+
+
+@needs_own
+@pytest.mark.parametrize("form", FORMS)
+@quick(20)
+@given(SEEDS, ROUND_BLOCKS, ROUND_PANELS, ROUND_DEPTHS)
+@example(0, 121, 1025, 385)
+@example(0, 250, 17, 770)
+@example(0, 120, 16, 384)
+def test_our_product_of_any_size_is_the_definitions(
+    form: str, seed: int, m: int, n: int, k: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = (rng.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (k, n)))
+    c = own_product_of(form, left, right)
+    expected = left.astype(np.float64) @ right.astype(np.float64)
+    bound = (k + 3) * np.finfo(np.float32).eps * (abs(left).astype(np.float64) @ abs(right))
+    assert (abs(c - expected) <= bound).all()
+
+
+@needs_own
+@quick(20)
+@given(SEEDS, ROUND_BLOCKS, ROUND_PANELS, ROUND_DEPTHS, st.data())
+def test_bits_of_our_product_depend_on_the_inputs_alone(
+    seed: int, m: int, n: int, k: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = (rng.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (k, n)))
+    whole = own_product_of("nt", left, right)
+    rows, columns = (
+        slice(first, data.draw(st.integers(first + 1, size)))
+        for size in (m, n)
+        for first in [data.draw(st.integers(0, size - 1))]
+    )
+    for form in FORMS:
+        part = own_product_of(form, left[rows], right[:, columns])
+        np.testing.assert_array_equal(part, whole[rows, columns])
+
+
+@needs_own
+@pytest.mark.parametrize("form", FORMS)
+def test_our_product_shows_every_number_that_is_not_finite(form: str) -> None:
+    left, right = np.ones((7, 5), np.float32), np.ones((5, 19), np.float32)
+    left[3, 2], right[4, 17] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(own_product_of(form, left, right), left @ right)

@@ -1,8 +1,8 @@
-"""Which BLAS compiled kernels multiply with: decided once a process.
+"""What compiled kernels multiply float32 matrices with: decided once a process.
 
-MHMOE_NP_BLAS names one. Without it MKL, where it is installed, runs on Intel's processors, and OpenBLAS
-on AMD's, where it is faster with large matrices (`benchmarks.products`); on any other one a probe
-decides, and what came out is kept beside the kernels.
+MHMOE_NP_BLAS names it. Without it our own products run on AMD's processors with AVX2, where they are
+the fastest (`benchmarks.products`); on any other one a probe decides among those that are there, and
+what came out is kept beside the kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,65 +19,85 @@ from threadpoolctl import threadpool_limits
 
 from mhmoe_np.errors import UserError
 from mhmoe_np.extras import missing
-from mhmoe_np.operations.blas import VARIABLE, BlasName
+from mhmoe_np.operations.blas import VARIABLE
+from mhmoe_np.operations.numba_cpu import own_product
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
     Library,
     mkl,
     mkl_libraries,
     openblas,
+    own,
     product,
 )
 from mhmoe_np.operations.numba_cpu.kernel_cache import ROOT
 from mhmoe_np.operations.processor import processor, processor_facts
 from mhmoe_np.storage.files import write_atomically, write_json
 
-FASTER_ON: Mapping[str, BlasName] = {"GenuineIntel": "mkl", "AuthenticAMD": "openblas"}
+OWN_IS_FASTEST = {("AuthenticAMD", "AVX2")}
 PROBE = ROOT / "mhmoe-np-blas.json"
-PROBE_SHAPES = ((256, 352, 128), (256, 256, 1024))  # rows, outputs, inputs: an expert's products
+# Rows, outputs, inputs: an expert's products, and attention's scores.
+PROBE_SHAPES = ((256, 352, 128), (256, 256, 1024), (64, 256, 64))
 PROBE_REPEATS = 5
 
 
 def choose() -> Library:
-    """The library that MHMOE_NP_BLAS names, or the faster one of those that are installed.
+    """The library that MHMOE_NP_BLAS names, or the fastest one of those that are there.
 
     Raises UserError: the variable names none, or one that is not installed or cannot be loaded.
     """
     wanted = os.environ.get(VARIABLE) or None
-    if wanted not in (None, "openblas", "mkl"):
-        raise UserError(f"{VARIABLE}={wanted[:60]}: must be openblas or mkl; unset it")
-    likely = wanted or FASTER_ON.get(processor_facts().get("vendor_id", ""))
-    if likely == "openblas":
+    if wanted is not None:
+        return _named(wanted)
+    ours = [own()] if own_product.available() else []
+    if ours and (processor_facts().get("vendor_id"), own_product.ARCHITECTURE) in OWN_IS_FASTEST:
+        return ours[0]
+    libraries = [openblas(), *ours]
+    if installed := mkl_libraries():
+        with suppress(OSError):
+            libraries.append(mkl(installed))
+    return fastest(libraries, PROBE) if len(libraries) > 1 else libraries[0]
+
+
+def _named(wanted: str) -> Library:
+    """The library of this name.
+
+    Raises UserError: see `choose`.
+    """
+    if wanted == "openblas":
         return openblas()
+    if wanted == "own":
+        if not own_product.available():
+            raise UserError(
+                f"{VARIABLE}=own: this processor lacks AVX2 or FMA; unset it, or set it to openblas"
+            )
+        return own()
+    if wanted != "mkl":
+        raise UserError(f"{VARIABLE}={wanted[:60]}: must be own, openblas or mkl; unset it")
     installed = mkl_libraries()
-    if not installed and wanted:
-        raise missing("mkl", extra="mkl", needed_by=f"{VARIABLE}=mkl", otherwise=", or unset it")
     if not installed:
-        return openblas()
+        raise missing("mkl", extra="mkl", needed_by=f"{VARIABLE}=mkl", otherwise=", or unset it")
     try:
-        library = mkl(installed)
+        return mkl(installed)
     except OSError as error:
-        if wanted:
-            raise UserError(f"{VARIABLE}=mkl: {error}; install mkl again, or unset it") from None
-        return openblas()
-    return library if likely else faster(openblas(), library, PROBE)
+        raise UserError(f"{VARIABLE}=mkl: {error}; install mkl again, or unset it") from None
 
 
-def faster(first: Library, second: Library, kept: Path) -> Library:
-    """The one of two libraries that multiplies an expert's matrices faster on this processor.
+def fastest(candidates: list[Library], kept: Path) -> Library:
+    """The library that multiplies an expert's and attention's matrices fastest on this processor.
 
     kept: the file that holds what came out the last time. It is asked first, and written where it is
     of another processor or other versions.
     """
-    libraries = {library.name: library for library in (first, second)}
+    libraries = {library.name: library for library in candidates}
     case = {"processor": processor()} | {
         name: list(library.blas()) for name, library in libraries.items()
     }
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["case"] == case:
-            return libraries[found["faster"]]
+            return libraries[found["fastest"]]
     chosen = min(libraries.values(), key=_probe)
-    outcome = {"case": case, "faster": chosen.name}
+    outcome = {"case": case, "fastest": chosen.name}
     with suppress(OSError):  # the next process probes again
         write_atomically(kept, partial(write_json, value=outcome))
     return chosen

@@ -1,7 +1,8 @@
 """The libraries that compiled code can multiply matrices with, by the addresses of their functions.
 
-`openblas` is the BLAS that SciPy brings, by whatever name; `mkl` is Intel's, where the package `mkl` is
-installed. Both are called as Fortran is, every argument by its address.
+`own` are our products, in float32; `openblas` is the BLAS that SciPy brings, by whatever name; `mkl` is
+Intel's, where the package `mkl` is installed. All are called as from Fortran, every argument by its
+address.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mhmoe_np.operations.blas import BlasName, blas_of
+from mhmoe_np.operations.numba_cpu import own_product
 from mhmoe_np.operations.numba_cpu.private_library import load_privately
 from mhmoe_np.operations.numba_cpu.scipy_blas import address_of
 from mhmoe_np.operations.table import Blas
@@ -38,6 +40,8 @@ class Library(NamedTuple):
 
     def blas(self) -> Blas:
         """How it calls itself."""
+        if self.name == "own":
+            return Blas("own", version("mhmoe-np"), own_product.ARCHITECTURE)
         return Blas("mkl", version("mkl"), None) if self.name == "mkl" else blas_of("scipy")
 
 
@@ -45,6 +49,12 @@ class Library(NamedTuple):
 def openblas() -> Library:
     """SciPy's BLAS, from where Numba takes it too."""
     return Library("openblas", address_of("sgemm"), address_of("dgemm"))
+
+
+@cache
+def own() -> Library:
+    """Our products in float32; those in float64 are OpenBLAS's. It is compiled where it never was."""
+    return Library("own", own_product.sgemm_address(), openblas().dgemm)
 
 
 def mkl_libraries() -> tuple[Path, ...]:

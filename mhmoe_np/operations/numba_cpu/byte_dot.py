@@ -16,8 +16,9 @@ from llvmlite import ir
 from numba import types
 
 from mhmoe_np.operations.numba_cpu.compiling import literal_intrinsic
-from mhmoe_np.operations.numba_cpu.emitter import I8, I32, I64, Emitter, constant
+from mhmoe_np.operations.numba_cpu.emitter import Emitter
 from mhmoe_np.operations.numba_cpu.tiles import ALONE, TILES
+from mhmoe_np.operations.numba_cpu.vector_code import I8, I32, I64, constant
 from mhmoe_np.operations.packing import FORMATS, PANEL, PLACES
 
 

@@ -13,50 +13,23 @@ lanes, into the processor's product of unsigned by signed bytes:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir
 
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
 from mhmoe_np.operations.numba_cpu.tiles import TILES
+from mhmoe_np.operations.numba_cpu.vector_code import I8, I16, I32, VectorCode, constant
 from mhmoe_np.operations.packing import PLACES, PackingFormat
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
-
-def constant(kind: ir.VectorType, value: int) -> ir.Constant:
-    """A vector with one value in every lane."""
-    return ir.Constant(kind, [value] * kind.count)
-
-
-class Vectors:
-    """Emits vector code into `builder`: what the loops of all kinds of weights share."""
+class Vectors(VectorCode):
+    """Emits vector code of bytes and the int32 sums of their products."""
 
     def __init__(self, builder: ir.IRBuilder, instruction_set: InstructionSet) -> None:
-        self.b, self.instruction_set = builder, instruction_set
-        lanes = TILES[instruction_set].lanes
-        self.v8 = ir.VectorType(I8, 4 * lanes)
-        self.v16 = ir.VectorType(I16, 2 * lanes)
-        self.v32 = ir.VectorType(I32, lanes)
-
-    def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
-        """An instruction of the target."""
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        module = self.b.module
-        function = module.globals.get(name) or ir.Function(module, kind, name)
-        return self.b.call(function, arguments)
-
-    def load(self, pointer: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-        """An unaligned load at a byte offset."""
-        value = self.b.load(self.b.bitcast(self.b.gep(pointer, [offset]), kind.as_pointer()))
-        value.align = 1
-        return value
-
-    def spread(self, value: ir.Value) -> ir.Value:
-        """One number in every lane."""
-        undefined = ir.Constant(ir.VectorType(value.type, self.v32.count), ir.Undefined)
-        one = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, undefined, constant(self.v32, 0))
+        super().__init__(builder, TILES[instruction_set].lanes)
+        self.instruction_set = instruction_set
+        self.v8 = ir.VectorType(I8, 4 * self.lanes)
+        self.v16 = ir.VectorType(I16, 2 * self.lanes)
+        self.v32 = ir.VectorType(I32, self.lanes)
 
     def pair_sums(self, code: ir.Value, activation: ir.Value) -> ir.Value:
         """Products of neighbouring bytes, unsigned by signed, summed to int16."""
@@ -66,36 +39,6 @@ class Vectors:
             self.b.bitcast(code, self.v8),
             self.b.bitcast(activation, self.v8),
         )
-
-    def loop(
-        self,
-        first: ir.Value,
-        end: ir.Value,
-        step: int,
-        sums: list[ir.Value],
-        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        """While `step` more groups fit before `end`: sums = body(group, sums). Return both at last."""
-        b = self.b
-        before = b.block
-        test, inside, after = (b.append_basic_block(name) for name in ("test", "groups", "after"))
-        b.branch(test)
-        b.position_at_end(test)
-        group = b.phi(I64)
-        group.add_incoming(first, before)
-        phis = [b.phi(value.type) for value in sums]
-        for phi, value in zip(phis, sums, strict=True):
-            phi.add_incoming(value, before)
-        following = b.add(group, ir.Constant(I64, step))
-        b.cbranch(b.icmp_signed("<=", following, end), inside, after)
-        b.position_at_end(inside)
-        new = body(group, phis)
-        group.add_incoming(following, b.block)
-        for phi, value in zip(phis, new, strict=True):
-            phi.add_incoming(value, b.block)
-        b.branch(test)
-        b.position_at_end(after)
-        return group, phis
 
 
 class Emitter(Vectors):

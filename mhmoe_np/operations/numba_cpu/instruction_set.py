@@ -26,12 +26,17 @@ NEEDS: dict[InstructionSet, set[str]] = {
 }
 
 
-def available() -> list[InstructionSet]:
-    """The instruction sets that compiled code may use here, fastest first."""
+def features() -> set[str]:
+    """What compiled code may use of this processor, in LLVM's words; Numba keeps kernels by them."""
     forced: str | None = vars(config)["CPU_FEATURES"]
     host: Callable[[], str] = codegen.get_host_cpu_features
-    features = host() if forced is None else forced
-    present = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
+    listed = host() if forced is None else forced
+    return {feature[1:] for feature in listed.split(",") if feature.startswith("+")}
+
+
+def available() -> list[InstructionSet]:
+    """The instruction sets that compiled code may use here, fastest first."""
+    present = features()
     return [name for name, needs in NEEDS.items() if needs <= present]
 
 

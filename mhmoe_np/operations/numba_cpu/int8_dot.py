@@ -23,8 +23,9 @@ from numba import types
 
 from mhmoe_np.operations.int8 import BLOCK, QUADS
 from mhmoe_np.operations.numba_cpu.compiling import literal_intrinsic
-from mhmoe_np.operations.numba_cpu.emitter import I8, I16, I32, I64, Vectors, constant
+from mhmoe_np.operations.numba_cpu.emitter import Vectors
 from mhmoe_np.operations.numba_cpu.instruction_set import InstructionSet
+from mhmoe_np.operations.numba_cpu.vector_code import I8, I16, I32, I64, constant
 from mhmoe_np.operations.packing import PANEL, PLACES
 
 MANY, TWO, ONE = range(3)
