@@ -196,3 +196,34 @@ def test_our_product_shows_every_number_that_is_not_finite(form: str) -> None:
     left[3, 2], right[4, 17] = np.nan, np.inf
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(own_product_of(form, left, right), left @ right)
+
+
+OTHER_TILE = """
+import sys
+from importlib import reload
+import pytest
+from mhmoe_np.operations.numba_cpu import float_tile, instruction_set, own_product
+
+before, found = float_tile.LANES, instruction_set.features() ^ {"avx512f"}
+instruction_set.features = lambda: found
+reload(float_tile)
+reload(own_product)
+assert {before, float_tile.LANES} == {8, 16}
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@needs_own
+def test_the_tile_for_other_registers_computes_the_same(tmp_path: Path) -> None:
+    """That of AVX-512 runs here in two halves, or that of AVX2 in half a register."""
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "-k", "our_product")
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_TILE, *options, str(Path(__file__).relative_to(ROOT))],
+        cwd=ROOT,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), VARIABLE: "openblas"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 passed" in done.stdout
