@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from mhmoe_np.data.read_file import TEXT_KEY, read_pieces
 from mhmoe_np.data.sources import Source
-from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, train_tokenizer
+from mhmoe_np.data.tokenizer import MINIMUM_VOCAB_SIZE, load_tokenizer, train_tokenizer
 from mhmoe_np.errors import UserError
 from mhmoe_np.progress import OnProgress, counting, unseen
 
@@ -42,11 +46,29 @@ def train_on_sample(
 ) -> Tokenizer:
     """`train_tokenizer`, whose vocabulary is no larger than the text allows.
 
+    That of the embedded corpus with the default settings comes with the package: it is not trained.
+
     Raises UserError: as `train_tokenizer`.
     """
+    trained = trained_already(texts, vocab_size, special_tokens)
+    if trained.is_file():
+        return load_tokenizer(trained)
     # No text has more pairs to merge than bytes, and the library makes room for what it is told.
     most = MINIMUM_VOCAB_SIZE + len(special_tokens) + sum(len(text.encode()) for text in texts)
     return train_tokenizer(texts, vocab_size=min(vocab_size, most), special_tokens=special_tokens)
+
+
+def trained_already(texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Path:
+    """Where the tokenizer of these texts and settings is in the package, if it is there.
+
+    Its name is a digest of them all: it can be no other's.
+    """
+    settings = json.dumps([vocab_size, *special_tokens, [len(text) for text in texts]])
+    digest = hashlib.sha256(settings.encode())
+    for text in texts:
+        digest.update(text.encode())
+    corpus = resources.files("mhmoe_np.data.corpus")
+    return Path(str(corpus / f"tokenizer-{digest.hexdigest()[:16]}.json"))
 
 
 def train_on_sources(

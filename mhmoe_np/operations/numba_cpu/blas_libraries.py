@@ -54,7 +54,8 @@ def openblas() -> Library:
 @cache
 def own() -> Library:
     """Our products in float32; those in float64 are OpenBLAS's. It is compiled where it never was."""
-    return Library("own", own_product.sgemm_address(), openblas().dgemm)
+    dgemm = openblas().dgemm  # first: else Numba imports all of SciPy's linear algebra to look for it
+    return Library("own", own_product.sgemm_address(), dgemm)
 
 
 def mkl_libraries() -> tuple[Path, ...]:
