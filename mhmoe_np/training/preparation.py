@@ -172,6 +172,17 @@ def _given_tokenizer(config: RunConfig, start: InitialWeights | None) -> Tokeniz
     return None if start is None else start.tokenizer
 
 
+def preparation_settings(config: RunConfig) -> PreparationSettings:
+    """What a run's text is prepared with."""
+    return PreparationSettings(
+        vocab_size=config.model.vocab_size,
+        validation_fraction=config.data.validation_fraction,
+        seed=config.training.seed,
+        text_key=config.data.text_key,
+        weights=config.data.weights,
+    )
+
+
 def _prepare(
     folder: Path,
     sources: list[Source],
@@ -186,13 +197,7 @@ def _prepare(
     return prepare_text(
         folder,
         sources,
-        PreparationSettings(
-            vocab_size=config.model.vocab_size,
-            validation_fraction=config.data.validation_fraction,
-            seed=config.training.seed,
-            text_key=config.data.text_key,
-            weights=config.data.weights,
-        ),
+        preparation_settings(config),
         tokenizer=tokenizer,
         workers=threads if size >= LEAST_TO_SHARE else 1,
         on_progress=on_progress,

@@ -11,23 +11,11 @@ from tokenizers import Tokenizer
 
 from mhmoe_cli.run_settings import base_layers
 from mhmoe_np.data import prepare, sample
-from mhmoe_np.data.prepare import PreparationSettings, prepare_text
+from mhmoe_np.data.prepare import prepare_text
 from mhmoe_np.data.sources import find_sources
 from mhmoe_np.data.tokenizer import save_tokenizer, train_tokenizer
-from mhmoe_np.settings.presets import DEFAULT_PRESET
 from mhmoe_np.settings.run import resolve
-
-
-def default_settings() -> PreparationSettings:
-    """What a run without arguments prepares the embedded corpus with."""
-    config = resolve(base_layers(None, DEFAULT_PRESET))
-    return PreparationSettings(
-        vocab_size=config.model.vocab_size,
-        validation_fraction=config.data.validation_fraction,
-        seed=config.training.seed,
-        text_key=config.data.text_key,
-        weights=config.data.weights,
-    )
+from mhmoe_np.training.preparation import preparation_settings
 
 
 def trained_anew() -> tuple[Path, Tokenizer]:
@@ -39,8 +27,9 @@ def trained_anew() -> tuple[Path, Tokenizer]:
         found.append((sample.trained_already(texts, vocab_size, ()), tokenizer))
         return tokenizer
 
+    settings = preparation_settings(resolve(base_layers(None, None)))
     with tempfile.TemporaryDirectory() as folder, patch.object(prepare, "train_on_sample", train):
-        prepare_text(Path(folder), find_sources([], {}), default_settings(), tokenizer=None, workers=1)
+        prepare_text(Path(folder), find_sources([], {}), settings, tokenizer=None, workers=1)
     return found[0]
 
 

@@ -69,30 +69,28 @@ def _signature(count: int) -> Any:
     return types.void(*[types.int64] * count)
 
 
-@typed_intrinsic
-def copy_vector(typing_context: Any, source: Any, target: Any) -> Any:
-    """LANES numbers from one place to another."""
+def _copy(kind: ir.Type) -> Any:
+    """What an intrinsic returns that copies a number or a vector from one address to another."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         code = _Code(builder)
         source, target = (code.pointer(address) for address in arguments)
-        code.store(code.load(source, _int(0), VECTOR), target, _int(0))
+        code.store(code.load(source, _int(0), kind), target, _int(0))
         return context.get_dummy_value()
 
     return _signature(2), generate
+
+
+@typed_intrinsic
+def copy_vector(typing_context: Any, source: Any, target: Any) -> Any:
+    """LANES numbers from one place to another."""
+    return _copy(VECTOR)
 
 
 @typed_intrinsic
 def copy_number(typing_context: Any, source: Any, target: Any) -> Any:
     """One number from one place to another."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        code = _Code(builder)
-        source, target = (code.pointer(address) for address in arguments)
-        code.store(code.load(source, _int(0), FLOAT), target, _int(0))
-        return context.get_dummy_value()
-
-    return _signature(2), generate
+    return _copy(FLOAT)
 
 
 @typed_intrinsic
