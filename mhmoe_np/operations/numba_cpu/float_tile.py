@@ -28,6 +28,7 @@ VECTORS = 2
 COLUMNS = VECTORS * LANES
 NUMBER = 4  # bytes of a float32
 PIECE = 4  # numbers of a row that are turned at once: shuffles are cheap within 128 bits
+LOW = ROWS // 2  # a tile of so many rows or fewer is computed as one of so many
 UNROLLED = 8  # inputs between two tests for the end
 AS_THEY_LIE, COPIED = range(2)
 """How the rows of a tile are given."""
@@ -141,6 +142,108 @@ def turn_piece(typing_context: Any, source: Any, step: Any, target: Any) -> Any:
     return _signature(3), generate
 
 
+class _Tile(_Code):
+    """Emits the product of one tile; the arguments are those of `multiply_tile`."""
+
+    def __init__(self, builder: ir.IRBuilder, copied: bool, arguments: Any) -> None:
+        super().__init__(builder)
+        a, row_step, self.rows, self.inputs, panel, c, self.c_step, self.columns, *factors = arguments
+        self.a, self.panel, self.c = (self.pointer(address) for address in (a, panel, c))
+        self.alpha, self.beta = factors
+        last = builder.sub(self.rows, _int(1))
+        # Of a tile of fewer rows its last one is computed several times.
+        numbers = [
+            builder.select(builder.icmp_signed("<", _int(row), last), _int(row), last)
+            for row in range(ROWS)
+        ]
+        self.row_offsets = [
+            _int(row * NUMBER) if copied else builder.mul(number, row_step)
+            for row, number in enumerate(numbers)
+        ]
+        self.input_step = (LANES if copied else 1) * NUMBER
+        self.c_offsets = [builder.mul(number, self.c_step) for number in numbers]
+        self.overwrites = builder.fcmp_ordered("==", self.beta, ir.Constant(FLOAT, 0.0))
+        room = ir.ArrayType(FLOAT, ROWS * COLUMNS)
+        part = cgutils.alloca_once(builder, room)  # type: ignore[no-untyped-call]
+        self.part = builder.bitcast(part, I8.as_pointer())
+
+    def fetch(self) -> None:
+        """Let c come from memory while the sums are made."""
+        for offset in self.c_offsets:
+            for end in (0, COLUMNS * NUMBER - 1):
+                place = self.b.gep(self.c, [self.b.add(offset, _int(end))])
+                self.call("llvm.prefetch.p0", ir.VoidType(), place, FETCH_TO_WRITE, KEPT_CLOSE, DATA)
+
+    def sums(self, height: int, vectors: int) -> list[ir.Value]:
+        """Of `height` rows and so many vectors of columns, row by row."""
+        totals: list[ir.Value] = [ir.Constant(VECTOR, [0.0] * LANES)] * (height * vectors)
+        done: ir.Value = _int(0)
+        for count in (UNROLLED, 1):
+            add_inputs = partial(self._add_inputs, count, self.row_offsets[:height], vectors)
+            done, totals = self.loop(done, self.inputs, count, totals, add_inputs)
+        return [self.b.fmul(self.spread(self.alpha), total) for total in totals]
+
+    def _add_inputs(
+        self,
+        count: int,
+        row_offsets: list[ir.Value],
+        vectors: int,
+        first: ir.Value,
+        sums: list[ir.Value],
+    ) -> list[ir.Value]:
+        here = self.b.gep(self.a, [self.b.mul(first, _int(self.input_step))])
+        there = self.b.gep(self.panel, [self.b.mul(first, _int(COLUMNS * NUMBER))])
+        for further in range(count):
+            starts = [_int((further * VECTORS + vector) * LANES * NUMBER) for vector in range(vectors)]
+            loaded = [self.load(there, start, VECTOR) for start in starts]
+            # Row by row: all rows' numbers at once leave sums without a register on some processors.
+            numbers = (self.load(here, offset, FLOAT) for offset in row_offsets)
+            factors = ((spread, vector) for spread in map(self.spread, numbers) for vector in loaded)
+            sums = [self.add_product(*pair, total) for pair, total in zip(factors, sums, strict=True)]
+            here = self.b.gep(here, [_int(self.input_step)])
+        return sums
+
+    def put_whole(self, sums: list[ir.Value]) -> None:
+        """All sums of a whole tile to c."""
+        offsets = [
+            self.b.add(offset, _int(vector * LANES * NUMBER))
+            for offset in self.c_offsets
+            for vector in range(VECTORS)
+        ]
+        self._put(list(zip(sums, offsets, strict=True)), self.spread(self.beta))
+
+    def put_part(self, sums: list[ir.Value], vectors: int) -> None:
+        """The sums that count to c: whole vectors, and what is left of a row number by number."""
+        for i, total in enumerate(sums):
+            self.store(total, self.part, _int(i * LANES * NUMBER))
+        with cgutils.for_range(self.b, self.rows) as row:
+            from_row = self.b.mul(row.index, _int(vectors * LANES * NUMBER))
+            to_row = self.b.mul(row.index, self.c_step)
+
+            def put(kind: ir.Type, across: ir.Value, factor: ir.Value) -> None:
+                value = self.load(self.part, self.b.add(from_row, across), kind)
+                self._put([(value, self.b.add(to_row, across))], factor)
+
+            for first in range(0, vectors * LANES, LANES):
+                counts = self.b.icmp_signed("<=", _int(first + LANES), self.columns)
+                with self.b.if_else(counts) as (whole, left):
+                    with whole:
+                        put(VECTOR, _int(first * NUMBER), self.spread(self.beta))
+                    with left, cgutils.for_range(self.b, self.columns, _int(first)) as column:
+                        put(FLOAT, self.b.mul(column.index, _int(NUMBER)), self.beta)
+
+    def _put(self, values: list[tuple[ir.Value, ir.Value]], factor: ir.Value) -> None:
+        """Each value to its offset in c, to which `factor` times what stood there is added."""
+        with self.b.if_else(self.overwrites) as (without_c, with_c):
+            with without_c:
+                for value, offset in values:
+                    self.store(value, self.c, offset)
+            with with_c:
+                for value, offset in values:
+                    before = self.load(self.c, offset, value.type)
+                    self.store(self.add_product(factor, before, value), self.c, offset)
+
+
 @literal_intrinsic
 def multiply_tile(
     typing_context: Any,
@@ -157,88 +260,30 @@ def multiply_tile(
     signature = types.void(kind, *[types.int64] * 8, types.float32, types.float32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, a, row_step, rows, inputs, panel, c, c_step, columns, alpha, beta = arguments
-        code = _Code(builder)
-        a, panel, c = (code.pointer(address) for address in (a, panel, c))
-        last = builder.sub(rows, _int(1))
-        # A tile of fewer rows computes its last one several times, which costs nothing more.
-        row_numbers = [
-            builder.select(builder.icmp_signed("<", _int(row), last), _int(row), last)
-            for row in range(ROWS)
-        ]
-        row_offsets = [
-            _int(row * NUMBER) if copied else builder.mul(number, row_step)
-            for row, number in enumerate(row_numbers)
-        ]
-        input_step = (LANES if copied else 1) * NUMBER
-        c_offsets = [builder.mul(number, c_step) for number in row_numbers]
-        for offset in c_offsets:  # they come from memory while the sums are made
-            for end in (0, COLUMNS * NUMBER - 1):
-                place = builder.gep(c, [builder.add(offset, _int(end))])
-                code.call("llvm.prefetch.p0", ir.VoidType(), place, FETCH_TO_WRITE, KEPT_CLOSE, DATA)
-
-        def add_inputs(count: int, first: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            here = builder.gep(a, [builder.mul(first, _int(input_step))])
-            there = builder.gep(panel, [builder.mul(first, _int(COLUMNS * NUMBER))])
-            for further in range(count):
-                starts = [
-                    _int((further * VECTORS + vector) * LANES * NUMBER) for vector in range(VECTORS)
-                ]
-                loaded = [code.load(there, start, VECTOR) for start in starts]
-                spread = [code.spread(code.load(here, offset, FLOAT)) for offset in row_offsets]
-                sums = [
-                    code.add_product(spread[i // VECTORS], loaded[i % VECTORS], total)
-                    for i, total in enumerate(sums)
-                ]
-                here = builder.gep(here, [_int(input_step)])
-            return sums
-
-        sums: list[ir.Value] = [ir.Constant(VECTOR, [0.0] * LANES)] * (ROWS * VECTORS)
-        done: ir.Value = _int(0)
-        for count in (UNROLLED, 1):
-            done, sums = code.loop(done, inputs, count, sums, partial(add_inputs, count))
-        sums = [builder.fmul(code.spread(alpha), total) for total in sums]
-        overwrites = builder.fcmp_ordered("==", beta, ir.Constant(FLOAT, 0.0))
+        tile = _Tile(builder, copied, arguments[1:])
+        tile.fetch()
+        low = builder.icmp_signed("<=", tile.rows, _int(LOW))
+        narrow = builder.icmp_signed("<=", tile.columns, _int(LANES))
         whole = builder.and_(
-            builder.icmp_signed("==", rows, _int(ROWS)),
-            builder.icmp_signed("==", columns, _int(COLUMNS)),
+            builder.icmp_signed("==", tile.rows, _int(ROWS)),
+            builder.icmp_signed("==", tile.columns, _int(COLUMNS)),
         )
-
-        def put(values: list[tuple[ir.Value, ir.Value]], factor: ir.Value) -> None:
-            """Each value to its offset in c."""
-            with builder.if_else(overwrites) as (without_c, with_c):
-                with without_c:
-                    for value, offset in values:
-                        code.store(value, c, offset)
-                with with_c:
-                    for value, offset in values:
-                        before = code.load(c, offset, value.type)
-                        code.store(code.add_product(factor, before, value), c, offset)
-
-        with builder.if_else(whole) as (in_vectors, one_by_one):
-            with in_vectors:
-                offsets = [
-                    builder.add(offset, _int(vector * LANES * NUMBER))
-                    for offset in c_offsets
-                    for vector in range(VECTORS)
-                ]
-                put(list(zip(sums, offsets, strict=True)), code.spread(beta))
-            with one_by_one:
-                room = ir.ArrayType(FLOAT, ROWS * COLUMNS)
-                tile = builder.bitcast(
-                    cgutils.alloca_once(builder, room),  # type: ignore[no-untyped-call]
-                    I8.as_pointer(),
-                )
-                for i, total in enumerate(sums):
-                    code.store(total, tile, _int(i * LANES * NUMBER))
-                with (
-                    cgutils.for_range(builder, rows) as row,
-                    cgutils.for_range(builder, columns) as column,
-                ):
-                    across = builder.mul(column.index, _int(NUMBER))
-                    at = builder.add(builder.mul(row.index, _int(COLUMNS * NUMBER)), across)
-                    value = code.load(tile, at, FLOAT)
-                    put([(value, builder.add(builder.mul(row.index, c_step), across))], beta)
+        with builder.if_else(low) as (few_rows, many_rows):
+            with few_rows, builder.if_else(narrow) as (one_vector, all_vectors):
+                with one_vector:
+                    tile.put_part(tile.sums(LOW, 1), 1)
+                with all_vectors:
+                    tile.put_part(tile.sums(LOW, VECTORS), VECTORS)
+            with many_rows, builder.if_else(narrow) as (one_vector, all_vectors):
+                with one_vector:
+                    tile.put_part(tile.sums(ROWS, 1), 1)
+                with all_vectors:
+                    sums = tile.sums(ROWS, VECTORS)
+                    with builder.if_else(whole) as (in_registers, by_rows):
+                        with in_registers:
+                            tile.put_whole(sums)
+                        with by_rows:
+                            tile.put_part(sums, VECTORS)
         return context.get_dummy_value()
 
     return signature, generate

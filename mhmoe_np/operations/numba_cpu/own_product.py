@@ -39,7 +39,7 @@ from mhmoe_np.operations.numba_cpu.regions import blocks
 NEEDED = {"avx2", "fma"}
 ARCHITECTURE = "AVX-512" if LANES == 16 else "AVX2"
 
-INPUTS = 256 if LANES == 16 else 384  # of a panel: 32 or 24 KB of first-level cache
+INPUTS = 384  # of a panel: 24 KB of first-level cache, or with AVX-512 48 KB
 BLOCK_ROWS = 120  # whole tiles; with INPUTS of them at most 180 KB of second-level cache
 BLOCK_COLUMNS = 1024  # whose panels are kept for all blocks of rows
 CACHE_LINE = 64
