@@ -123,9 +123,11 @@ def test_on_any_other_processor_the_fastest_is_chosen_of_those_that_are_there(
     for winner in candidates:
         probed: list[str] = []
 
-        def probe(library: Library, winner: str = winner, probed: list[str] = probed) -> float:
-            probed.append(library.name)
-            return float(library.name != winner)
+        def probe(
+            libraries: list[Library], winner: str = winner, probed: list[str] = probed
+        ) -> list[float]:
+            probed += [library.name for library in libraries]
+            return [float(library.name != winner) for library in libraries]
 
         monkeypatch.setattr(blas_choice, "PROBE", tmp_path / f"{winner}.json")
         monkeypatch.setattr(blas_choice, "_probe", probe)
@@ -139,9 +141,9 @@ def test_what_a_probe_found_is_kept_for_one_processor_and_its_versions(
     probes: list[str] = []
     versions = {"openblas": "1", "mkl": "1"}
 
-    def probe(library: Library) -> float:
-        probes.append(library.name)
-        return {"openblas": 2.0, "mkl": 1.0}[library.name]
+    def probe(libraries: list[Library]) -> list[float]:
+        probes.extend(library.name for library in libraries)
+        return [{"openblas": 2.0, "mkl": 1.0}[library.name] for library in libraries]
 
     monkeypatch.setattr(blas_choice, "_probe", probe)
     monkeypatch.setattr(Library, "blas", lambda self: (self.name, versions[self.name], None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from mhmoe_np.extras import missing
 from mhmoe_np.operations.blas import VARIABLE
 from mhmoe_np.operations.numba_cpu import own_product
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
+    Form,
     Library,
     mkl,
     mkl_libraries,
@@ -35,9 +37,14 @@ from mhmoe_np.storage.files import write_atomically, write_json
 
 OWN_IS_FASTEST = {("AuthenticAMD", "AVX2")}
 PROBE = ROOT / "mhmoe-np-blas.json"
-# Rows, outputs, inputs: an expert's products, and attention's scores.
-PROBE_SHAPES = ((256, 352, 128), (256, 256, 1024), (64, 256, 64))
-PROBE_REPEATS = 5
+# Form, rows, outputs, inputs: an expert's products and weight gradient, and attention's scores.
+PROBE_SHAPES: tuple[tuple[Form, int, int, int], ...] = (
+    ("nt", 256, 352, 128),
+    ("nt", 256, 256, 512),
+    ("tn", 352, 128, 256),
+    ("nt", 64, 256, 64),
+)
+PROBE_ROUNDS = 12
 
 
 def choose() -> Library:
@@ -96,27 +103,34 @@ def fastest(candidates: list[Library], kept: Path) -> Library:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["case"] == case:
             return libraries[found["fastest"]]
-    chosen = min(libraries.values(), key=_probe)
+    seconds = _probe(candidates)
+    chosen = candidates[seconds.index(min(seconds))]
     outcome = {"case": case, "fastest": chosen.name}
     with suppress(OSError):  # the next process probes again
         write_atomically(kept, partial(write_json, value=outcome))
     return chosen
 
 
-def _probe(library: Library) -> float:
-    """Seconds, each product's shortest."""
-    rng, total = np.random.default_rng(0), 0.0
+def _probe(libraries: list[Library]) -> list[float]:
+    """Seconds of each library, each product's shortest.
+
+    They take turns: on a machine that others use they are a few per cent apart, and whole milliseconds
+    are slower than others.
+    """
+    rng, totals = np.random.default_rng(0), np.zeros(len(libraries))
     with threadpool_limits(1, user_api="blas"):
-        for rows, outputs, inputs in PROBE_SHAPES:
-            a_NI, b_OI = (
-                rng.standard_normal((size, inputs), dtype=np.float32) for size in (rows, outputs)
-            )
-            call = product(library, "nt", a_NI, b_OI, np.empty((rows, outputs), np.float32))
-            call()
-            times = []
-            for _ in range(PROBE_REPEATS):
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-            total += min(times)
-    return total
+        for form, rows, outputs, inputs in PROBE_SHAPES:
+            shape_a = (inputs, rows) if form == "tn" else (rows, inputs)
+            shape_b = (outputs, inputs) if form == "nt" else (inputs, outputs)
+            a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in (shape_a, shape_b))
+            c = np.empty((rows, outputs), np.float32)
+            calls = [product(library, form, a, b, c) for library in libraries]
+            times = np.array([[_seconds(call) for call in calls] for _ in range(1 + PROBE_ROUNDS)])
+            totals += times[1:].min(axis=0)
+    return totals.tolist()
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
