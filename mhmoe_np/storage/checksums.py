@@ -22,7 +22,7 @@ from mhmoe_np.storage.reading import read_json, read_text
 
 CHECKSUMS = "checksums.json"
 ALGORITHM = "xxh3_128"
-PIECE = 1 << 25  # bytes between two words about how far a sum is
+PIECE = 1 << 25  # bytes that are mapped at once, and between two words about how far a sum is
 
 
 def checksum(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
@@ -30,19 +30,17 @@ def checksum(path: Path, on_bytes: Callable[[int], object] | None = None) -> str
 
     on_bytes: told how many more bytes were looked at, as they are.
     """
-    total = xxhash.xxh3_128()
-    if (size := path.stat().st_size) == 0:
-        return total.hexdigest()
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        memoryview(content) as view,
-    ):
+    total, size = xxhash.xxh3_128(), path.stat().st_size
+    with path.open("rb") as file:
         for start in range(0, size, PIECE):
-            with view[start : start + PIECE] as piece:
+            length = min(PIECE, size - start)
+            with (
+                mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content,
+                memoryview(content) as piece,
+            ):
                 total.update(piece)
-                if on_bytes is not None:
-                    on_bytes(len(piece))
+            if on_bytes is not None:
+                on_bytes(length)
     return total.hexdigest()
 
 
