@@ -23,15 +23,12 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.machines import described, folder_of, machine, write_results
 from benchmarks.packed import fastest
-from mhmoe_np.operations.numba_cpu import own_product
+from mhmoe_np.operations.numba_cpu.blas_choice import those_there
 from mhmoe_np.operations.numba_cpu.blas_libraries import (
     Form,
     Library,
     load_mkl,
-    mkl,
     mkl_libraries,
-    openblas,
-    own,
     product,
 )
 
@@ -145,12 +142,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    installed = mkl_libraries()
-    libraries = [openblas()]
-    if own_product.available():
-        libraries.append(own())
-    if installed:
-        libraries.append(mkl(installed))
+    libraries = those_there()
     names = {library.name: described(library.blas()._asdict()) for library in libraries}
     rows = []
     with threadpool_limits(1, user_api="blas"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,24 @@ def test_what_a_probe_found_is_kept_for_one_processor_and_its_versions(
         assert len(probes) == count
     # Where nothing can be written, every process probes.
     assert fastest([openblas(), MKL], tmp_path / "missing" / "probe.json") == MKL
+
+
+def test_a_probe_finds_the_library_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)
+    def wait(*arguments: object) -> None:
+        time.sleep(0.02)
+
+    address = ctypes.cast(wait, ctypes.c_void_p).value
+    assert address
+    slow = Library("own", address, 0)
+    monkeypatch.setattr(Library, "blas", lambda self: (self.name, "1", None))
+    shapes = [(form, 8, 7, 6) for form in ("nt", "nn", "tn")]
+    monkeypatch.setattr(blas_choice, "PROBE_SHAPES", shapes)
+    monkeypatch.setattr(blas_choice, "PROBE_ROUNDS", 2)
+    for number, candidates in enumerate(([slow, openblas()], [openblas(), slow])):
+        assert fastest(candidates, tmp_path / f"{number}.json") == openblas()
 
 
 @pytest.mark.parametrize(

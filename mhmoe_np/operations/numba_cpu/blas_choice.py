@@ -55,14 +55,22 @@ def choose() -> Library:
     wanted = os.environ.get(VARIABLE) or None
     if wanted is not None:
         return _named(wanted)
-    ours = [own()] if own_product.available() else []
-    if ours and (processor_facts().get("vendor_id"), own_product.ARCHITECTURE) in OWN_IS_FASTEST:
-        return ours[0]
-    libraries = [openblas(), *ours]
+    here = processor_facts().get("vendor_id"), own_product.ARCHITECTURE
+    if own_product.available() and here in OWN_IS_FASTEST:
+        return own()
+    libraries = those_there()
+    return fastest(libraries, PROBE) if len(libraries) > 1 else libraries[0]
+
+
+def those_there() -> list[Library]:
+    """OpenBLAS; our products, where the processor can; MKL, where it is installed and can be loaded."""
+    libraries = [openblas()]
+    if own_product.available():
+        libraries.append(own())
     if installed := mkl_libraries():
         with suppress(OSError):
             libraries.append(mkl(installed))
-    return fastest(libraries, PROBE) if len(libraries) > 1 else libraries[0]
+    return libraries
 
 
 def _named(wanted: str) -> Library:
