@@ -20,6 +20,7 @@ from mhmoe_np.costs.model import macs_per_token, parameter_count
 from mhmoe_np.model.parameters import Parameters, initialise
 from mhmoe_np.operations.blas import blas_of
 from mhmoe_np.operations.numba_cpu import NumbaOperations
+from mhmoe_np.operations.numba_cpu.blas_libraries import openblas
 from mhmoe_np.operations.numba_cpu.instruction_set import choose
 from mhmoe_np.operations.packing import FORMATS
 from mhmoe_np.operations.table import Operations
@@ -230,7 +231,7 @@ def test_products_has_a_row_for_each_shape_and_library(
 def test_a_product_that_is_wrong_gives_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "product", lambda *_: lambda: None)
     with pytest.raises(SystemExit, match="openblas does not compute A: expert, gate and up"):
-        products.measure(products.SHAPES[0], [products.openblas()], 0.0)
+        products.measure(products.SHAPES[0], [openblas()], 0.0)
 
 
 def test_a_peer_of_another_architecture_is_refused() -> None:
