@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import click
@@ -59,10 +61,26 @@ def announce_compilation() -> None:
     """
     with progress() as show:
         show("loading Numba", 0, 0)
-        import_numba_backend()
+        with _objects_that_stay():
+            import_numba_backend()
     from mhmoe_np.operations.numba_cpu.notice import on_first_compilation
 
     on_first_compilation(lambda: tell("compiling kernels, kept for later runs (a minute or so) ..."))
+
+
+@contextmanager
+def _objects_that_stay() -> Iterator[None]:
+    """Nothing that is made meanwhile is looked at again for garbage.
+
+    Numba is some hundred thousand objects. To go through them while it is imported takes a tenth of a
+    command's start, and once more at the end half a second.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def prepare(name: BackendName) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from mhmoe_np.checkpoints.mapped_weights import load_mapped_weights
 from mhmoe_np.checkpoints.packed_file import load_packed_weights, write_packed_weights
 from mhmoe_np.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer
 from mhmoe_np.errors import UserError
@@ -176,15 +177,16 @@ def load_model(
     Raises UserError: a file is missing, damaged, not finite, or does not fit the configuration.
     """
     verify(checkpoint, on_progress)
-    if is_packed(checkpoint):
-        config = read_model_config(checkpoint / MODEL_CONFIG)
-        check_room(config, copies=0, source=str(checkpoint / MODEL_CONFIG))
+    packed, config = is_packed(checkpoint), read_model_config(checkpoint / MODEL_CONFIG)
+    if config.is_quantised and not packed:
+        parameters = load_weights(checkpoint, config, dtype, on_progress)
+        return Model.of(parameters.to_device(ops), ops=ops)
+    check_room(config, copies=0 if packed else 1, source=str(checkpoint / MODEL_CONFIG))
+    if packed:
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype, on_progress)
-        return Model.with_weights(config, weights.to_device(ops), ops=ops)
-    parameters = load_weights(
-        checkpoint, read_model_config(checkpoint / MODEL_CONFIG), dtype, on_progress
-    )
-    return Model.of(parameters.to_device(ops), ops=ops)
+    else:
+        weights = load_mapped_weights(checkpoint / WEIGHTS, config, dtype, on_progress)
+    return Model.with_weights(config, weights.to_device(ops), ops=ops)
 
 
 def load_parameters(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = unseen) -> Parameters:

@@ -28,7 +28,7 @@ NUMPYS_OWN = frozenset(
 )
 """Types of numbers, by the library's names."""
 WANTED = {"uint8": ("U8",), "int8": ("I8",)}
-"""What an array of a type is filled from; floats from those of any width."""
+"""What an array of a type is read from; floats from those of any width."""
 READ_AS = {
     "U8": np.uint8,
     "I8": np.int8,
@@ -36,7 +36,7 @@ READ_AS = {
     "F32": np.float32,
     "F64": np.float64,
 }
-"""Those that `read_into` reads."""
+"""Those that are mapped."""
 MOST_THREADS = 8  # more do not read memory faster
 Result = TypeVar("Result")
 
@@ -99,46 +99,64 @@ def read_into(
 
     on_progress: counts the bytes that were filled.
 
+    Raises UserError: see `map_tensors`; nothing was filled.
+    """
+    fill(targets, map_tensors(path, targets), f"reading {path.name}", on_progress)
+
+
+def fill(
+    targets: Mapping[str, NDArray[Any]],
+    sources: Mapping[str, NDArray[Any]],
+    task: str,
+    on_progress: OnProgress = unseen,
+) -> None:
+    """Copy each array's source into it, converting the float width.
+
+    on_progress: counts the bytes that were filled; `task` is what it says of them.
+    """
+    size = sum(target.nbytes for target in targets.values())
+    filled = counting(on_progress, task, size)
+    copied = _at_once(lambda name: np.copyto(targets[name], sources[name]), targets)
+    for target, _ in zip(targets.values(), copied, strict=True):
+        filled(target.nbytes)
+
+
+def map_tensors(path: Path, wanted: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file as views of its pages, of which none is copied.
+
+    The library would hand out copies. What is written to a view stays in this process. Whoever writes
+    into the file meanwhile changes the views; so nothing in the package does.
+
+    wanted: for each tensor an array of its shape and type; floats may have another width in the file,
+    and then have it in the view.
+
     Raises UserError: the file is missing or damaged, or lacks a tensor, has one too many, or one of
-    another shape or kind of number. All is checked before anything is filled.
+    another shape or kind of number.
     """
     check_regular(path)
     try:
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
-            missing, unknown = sorted(targets.keys() - names), sorted(names - targets.keys())
+            missing, unknown = sorted(wanted.keys() - names), sorted(names - wanted.keys())
             if missing:
                 raise UserError(f"{path}: lacks tensor {missing[0]!r} that the configuration needs")
             if unknown:
                 raise UserError(f"{path}: has tensor {unknown[0]!r} that the configuration lacks")
-            for name, target in targets.items():
+            for name, like in wanted.items():
                 found = file.get_slice(name)
                 shape, dtype = tuple(found.get_shape()), found.get_dtype()
-                if shape != target.shape:
+                if shape != like.shape:
                     raise UserError(
                         f"{path}: tensor {name!r} has shape {list(shape)}, "
-                        f"the configuration says {list(target.shape)}"
+                        f"the configuration says {list(like.shape)}"
                     )
-                wanted = WANTED.get(target.dtype.name, ("F16", "F32", "F64"))
-                if dtype not in wanted:
-                    raise UserError(f"{path}: tensor {name!r} is {dtype}; needs {' or '.join(wanted)}")
-            size = sum(target.nbytes for target in targets.values())
-            filled = counting(on_progress, f"reading {path.name}", size)
-            found = _mapped(path)
-            copied = _at_once(lambda name: np.copyto(targets[name], found[name]), targets)
-            for target, _ in zip(targets.values(), copied, strict=True):
-                filled(target.nbytes)
+                known = WANTED.get(like.dtype.name, ("F16", "F32", "F64"))
+                if dtype not in known:
+                    raise UserError(f"{path}: tensor {name!r} is {dtype}; needs {' or '.join(known)}")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file that the library has opened: views of the file itself.
-
-    The library would hand out copies.
-    """
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
@@ -162,8 +180,12 @@ def _at_once(function: Callable[[str], Result], names: Iterable[str]) -> Iterato
         yield from pool.map(function, names)
 
 
-def check_finite(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+def check_finite(
+    path: Path, tensors: Mapping[str, NDArray[Any]], on_progress: OnProgress = unseen
+) -> None:
     """Refuse tensors that came from `path` if a number of theirs is not finite.
+
+    on_progress: counts bytes.
 
     Raises Damaged: it names the first such tensor.
     """
@@ -173,9 +195,12 @@ def check_finite(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
         # The least and the largest are NaN where any number is, and no copy is made.
         return not tensor.size or bool(np.isfinite(tensor.min()) and np.isfinite(tensor.max()))
 
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    checked = counting(on_progress, f"checking {path.name}", size)
     for name, finite in zip(tensors, _at_once(is_finite, tensors), strict=True):
         if not finite:
             raise Damaged(f"{path}: tensor {name!r} holds numbers that are not finite")
+        checked(tensors[name].nbytes)
 
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
