@@ -199,3 +199,15 @@ def test_where_the_locale_is_not_utf_8_a_failure_says_so(tmp_path: Path) -> None
         arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.stderr == "mhmoe-np: läuft: not a run folder (config.toml is missing)\n"
+
+
+# ---- the start -------------------------------------------------------------------------------------
+
+
+def test_what_numba_is_made_of_is_not_looked_at_for_garbage() -> None:
+    code = (
+        "import gc; from mhmoe_cli.backend import load; load('numba');"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "True True\n"
