@@ -1,6 +1,6 @@
 """Float weights that are used where they lie: in the pages of a checkpoint's file.
 
-Nothing is copied before the first token, and what several processes use is in memory once [D26].
+Little is copied, and what several processes use is in memory once [D26].
 """
 
 from __future__ import annotations
