@@ -357,16 +357,16 @@ def test_what_is_not_finite_is_no_result(
     folder: Path, material: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mhmoe_np.checkpoints import checkpoint
-    from mhmoe_np.model.parameters import Parameters
+    from mhmoe_np.model.weights import Weights
 
-    load = checkpoint.load_weights
+    load = checkpoint.load_mapped_weights
 
-    def spoilt(*arguments: Any) -> Parameters:
-        parameters = load(*arguments)
-        parameters.tensors["model.norm.weight"][...] = np.nan
-        return parameters
+    def spoilt(*arguments: Any) -> Weights:
+        weights = load(*arguments)
+        weights.final_norm_D[...] = np.nan
+        return weights
 
-    monkeypatch.setattr(checkpoint, "load_weights", spoilt)
+    monkeypatch.setattr(checkpoint, "load_mapped_weights", spoilt)
     found = material / "checkpoint"
     line = refused("eval", found, "--domain", "a=text.txt", "--json", *NUMPY)
     assert "domain a: its NLL is not finite (nan)" in line

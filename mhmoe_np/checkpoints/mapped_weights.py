@@ -29,7 +29,7 @@ def load_mapped_weights(
     Arrays whose tensors follow one another in the file are views of it, those of gate and up say; the
     others are copies, as those of q, k and v, which files have in the order of their names.
 
-    on_progress: counts bytes, of the copies and then of all.
+    on_progress: counts bytes.
 
     Raises UserError: the file is missing, damaged, not finite, or does not fit the configuration.
     """
@@ -39,6 +39,7 @@ def load_mapped_weights(
     found = map_tensors(
         path, {part.tensor: shapes[entry.name][part.where] for entry in table for part in entry.parts}
     )
+    check_finite(path, found, on_progress)
     arrays: dict[str, FloatArray] = {}
     copies: dict[str, FloatArray] = {}
     for entry in table:
@@ -48,8 +49,7 @@ def load_mapped_weights(
         else:
             array = arrays[entry.name] = np.empty(entry.shape, dtype)
             copies |= {part.tensor: array[part.where] for part in entry.parts}
-    fill(copies, found, f"reading {path.name}", on_progress)
-    check_finite(path, found, on_progress)
+    fill(copies, found)
     return Weights(config, arrays)
 
 

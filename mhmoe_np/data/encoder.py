@@ -2,8 +2,8 @@
 
 A byte-level BPE of GPT-2's kind never joins what stands before white space with what stands after its
 beginning. So the text is cut there, each different segment is encoded once by the `tokenizers` library,
-and the rest is looking up: some ten times as fast as encoding everything, with the same ids. A text of
-ASCII alone is cut further, into words (see `ascii_words`).
+and the rest is looking up: some ten times as fast as encoding everything, with the same ids. Segments
+of ASCII are cut into words, all that follow one another at once (see `ascii_words`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ LEAST_ID_BYTES = 2 / 8  # of a byte of text: a token has two, and stands for eig
 SEGMENT = re.compile(
     rf" [A-Za-z]+(?=[\n -/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
 )
+# The same, but segments of ASCII that follow one another are one.
+ASCII_RUN = rf"(?:[ \t-\r]*+[^{WHITE_SPACE}\x80-\U0010ffff]++(?=[{WHITE_SPACE}]|\Z))++"
+SEGMENT_OR_RUN = re.compile(f"{ASCII_RUN}|{SEGMENT.pattern}")
 MOST_SEGMENTS = 100_000  # remembered
 
 
@@ -69,28 +72,29 @@ class Encoder:
         """
         if self._cut is None:
             return self._encoded(texts)
-        if self._ascii is None:
-            return self._looked_up(texts)
-        others = iter(self._looked_up([text for text in texts if not text.isascii()]))
-        return [self._ascii_ids(text) if text.isascii() else next(others) for text in texts]
-
-    def _looked_up(self, texts: Sequence[str]) -> list[bytes]:
-        known = self._known
+        known, by_words = self._known, self._ascii is not None
         known.make_room()
-        cut = [SEGMENT.findall(text) for text in texts]
-        self._learn({segment: None for segments in cut for segment in segments if segment not in known})
-        return [b"".join(map(known.__getitem__, segments)) for segments in cut]
+        cut = (SEGMENT_OR_RUN if by_words else SEGMENT).findall
+        pieces = [[text] if by_words and text.isascii() else cut(text) for text in texts]
+        self._learn(
+            {
+                piece: None
+                for of_text in pieces
+                for piece in of_text
+                if piece not in known and not (by_words and piece.isascii())
+            }
+        )
+        ids = self._ids if by_words else known.__getitem__
+        return [b"".join(map(ids, of_text)) for of_text in pieces]
 
     def _learn(self, new: Collection[str]) -> None:
         """Encode segments that are not known yet."""
-        others = list(new)
-        if self._ascii is not None:
-            for segment in filter(str.isascii, new):
-                self._known.learn(segment, self._ascii_ids(segment))
-            others = [segment for segment in new if not segment.isascii()]
-        if others:
-            for segment, ids in zip(others, self._encoded(others), strict=True):
+        if new:
+            for segment, ids in zip(new, self._encoded(list(new)), strict=True):
                 self._known.learn(segment, ids)
+
+    def _ids(self, piece: str) -> bytes:
+        return self._ascii_ids(piece) if piece.isascii() else self._known[piece]
 
     def _ascii_ids(self, text: str) -> bytes:
         assert self._ascii is not None

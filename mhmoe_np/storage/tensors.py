@@ -101,24 +101,24 @@ def read_into(
 
     Raises UserError: see `map_tensors`; nothing was filled.
     """
-    fill(targets, map_tensors(path, targets), f"reading {path.name}", on_progress)
+    found = map_tensors(path, targets)
+    size = sum(target.nbytes for target in targets.values())
+    fill(targets, found, counting(on_progress, f"reading {path.name}", size))
 
 
 def fill(
     targets: Mapping[str, NDArray[Any]],
     sources: Mapping[str, NDArray[Any]],
-    task: str,
-    on_progress: OnProgress = unseen,
+    on_bytes: Callable[[int], object] | None = None,
 ) -> None:
     """Copy each array's source into it, converting the float width.
 
-    on_progress: counts the bytes that were filled; `task` is what it says of them.
+    on_bytes: told how many more bytes were filled, as they are.
     """
-    size = sum(target.nbytes for target in targets.values())
-    filled = counting(on_progress, task, size)
     copied = _at_once(lambda name: np.copyto(targets[name], sources[name]), targets)
     for target, _ in zip(targets.values(), copied, strict=True):
-        filled(target.nbytes)
+        if on_bytes is not None:
+            on_bytes(target.nbytes)
 
 
 def map_tensors(path: Path, wanted: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -185,7 +185,7 @@ def check_finite(
 ) -> None:
     """Refuse tensors that came from `path` if a number of theirs is not finite.
 
-    on_progress: counts bytes.
+    on_progress: counts bytes: those of mapped tensors are read from the disk here.
 
     Raises Damaged: it names the first such tensor.
     """
@@ -196,7 +196,7 @@ def check_finite(
         return not tensor.size or bool(np.isfinite(tensor.min()) and np.isfinite(tensor.max()))
 
     size = sum(tensor.nbytes for tensor in tensors.values())
-    checked = counting(on_progress, f"checking {path.name}", size)
+    checked = counting(on_progress, f"reading {path.name}", size)
     for name, finite in zip(tensors, _at_once(is_finite, tensors), strict=True):
         if not finite:
             raise Damaged(f"{path}: tensor {name!r} holds numbers that are not finite")
