@@ -37,8 +37,9 @@ LEAST_ID_BYTES = 2 / 8  # of a byte of text: a token has two, and stands for eig
 SEGMENT = re.compile(
     rf" [A-Za-z]+(?=[\n -/:-@\[-`{{-~])|[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+"
 )
-# The same, but segments of ASCII that follow one another are one.
-ASCII_RUN = rf"(?:[ \t-\r]*+[^{WHITE_SPACE}\x80-\U0010ffff]++(?=[{WHITE_SPACE}]|\Z))++"
+# The same, but segments of ASCII that follow one another are one. Not by possessive quantifiers: Python
+# 3.11 had mistakes in them until 3.11.5.
+ASCII_RUN = rf"(?:[ \t-\r]*[^{WHITE_SPACE}\x80-\U0010ffff]+(?=[{WHITE_SPACE}]|\Z))+"
 SEGMENT_OR_RUN = re.compile(f"{ASCII_RUN}|{SEGMENT.pattern}")
 MOST_SEGMENTS = 100_000  # remembered
 
