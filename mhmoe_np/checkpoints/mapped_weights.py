@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from mhmoe_np.model.parameters import parameter_table
 from mhmoe_np.model.weights import Weights
-from mhmoe_np.progress import OnProgress, unseen
+from mhmoe_np.progress import OnProgress, counting, unseen
 from mhmoe_np.settings.model import ModelConfig
 from mhmoe_np.storage.tensors import check_finite, fill, map_tensors
 from mhmoe_np.types import FloatArray
@@ -39,17 +39,22 @@ def load_mapped_weights(
     found = map_tensors(
         path, {part.tensor: shapes[entry.name][part.where] for entry in table for part in entry.parts}
     )
-    check_finite(path, found, on_progress)
     arrays: dict[str, FloatArray] = {}
     copies: dict[str, FloatArray] = {}
     for entry in table:
-        tensors = [found[part.tensor] for part in entry.parts]
-        if _adjoin(tensors, number.dtype):
-            arrays[entry.name] = _joined(tensors[0], entry.shape)
+        parts = [found[part.tensor] for part in entry.parts]
+        if _adjoin(parts, number.dtype):
+            arrays[entry.name] = _joined(parts[0], entry.shape)
         else:
             array = arrays[entry.name] = np.empty(entry.shape, dtype)
             copies |= {part.tensor: array[part.where] for part in entry.parts}
-    fill(copies, found)
+    tensors = found | copies
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    read = counting(on_progress, f"reading {path.name}", size)
+    fill(copies, found, read)
+    # The copies and not what they are copies of: a number of float64 may be none of float32.
+    check_finite(path, copies)
+    check_finite(path, {name: found[name] for name in found if name not in copies}, read)
     return Weights(config, arrays)
 
 
@@ -64,5 +69,4 @@ def _adjoin(tensors: Sequence[FloatArray], dtype: np.dtype[np.floating]) -> bool
 
 def _joined(first: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """The array that begins with `first` and whose other parts follow it."""
-    strides = [first.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return as_strided(first, shape, strides)
+    return as_strided(first.reshape(-1), (math.prod(shape),)).reshape(shape)

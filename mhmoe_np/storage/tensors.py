@@ -181,11 +181,14 @@ def _at_once(function: Callable[[str], Result], names: Iterable[str]) -> Iterato
 
 
 def check_finite(
-    path: Path, tensors: Mapping[str, NDArray[Any]], on_progress: OnProgress = unseen
+    path: Path,
+    tensors: Mapping[str, NDArray[Any]],
+    on_bytes: Callable[[int], object] | None = None,
 ) -> None:
     """Refuse tensors that came from `path` if a number of theirs is not finite.
 
-    on_progress: counts bytes: those of mapped tensors are read from the disk here.
+    on_bytes: told how many more bytes were looked at, as they are: mapped ones are read from the disk
+    here.
 
     Raises Damaged: it names the first such tensor.
     """
@@ -195,12 +198,11 @@ def check_finite(
         # The least and the largest are NaN where any number is, and no copy is made.
         return not tensor.size or bool(np.isfinite(tensor.min()) and np.isfinite(tensor.max()))
 
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    checked = counting(on_progress, f"reading {path.name}", size)
     for name, finite in zip(tensors, _at_once(is_finite, tensors), strict=True):
         if not finite:
             raise Damaged(f"{path}: tensor {name!r} holds numbers that are not finite")
-        checked(tensors[name].nbytes)
+        if on_bytes is not None:
+            on_bytes(tensors[name].nbytes)
 
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:

@@ -78,3 +78,15 @@ def test_a_number_that_is_not_finite_is_refused(tensor: str, tmp_path: Path) -> 
     save_model(tmp_path, parameters, None)
     with pytest.raises(Damaged, match=rf"{tensor}\.weight' holds numbers that are not finite"):
         loaded(tmp_path)
+
+
+def test_a_number_that_is_none_of_the_narrower_type_is_refused(tmp_path: Path) -> None:
+    parameters = parameters_of("dense", np.float64)
+    parameters.tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] = 1e300
+    save_model(tmp_path, parameters, None)
+    assert loaded(tmp_path, np.float64).blocks
+    with (
+        pytest.warns(RuntimeWarning, match="overflow"),
+        pytest.raises(Damaged, match=r"gate_proj\.weight' holds numbers that are not finite"),
+    ):
+        loaded(tmp_path)
