@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.backend import backend_option, threads_option
+from mhmoe_cli.loading import load_with_model
 from mhmoe_cli.printing import print_json
 from mhmoe_cli.progress import progress
 from mhmoe_cli.text_options import named, text_key_option
@@ -79,7 +80,7 @@ def command(
     import numpy as np
 
     from mhmoe_cli.scores import print_scores
-    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_checkpoint_tokenizer
     from mhmoe_np.data.read_file import TEXT_KEY
     from mhmoe_np.data.tokenised_text import tokenise_text
     from mhmoe_np.errors import UserError
@@ -103,9 +104,7 @@ def command(
             tokenise_text(name, path, tokenizer, text_key=text_key, on_progress=show)
             for name, path in path_of_domain.items()
         ]
-    ops = load(backend, threads=threads, keep_buffers=True)
-    with progress("bytes") as show:
-        model = load_model(found, np.float32, ops=ops, on_progress=show)
+    ops, model = load_with_model(backend, found, np.float32, threads=threads, keep_buffers=True)
     chosen = choose_protocol(protocol, model.config, tokenizer, window=window, stride=stride, bos=bos)
     with progress("tokens") as show:
         scores = {

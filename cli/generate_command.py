@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.backend import backend_option, threads_option
+from mhmoe_cli.loading import load_with_model
 from mhmoe_cli.printing import print_json, visible
 from mhmoe_cli.progress import print_part, progress, tell
 from mhmoe_np.errors import UserError
@@ -113,7 +114,6 @@ def command(
         find_checkpoint,
         load_checkpoint_tokenizer,
         load_end_of_text,
-        load_model,
     )
     from mhmoe_np.inference.generate import (
         Generation,
@@ -135,9 +135,7 @@ def command(
     found = find_checkpoint(checkpoint)
     tokenizer, ends = load_checkpoint_tokenizer(found), load_end_of_text(found)
     limits = Limits(max_new_tokens, stop, ends)
-    ops = load(backend, threads=threads, keep_buffers=True)
-    with progress("bytes") as show:
-        model = load_model(found, np.float32, ops=ops, on_progress=show)
+    ops, model = load_with_model(backend, found, np.float32, threads=threads, keep_buffers=True)
     head = head_of(model, head_dtype, sampling, ops=ops)
     if len(prompts) == 1 and not as_json:
         prompt = prompt_of(prompts[0], tokenizer, sampling, end_of_text=ends, config=model.config)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.backend import backend_option, threads_option
+from mhmoe_cli.loading import load_with_model
 from mhmoe_cli.printing import print_json
 from mhmoe_cli.progress import progress
 from mhmoe_np.operations.table import BackendName
@@ -29,11 +30,11 @@ def command(checkpoint: Path, as_json: bool, threads: int | None, backend: Backe
     import numpy as np
 
     from mhmoe_np.audit.inspection import inspect_weights
-    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, load_model
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint
 
-    ops = load(backend, threads=threads)
-    with progress("bytes") as show:
-        model = load_model(find_checkpoint(checkpoint), np.float32, ops=ops, on_progress=show)
+    found = find_checkpoint(checkpoint)
+    ops, model = load_with_model(backend, found, np.float32, threads=threads)
+    with progress() as show:
         show("looking at the weights", 0, 0)
         rows = inspect_weights(model.config, model.weights.to_host(ops))
     if as_json:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.backend import backend_option, threads_option
+from mhmoe_cli.loading import load_with_model
 from mhmoe_cli.new_file import check_new_file
 from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
@@ -53,18 +54,16 @@ def command(
     """Run one forward and backward and write every tensor: inputs, activations, losses, gradients."""
     from mhmoe_np.audit.recorder import Wanted
     from mhmoe_np.audit.trace import read_tokens, trace
-    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed, load_model
+    from mhmoe_np.checkpoints.checkpoint import find_checkpoint, is_packed
     from mhmoe_np.storage.tensors import save_tensors
 
     check_new_file(out, option="--out")
-    ops = load(backend, threads=threads)
     found = find_checkpoint(checkpoint)
     if is_packed(found) and not no_grad:
         raise UserError(
             f"{found}: packed weights have no gradients; give --no-grad, or unpack it first"
         )
-    with progress("bytes") as show:
-        model = load_model(found, dtype, ops=ops, on_progress=show)
+    ops, model = load_with_model(backend, found, dtype, threads=threads)
     token_ids = read_tokens(
         tokens,
         vocab_size=model.config.vocab_size,

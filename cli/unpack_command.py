@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mhmoe_cli.backend import backend_option, load, threads_option
+from mhmoe_cli.backend import backend_option, threads_option
+from mhmoe_cli.loading import load_with_model
 from mhmoe_cli.new_directory import out_option
 from mhmoe_cli.progress import progress
 from mhmoe_np.errors import UserError
@@ -33,7 +34,6 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
         find_tokenizer,
         is_packed,
         load_end_of_text,
-        load_model,
         save_model,
     )
     from mhmoe_np.model.packed import packed_format, unpack_int8, unpack_weights
@@ -43,9 +43,7 @@ def command(checkpoint: Path, out: Path, threads: int | None, backend: BackendNa
     found = find_checkpoint(checkpoint)
     if not is_packed(found):
         raise UserError(f"{found}: is not packed: it has no {PACKED_WEIGHTS}")
-    ops = load(backend, threads=threads)
-    with progress("bytes") as show:
-        model = load_model(found, np.float32, ops=ops, on_progress=show)
+    ops, model = load_with_model(backend, found, np.float32, threads=threads)
     tokenizer, end_of_text = find_tokenizer(found), load_end_of_text(found)
     with progress("parameters") as show:
         unpack = unpack_int8 if packed_format(model.weights) == INT8 else unpack_weights

@@ -229,6 +229,7 @@ def told(mhmoe_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
         command = importlib.import_module(f"mhmoe_cli.{name}_command")
         monkeypatch.setattr(command, "progress", recorded)
+        monkeypatch.setattr("mhmoe_cli.loading.progress", recorded)
         result = mhmoe_here(name, *arguments)
         assert result.stderr == "" or name in ("generate", "train")
         return stages

@@ -11,6 +11,7 @@ Source   [spec 1 Checkpoint directory]
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from numpy.typing import DTypeLike
 from tokenizers import Tokenizer
@@ -167,10 +168,21 @@ def is_packed(checkpoint: Path) -> bool:
     return packed
 
 
-def load_model(
-    checkpoint: Path, dtype: DTypeLike, *, ops: Operations, on_progress: OnProgress = unseen
-) -> Model:
-    """The model of a checkpoint directory, packed or not, ready to run.
+class StoredModel(NamedTuple):
+    """A model as its checkpoint has it, on the host; no backend is needed to read it."""
+
+    config: ModelConfig
+    weights: Weights | Parameters  # parameters: of a model that is quantised by its backend
+
+    def ready(self, *, ops: Operations) -> Model:
+        """The model, in the backend's arrays, ready to run."""
+        if isinstance(self.weights, Parameters):
+            return Model.of(self.weights.to_device(ops), ops=ops)
+        return Model.with_weights(self.config, self.weights.to_device(ops), ops=ops)
+
+
+def read_model(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = unseen) -> StoredModel:
+    """The model of a checkpoint directory, packed or not.
 
     on_progress: counts the bytes of each file.
 
@@ -179,14 +191,23 @@ def load_model(
     verify(checkpoint, on_progress)
     packed, config = is_packed(checkpoint), read_model_config(checkpoint / MODEL_CONFIG)
     if config.is_quantised and not packed:
-        parameters = load_weights(checkpoint, config, dtype, on_progress)
-        return Model.of(parameters.to_device(ops), ops=ops)
+        return StoredModel(config, load_weights(checkpoint, config, dtype, on_progress))
     check_room(config, copies=0 if packed else 1, source=str(checkpoint / MODEL_CONFIG))
     if packed:
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype, on_progress)
     else:
         weights = load_mapped_weights(checkpoint / WEIGHTS, config, dtype, on_progress)
-    return Model.with_weights(config, weights.to_device(ops), ops=ops)
+    return StoredModel(config, weights)
+
+
+def load_model(
+    checkpoint: Path, dtype: DTypeLike, *, ops: Operations, on_progress: OnProgress = unseen
+) -> Model:
+    """The model of a checkpoint directory, packed or not, ready to run.
+
+    on_progress and what it raises: see `read_model`.
+    """
+    return read_model(checkpoint, dtype, on_progress).ready(ops=ops)
 
 
 def load_parameters(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = unseen) -> Parameters:
