@@ -114,9 +114,6 @@ def test_a_comparison_reports_both_sides_and_draws_them(work: str, model: str, t
         reached = row[f"{side}_tokens_per_s"] * passes * operations / 1e9
         assert row[mfu] == pytest.approx(reached / row["sgemm_gflops"], rel=2e-3, abs=1e-3)
         assert row[mfu] > 0
-    assert row["peer_mfu"] < 1
-    # A BitNet model's products are of integers, which a processor may do faster.
-    assert row["mfu"] < 1 or model.endswith("-bitnet")
 
     assert row["rss_ratio"] == pytest.approx(row["ours_peak_mb"] / row["peer_peak_mb"], abs=2e-3)
     arrays = 4 if work == "train" else 1  # parameters; gradient and two moments
