@@ -171,14 +171,13 @@ def is_packed(checkpoint: Path) -> bool:
 class StoredModel(NamedTuple):
     """A model as its checkpoint has it, on the host; no backend is needed to read it."""
 
-    config: ModelConfig
     weights: Weights | Parameters  # parameters: of a model that is quantised by its backend
 
     def ready(self, *, ops: Operations) -> Model:
         """The model, in the backend's arrays, ready to run."""
         if isinstance(self.weights, Parameters):
             return Model.of(self.weights.to_device(ops), ops=ops)
-        return Model.with_weights(self.config, self.weights.to_device(ops), ops=ops)
+        return Model.with_weights(self.weights.config, self.weights.to_device(ops), ops=ops)
 
 
 def read_model(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = unseen) -> StoredModel:
@@ -191,13 +190,13 @@ def read_model(checkpoint: Path, dtype: DTypeLike, on_progress: OnProgress = uns
     verify(checkpoint, on_progress)
     packed, config = is_packed(checkpoint), read_model_config(checkpoint / MODEL_CONFIG)
     if config.is_quantised and not packed:
-        return StoredModel(config, load_weights(checkpoint, config, dtype, on_progress))
+        return StoredModel(load_weights(checkpoint, config, dtype, on_progress))
     check_room(config, copies=0 if packed else 1, source=str(checkpoint / MODEL_CONFIG))
     if packed:
         weights = load_packed_weights(checkpoint / PACKED_WEIGHTS, config, dtype, on_progress)
     else:
         weights = load_mapped_weights(checkpoint / WEIGHTS, config, dtype, on_progress)
-    return StoredModel(config, weights)
+    return StoredModel(weights)
 
 
 def load_model(
