@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from numba import njit
 from numba.extending import intrinsic, register_jitable
 
-from mhmoe_np.operations.numba_cpu.kernel_cache import kept_by_sources
+from mhmoe_np.operations.numba_cpu.kernel_cache import keep
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -65,6 +65,6 @@ def literal_intrinsic(definition: Any) -> Any:
 
 def _compiled(function: Function, **options: Any) -> Function:
     options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
-    with kept_by_sources():
-        compiled: Function = njit(cache=True, **options)(function)
+    compiled: Function = njit(**options)(function)
+    keep(compiled, function)
     return compiled

@@ -7,6 +7,8 @@ one is made.
 
 The folder is made in NUMBA_CACHE_DIR if that is set, else beside the sources if one may write there,
 else in the user's own cache.
+
+A kernel that is kept is loaded without the compiler, which takes half a second to be made ready [D26].
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 from numba.misc import appdirs
 
 HERE = Path(__file__).parent
@@ -70,11 +72,24 @@ ROOT = _root()
 FOLDER = _folder()
 
 
-@contextmanager
-def kept_by_sources() -> Iterator[None]:
-    """Functions that are given to Numba inside this context are kept in `FOLDER`."""
+class _KernelCache(FunctionCache):
+    """Numba's cache of one function, which readies for what it loads and not for a compilation.
+
+    Numba's own first imports and registers all that it can compile, for third parties that run code
+    of their own on that occasion. Whoever finds nothing kept and compiles does so in any case.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What is kept of a function for a signature; None: nothing is."""
+        rtsys.initialize(target_context)  # kernels count references by its functions
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+
+
+def keep(compiled: Any, function: Any) -> None:
+    """Let what Numba makes of `function`, its dispatcher or callback, be kept in `FOLDER`."""
     before, config.CACHE_DIR = config.CACHE_DIR, str(FOLDER)
     try:
-        yield
+        compiled._cache = _KernelCache(function)  # type: ignore[no-untyped-call]
     finally:
         config.CACHE_DIR = before

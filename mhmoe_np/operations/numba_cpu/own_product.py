@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
+from numba.core.ccallback import CFunc
 
 from mhmoe_np.operations.numba_cpu.compiling import exact
 from mhmoe_np.operations.numba_cpu.float_tile import (
@@ -33,7 +34,7 @@ from mhmoe_np.operations.numba_cpu.float_tile import (
     turn_piece,
 )
 from mhmoe_np.operations.numba_cpu.instruction_set import features
-from mhmoe_np.operations.numba_cpu.kernel_cache import kept_by_sources
+from mhmoe_np.operations.numba_cpu.kernel_cache import keep
 from mhmoe_np.operations.numba_cpu.regions import blocks
 
 NEEDED = {"avx2", "fma"}
@@ -188,6 +189,8 @@ _SIGNATURE = types.void(
 @cache
 def sgemm_address() -> int:
     """Where the compiled function begins; sizes are of 64 bits."""
-    with kept_by_sources():
-        function: Any = cfunc(_SIGNATURE, cache=True, error_model="numpy")(_sgemm)
+    signature = _SIGNATURE.args, _SIGNATURE.return_type
+    function: Any = CFunc(_sgemm, signature, locals={}, options={"error_model": "numpy"})
+    keep(function, _sgemm)
+    function.compile()
     return int(function.address)
