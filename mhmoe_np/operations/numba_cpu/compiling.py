@@ -42,9 +42,14 @@ def reduction(function: Function) -> Function:
     return _compiled(function, fastmath={*FAST, "reassoc"})
 
 
+def in_turn(function: Function) -> Function:
+    """A loop over tasks that Python calls and no compiled code; what it does itself is exact."""
+    return _compiled(function, is_entry=True, fastmath=False)
+
+
 def parallel(function: Function) -> Function:
-    """A loop over tasks. Keep its body small: it is compiled twice."""
-    return _compiled(function, parallel=True)
+    """The same on all threads. Keep its body small: it is compiled twice."""
+    return _compiled(function, is_entry=True, parallel=True)
 
 
 def either(function: Function) -> Function:
@@ -63,8 +68,8 @@ def literal_intrinsic(definition: Any) -> Any:
     return intrinsic(prefer_literal=True)(definition)
 
 
-def _compiled(function: Function, **options: Any) -> Function:
+def _compiled(function: Function, *, is_entry: bool = False, **options: Any) -> Function:
     options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
     compiled: Function = njit(**options)(function)
-    keep(compiled, function)
+    keep(compiled, function, is_entry=is_entry)
     return compiled

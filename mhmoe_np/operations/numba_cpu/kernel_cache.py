@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from llvmlite.binding import parse_assembly
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.runtime.nrt import rtsys
 from numba.misc import appdirs
 
@@ -86,10 +87,31 @@ class _KernelCache(FunctionCache):
             return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
 
 
-def keep(compiled: Any, function: Any) -> None:
-    """Let what Numba makes of `function`, its dispatcher or callback, be kept in `FOLDER`."""
+class _MachineCode(CompileResultCacheImpl):
+    """What is kept of a function that Python alone calls: nothing to compile others with.
+
+    That takes as long to read as the machine code. Numba asks it for the function's name alone.
+    """
+
+    def reduce(self, compiled: Any) -> tuple[Any, ...]:
+        """What is written of a compiled function."""
+        reduced = super().reduce(compiled)  # type: ignore[no-untyped-call]
+        (name, kind, (machine_code, _)), *others = reduced
+        known = f'@"{compiled.fndesc.llvm_cpython_wrapper_name}" = constant i8 0'
+        return (name, kind, (machine_code, parse_assembly(known).as_bitcode())), *others
+
+
+class _EntryCache(_KernelCache):
+    _impl_class = _MachineCode  # type: ignore[assignment]
+
+
+def keep(compiled: Any, function: Any, *, is_entry: bool = False) -> None:
+    """Let what Numba makes of `function`, its dispatcher or callback, be kept in `FOLDER`.
+
+    is_entry: Python alone calls it, and no compiled code.
+    """
     before, config.CACHE_DIR = config.CACHE_DIR, str(FOLDER)
     try:
-        compiled._cache = _KernelCache(function)  # type: ignore[no-untyped-call]
+        compiled._cache = (_EntryCache if is_entry else _KernelCache)(function)  # type: ignore[no-untyped-call]
     finally:
         config.CACHE_DIR = before

@@ -20,7 +20,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, prange, types
 
-from mhmoe_np.operations.numba_cpu.compiling import either, exact, parallel, task, typed_intrinsic
+from mhmoe_np.operations.numba_cpu.compiling import either, in_turn, parallel, task, typed_intrinsic
 
 # Below so many multiply-adds one thread is done before a second one has woken up; on a busy machine
 # waking it can take milliseconds.
@@ -97,8 +97,8 @@ def tasks_of(kind: type, compiled_as: Callable[[Any], Any] = task) -> Callable[[
 
     def declare(function: Any) -> Any:
         compiled = compiled_as(function)
-        in_turn, shared_out = (_loop(name, function, kind, TASK=compiled) for name in SOURCE)
-        LOOPS[kind] = Loops(exact(in_turn), parallel(shared_out))
+        one_by_one, shared_out = (_loop(name, function, kind, TASK=compiled) for name in SOURCE)
+        LOOPS[kind] = Loops(in_turn(one_by_one), parallel(shared_out))
         return compiled
 
     return declare
