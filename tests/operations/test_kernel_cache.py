@@ -93,6 +93,21 @@ def test_an_edited_source_is_used_at_once_and_an_unedited_one_compiled_once(root
     assert compute(root)["product"] == pytest.approx(32, rel=1e-2)
 
 
+def test_files_that_a_power_failure_cut_short_are_compiled_anew(root: Path) -> None:
+    first = compute(root)
+    indices = sorted(Path(first["folder"]).glob("*/*.nbi"))
+    code = sorted(Path(first["folder"]).glob("*/*.nbc"))
+    assert min(len(indices), len(code)) > 2
+    for number, path in enumerate(indices):
+        os.truncate(path, [0, 20, path.stat().st_size][number % 3])
+    for number, path in enumerate(code):
+        os.truncate(path, [path.stat().st_size, 0, 100][number % 3])
+    again = compute(root)
+    assert again == first | {"compiled": again["compiled"]}
+    assert again["compiled"] > 0
+    assert compute(root) == first | {"compiled": 0, "compiler": False}
+
+
 def test_a_folder_that_nobody_used_for_a_month_goes_when_another_is_made(
     root: Path, tmp_path: Path
 ) -> None:

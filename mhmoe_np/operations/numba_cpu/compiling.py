@@ -71,5 +71,5 @@ def literal_intrinsic(definition: Any) -> Any:
 def _compiled(function: Function, *, is_entry: bool = False, **options: Any) -> Function:
     options |= {"error_model": "numpy", "no_cfunc_wrapper": True}  # nobody calls them from C
     compiled: Function = njit(**options)(function)
-    keep(compiled, function, is_entry=is_entry)
+    keep(compiled, is_entry=is_entry)
     return compiled

@@ -8,7 +8,7 @@ one is made.
 The folder is made in NUMBA_CACHE_DIR if that is set, else beside the sources if one may write there,
 else in the user's own cache.
 
-A kernel that is kept is loaded without the compiler, which takes half a second to be made ready [D26].
+A kernel that is kept is loaded without the compiler, which takes half a second to be made ready [D27].
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numba
@@ -81,10 +82,14 @@ class _KernelCache(FunctionCache):
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What is kept of a function for a signature; None: nothing is."""
+        """What is kept of a function for a signature; None: nothing is, or it is damaged."""
         rtsys.initialize(target_context)  # kernels count references by its functions
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        try:
+            with self._guard_against_spurious_io_errors():
+                return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except (EOFError, UnpicklingError):  # written before a power failure: compiled anew
+            self.flush()  # type: ignore[no-untyped-call]
+            return None
 
 
 class _MachineCode(CompileResultCacheImpl):
@@ -105,13 +110,14 @@ class _EntryCache(_KernelCache):
     _impl_class = _MachineCode  # type: ignore[assignment]
 
 
-def keep(compiled: Any, function: Any, *, is_entry: bool = False) -> None:
-    """Let what Numba makes of `function`, its dispatcher or callback, be kept in `FOLDER`.
+def keep(compiled: Any, *, is_entry: bool = False) -> None:
+    """Let the machine code of a Numba dispatcher or callback be kept in `FOLDER`.
 
     is_entry: Python alone calls it, and no compiled code.
     """
     before, config.CACHE_DIR = config.CACHE_DIR, str(FOLDER)
     try:
-        compiled._cache = (_EntryCache if is_entry else _KernelCache)(function)  # type: ignore[no-untyped-call]
+        cache: Any = _EntryCache if is_entry else _KernelCache
+        compiled._cache = cache(compiled.__wrapped__)
     finally:
         config.CACHE_DIR = before

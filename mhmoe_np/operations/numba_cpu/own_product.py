@@ -191,6 +191,6 @@ def sgemm_address() -> int:
     """Where the compiled function begins; sizes are of 64 bits."""
     signature = _SIGNATURE.args, _SIGNATURE.return_type
     function: Any = CFunc(_sgemm, signature, locals={}, options={"error_model": "numpy"})
-    keep(function, _sgemm)
+    keep(function)
     function.compile()
     return int(function.address)
